@@ -1,0 +1,64 @@
+"""What went wrong, where, and what to do: every error a user can meet, with its exit code."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class Problem(ValueError):
+    """A fault that its user can mend: one line what, one line where, one line what to do.
+
+    `exit_code` is what the command line returns: 2 bad input or config.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:
+        super().__init__(what, where, remedy)
+        self.what, self.where, self.remedy = what, where, remedy
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.remedy:
+            lines.append(f"  to do: {self.remedy}")
+        return "\n".join(lines)
+
+
+class DataProblem(Problem):
+    """More faulty rows than the limit allows (exit 3)."""
+
+    exit_code = 3
+
+
+class StorageProblem(Problem):
+    """A disk that is full, read-only or torn (exit 4)."""
+
+    exit_code = 4
+
+
+class NotFiniteProblem(Problem):
+    """Loss or gradients stayed NaN or infinite (exit 5)."""
+
+    exit_code = 5
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved: 130 after SIGINT, 143 after SIGTERM."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A remedy for an unknown name: the closest known one, else all of them.
+
+    >>> did_you_mean("pluss", ["base", "plus"])
+    "did you mean 'plus'?"
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names) or 'none'}"

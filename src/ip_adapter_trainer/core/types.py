@@ -1,0 +1,100 @@
+"""What flows through the house: rows, samples, batches, conditions. Frozen dataclasses, shapes at the field."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a manifest, as read. Paths are relative to the image root."""
+
+    image_file: str
+    text: str
+    prompt_image_file: str | None = None  # another picture to prompt with; None: the target itself
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing wrong with one row: what, where, what to do. `kind` is what faults are counted by."""
+
+    kind: str
+    what: str
+    where: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}; {self.remedy}"
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a target was cut, in pixels (height, width), as SDXL's micro-conditioning wants it."""
+
+    original_px: tuple[int, int]
+    crop_px: tuple[int, int]  # top, left, in the resized picture
+    target_px: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training image, decoded and cropped.
+
+    `index` is the image's place in the endless order (epoch * rows + place in the epoch's permutation): the counter of
+    every random draw that concerns it. `row` is the row that supplied the pixels.
+    """
+
+    index: int
+    row: int
+    pixels: Tensor  # [3, H, W] in -1..1
+    prompt_pixels: Tensor  # [3, S, S], preprocessed for the image encoder
+    text: str
+    geometry: Geometry
+    drop_text: bool = False
+    drop_image: bool = False
+    faults: tuple[Fault, ...] = ()  # rows that were tried before this one and could not be read
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one size, stacked."""
+
+    index: Tensor  # [B] int64
+    row: Tensor  # [B] int64
+    pixels: Tensor  # [B, 3, H, W] in -1..1
+    prompt_pixels: Tensor  # [B, 3, S, S]
+    text: tuple[str, ...]
+    geometry: tuple[Geometry, ...]
+    drop_text: Tensor  # [B] bool
+    drop_image: Tensor  # [B] bool
+    faults: tuple[Fault, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def to(self, device: Any) -> Batch:
+        """The same batch with its tensors on `device`."""
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("pixels", "prompt_pixels")}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class TextCondition:
+    """What the text encoder(s) give the denoiser."""
+
+    context: Tensor  # [B, L, D]
+    extra: dict[str, Tensor] = field(default_factory=dict)  # family-specific, e.g. SDXL's text_embeds [B, P], time_ids [B, 6]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One cross-attention layer that an adapter is attached to."""
+
+    number: int  # N of the published keys `N.to_k_ip.weight`
+    name: str  # the layer's module path in the denoiser
+    width: int  # rows of to_k / to_v: inner width of the attention
+    context_dim: int  # columns of to_k / to_v

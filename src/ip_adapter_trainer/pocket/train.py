@@ -1,0 +1,217 @@
+"""The three trainings behind the pocket base: autoencoder, CLIP, denoiser.
+
+Each is a `Stage`: modules, a loss as a function of the step alone, and a number of steps. Step k draws everything from
+counter streams keyed by (seed, stage, k), so a killed build goes on from its last save as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.training_utils import EMAModel, compute_snr
+from torch import Tensor, nn
+from transformers import CLIPModel
+
+from ip_adapter_trainer.core.rng import stream
+from ip_adapter_trainer.pocket import models, world
+from ip_adapter_trainer.pocket.world import Scene
+
+POOL_IMAGES = 20_000
+_SAVE_EVERY_S = 120.0
+
+
+@dataclass
+class Stage:
+    """One training: `loss(step)` over `net`'s parameters for `steps` optimizer steps at peak rate `lr`."""
+
+    name: str
+    net: nn.Module
+    loss: Callable[[int], Tensor]
+    steps: int
+    lr: float
+    ema_decay: float | None = None
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The training pictures: scenes without held-out combinations, and their pixels [N, S, S, 3] uint8."""
+
+    scenes: list[Scene]
+    pictures: np.ndarray
+
+    def pixels(self, index: np.ndarray) -> Tensor:
+        """The chosen pictures as floats [B, 3, S, S] in -1..1."""
+        return torch.from_numpy(self.pictures[index]).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def make_pool(seed: int, size: int = POOL_IMAGES) -> Pool:
+    """Renders the training pictures; the same seed gives the same pool."""
+    rng = stream(seed, "pocket-pool")
+    scenes = [world.random_scene(rng) for _ in range(size)]
+    return Pool(scenes, np.stack([world.render(s) for s in scenes]))
+
+
+def rate(step: int, stage: Stage) -> float:
+    """Linear warm-up over 2 % of the steps, then a cosine to zero."""
+    warm = max(1, stage.steps // 50)
+    if step < warm:
+        return stage.lr * (step + 1) / warm
+    return stage.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, stage.steps - warm)))
+
+
+def run(stage: Stage, folder: Path, log: Callable[[str], None] = print) -> None:
+    """Trains a stage to its end, resuming from `folder`; leaves the final (averaged) weights in `stage.net`."""
+    state_file = folder / f"{stage.name}.state"
+    optimizer = torch.optim.AdamW(stage.net.parameters(), lr=stage.lr, weight_decay=0.01, fused=True)
+    ema = EMAModel(stage.net.parameters(), decay=stage.ema_decay, use_ema_warmup=True, power=0.8) if stage.ema_decay else None
+    start, spent_s = _restore(state_file, stage, optimizer, ema)
+    began = last_save = time.monotonic()
+    running = 0.0
+    for step in range(start, stage.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, stage)
+        loss = stage.loss(step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(stage.net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if ema:
+            ema.step(stage.net.parameters())
+        running = loss.item() if step == start else 0.98 * running + 0.02 * loss.item()
+        if (step + 1) % 100 == 0:
+            total_s = spent_s + time.monotonic() - began
+            log(f"{stage.name} {step + 1}/{stage.steps} loss {running:.5f} {total_s:.0f} s")
+        if time.monotonic() - last_save > _SAVE_EVERY_S or step + 1 == stage.steps:
+            last_save = time.monotonic()
+            _save(state_file, stage, optimizer, ema, step + 1, spent_s + last_save - began)
+    if ema:
+        ema.copy_to(stage.net.parameters())
+
+
+def _save(file: Path, stage: Stage, optimizer: torch.optim.Optimizer, ema: EMAModel | None, step: int, spent_s: float) -> None:
+    state = {"step": step, "spent_s": spent_s, "net": stage.net.state_dict(), "optimizer": optimizer.state_dict()}
+    if ema:
+        state["ema"] = ema.state_dict()
+    torch.save(state, file.with_suffix(".tmp"))
+    os.replace(file.with_suffix(".tmp"), file)
+
+
+def _restore(file: Path, stage: Stage, optimizer: torch.optim.Optimizer, ema: EMAModel | None) -> tuple[int, float]:
+    if not file.exists():
+        return 0, 0.0
+    state = torch.load(file, weights_only=True, map_location="cpu")
+    stage.net.load_state_dict(state["net"])
+    optimizer.load_state_dict(state["optimizer"])
+    if ema:
+        ema.load_state_dict(state["ema"])
+    return state["step"], state["spent_s"]
+
+
+def autoencoder_stage(seed: int, pool: Pool, steps: int = 2600, batch: int = 24) -> Stage:
+    """Reconstruction (L1 + squared error) with a light KL, on random pictures of the pool."""
+    torch.manual_seed(seed)
+    net: AutoencoderKL = models.autoencoder()
+
+    def loss(step: int) -> Tensor:
+        rng = stream(seed, "pocket-autoencoder", step)
+        x = pool.pixels(rng.integers(len(pool.scenes), size=batch))
+        posterior = net.encode(x).latent_dist
+        noise = torch.from_numpy(rng.standard_normal(posterior.mean.shape, dtype=np.float32))
+        y = net.decode(posterior.mean + posterior.std * noise).sample
+        return F.l1_loss(y, x) + 2 * F.mse_loss(y, x) + 1e-5 * posterior.kl().mean()
+
+    return Stage("autoencoder", net, loss, steps, lr=8e-4)
+
+
+def _partial_caption(scene: Scene, rng: np.random.Generator, full: float) -> tuple[str, ...]:
+    """Which attributes a training caption names: all of them with probability `full`, else a random subset."""
+    if rng.random() < full:
+        return tuple(world.ATTRIBUTES)
+    return tuple(name for name in world.ATTRIBUTES if rng.random() < 0.5)
+
+
+def clip_stage(seed: int, pool: Pool, steps: int = 1500, batch: int = 128) -> Stage:
+    """Contrastive training in which every picture that fits a caption counts as its partner.
+
+    Captions repeat in a small world, so the usual one-to-one targets would punish right answers. Targets here are
+    uniform over all matching pairs of the batch.
+    """
+    torch.manual_seed(seed + 1)
+    net: CLIPModel = models.clip()
+    words, processor = models.tokenizer(), models.image_processor()
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
+    codes = np.array([[values.index(getattr(s, name)) for name, values in world.ATTRIBUTES.items()] for s in pool.scenes])
+
+    def loss(step: int) -> Tensor:
+        rng = stream(seed, "pocket-clip", step)
+        index = rng.integers(len(pool.scenes), size=batch)
+        named = [_partial_caption(pool.scenes[i], rng, full=0.7) for i in index]
+        texts = [world.caption(pool.scenes[i], n) for i, n in zip(index, named, strict=True)]
+        asked = np.array([[name in n for name in world.ATTRIBUTES] for n in named])  # [B, 4]
+        differs = codes[index][:, None, :] != codes[index][None, :, :]  # [caption, picture, 4]
+        match = torch.from_numpy(~(differs & asked[:, None, :]).any(-1)).float()
+        pixels = ((pool.pixels(index) + 1) / 2 - mean) / std
+        tokens = words(texts, padding="max_length", max_length=models.MAX_TOKENS, return_tensors="pt")
+        logits = net(input_ids=tokens.input_ids, attention_mask=None, pixel_values=pixels).logits_per_text
+        by_text = -(match / match.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
+        by_picture = -(match / match.sum(0, keepdim=True) * logits.log_softmax(0)).sum(0).mean()
+        return (by_text + by_picture) / 2
+
+    return Stage("clip", net, loss, steps, lr=1e-3)
+
+
+@torch.no_grad()
+def encode_pool(vae: AutoencoderKL, pool: Pool) -> tuple[Tensor, Tensor]:
+    """Posterior mean and standard deviation of every picture, each [N, 4, h, w], unscaled."""
+    parts = [vae.encode(pool.pixels(index)).latent_dist for index in np.array_split(np.arange(len(pool.scenes)), 200)]
+    return torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts])
+
+
+@torch.no_grad()
+def encode_texts(clip: CLIPModel, texts: list[str]) -> Tensor:
+    """The text encoder's last hidden states [B, MAX_TOKENS, TEXT_WIDTH], as the pipeline computes them."""
+    tokens = models.tokenizer()(texts, padding="max_length", max_length=models.MAX_TOKENS, return_tensors="pt")
+    return clip.text_model(input_ids=tokens.input_ids).last_hidden_state
+
+
+def denoiser_stage(seed: int, pool: Pool, vae: AutoencoderKL, clip: CLIPModel, steps: int = 10_000, batch: int = 64) -> Stage:
+    """Noise prediction with min-SNR weights (gamma 5, Hang et al. 2303.09556) over cached latents and texts.
+
+    Captions name all attributes half of the time, a random subset otherwise (one in sixteen of those: none), so that
+    "a star" and the empty prompt are ordinary inputs.
+    """
+    torch.manual_seed(seed + 2)
+    net: UNet2DConditionModel = models.unet()
+    noise_process = models.scheduler()
+    mean, std = encode_pool(vae, pool)
+    cache: dict[str, Tensor] = {}
+
+    def text(index: int, rng: np.random.Generator) -> Tensor:
+        scene = pool.scenes[index]
+        caption = "" if rng.random() < 0.07 else world.caption(scene, _partial_caption(scene, rng, full=0.5))
+        if caption not in cache:
+            cache[caption] = encode_texts(clip, [caption])[0]
+        return cache[caption]
+
+    def loss(step: int) -> Tensor:
+        rng = stream(seed, "pocket-denoiser", step)
+        index = rng.integers(len(pool.scenes), size=batch)
+        normal = [torch.from_numpy(rng.standard_normal((batch, *mean.shape[1:]), dtype=np.float32)) for _ in range(2)]
+        latents = (mean[index] + std[index] * normal[0]) * vae.config.scaling_factor
+        t = torch.from_numpy(rng.integers(noise_process.config.num_train_timesteps, size=batch))
+        noisy = noise_process.add_noise(latents, normal[1], t)
+        context = torch.stack([text(int(i), rng) for i in index])
+        error = (net(noisy, t, context).sample - normal[1]).square().mean((1, 2, 3))
+        snr = compute_snr(noise_process, t)
+        return (error * snr.clamp(max=5.0) / snr).mean()
+
+    return Stage("denoiser", net, loss, steps, lr=8e-4, ema_decay=0.999)

@@ -1,0 +1,29 @@
+"""The base of every part's own config class, from which `config.py` composes a run's settings.
+
+Each part of the house owns a subclass of `Part`; field names are the flag names. A field's `description` is its help.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tyro
+from pydantic import BaseModel, ConfigDict
+
+
+class Part(BaseModel):
+    """Settings of one part: immutable, unknown keys refused.
+
+    Usage::
+
+        class OptimConfig(Part):
+            learning_rate: float = Field(1e-4, gt=0, description="Peak rate of AdamW.")
+            save_steps: Annotated[int, alias("checkpointing_steps")] = Field(2000, description="...")
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+def alias(*names: str) -> Any:
+    """Other flag names under which a field may be given, without dashes; for use inside `Annotated`."""
+    return tyro.conf.arg(aliases=[f"--{name}" for name in names])

@@ -72,7 +72,11 @@ def run(stage: Stage, folder: Path, log: Callable[[str], None] = print) -> None:
     """Trains a stage to its end, resuming from `folder`; leaves the final (averaged) weights in `stage.net`."""
     state_file = folder / f"{stage.name}.state"
     optimizer = torch.optim.AdamW(stage.net.parameters(), lr=stage.lr, weight_decay=0.01, fused=True)
-    ema = EMAModel(stage.net.parameters(), decay=stage.ema_decay, use_ema_warmup=True, power=0.8) if stage.ema_decay else None
+    ema = (
+        EMAModel(stage.net.parameters(), decay=stage.ema_decay, use_ema_warmup=True, power=0.8)
+        if stage.ema_decay
+        else None
+    )
     start, spent_s = _restore(state_file, stage, optimizer, ema)
     began = last_save = time.monotonic()
     running = 0.0
@@ -97,7 +101,9 @@ def run(stage: Stage, folder: Path, log: Callable[[str], None] = print) -> None:
         ema.copy_to(stage.net.parameters())
 
 
-def _save(file: Path, stage: Stage, optimizer: torch.optim.Optimizer, ema: EMAModel | None, step: int, spent_s: float) -> None:
+def _save(
+    file: Path, stage: Stage, optimizer: torch.optim.Optimizer, ema: EMAModel | None, step: int, spent_s: float
+) -> None:
     state = {"step": step, "spent_s": spent_s, "net": stage.net.state_dict(), "optimizer": optimizer.state_dict()}
     if ema:
         state["ema"] = ema.state_dict()
@@ -149,7 +155,9 @@ def clip_stage(seed: int, pool: Pool, steps: int = 1500, batch: int = 128) -> St
     net: CLIPModel = models.clip()
     words, processor = models.tokenizer(), models.image_processor()
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
-    codes = np.array([[values.index(getattr(s, name)) for name, values in world.ATTRIBUTES.items()] for s in pool.scenes])
+    codes = np.array(
+        [[values.index(getattr(s, name)) for name, values in world.ATTRIBUTES.items()] for s in pool.scenes]
+    )
 
     def loss(step: int) -> Tensor:
         rng = stream(seed, "pocket-clip", step)
@@ -183,7 +191,9 @@ def encode_texts(clip: CLIPModel, texts: list[str]) -> Tensor:
     return clip.text_model(input_ids=tokens.input_ids).last_hidden_state
 
 
-def denoiser_stage(seed: int, pool: Pool, vae: AutoencoderKL, clip: CLIPModel, steps: int = 10_000, batch: int = 64) -> Stage:
+def denoiser_stage(
+    seed: int, pool: Pool, vae: AutoencoderKL, clip: CLIPModel, steps: int = 10_000, batch: int = 64
+) -> Stage:
     """Noise prediction with min-SNR weights (gamma 5, Hang et al. 2303.09556) over cached latents and texts.
 
     Captions name all attributes half of the time, a random subset otherwise (one in sixteen of those: none), so that

@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -111,7 +111,7 @@ def caption(scene: Scene, named: Sequence[str] = tuple(ATTRIBUTES)) -> str:
     return " ".join(words)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _outline(shape: str) -> np.ndarray:
     """The unit outline (diameter 1, centred) of a shape as a polygon, [P, 2]."""
     turn = np.linspace(0, 2 * math.pi, 64, endpoint=False)

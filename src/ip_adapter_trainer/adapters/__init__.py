@@ -1,0 +1,5 @@
+"""Variants of the adapter: one file each. A variant is a projector from image features to tokens, and its config."""
+
+from ip_adapter_trainer.adapters._variant import VARIANTS, Reader, Variant
+
+__all__ = ["VARIANTS", "Reader", "Variant"]

@@ -1,0 +1,73 @@
+"""The global adapter of the paper: one image embedding becomes four tokens (`ip-adapter_sd15`, `ip-adapter_sdxl`)."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from ip_adapter_trainer.adapters._variant import VARIANTS, Reader, Shapes, Variant
+from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.settings import Part
+
+TOKENS = 4  # fixed by diffusers and ComfyUI, which read it off no tensor
+
+
+class BaseConfig(Part):
+    """Settings of the base variant."""
+
+    num_tokens: int = Field(TOKENS, gt=0, description="Image tokens; diffusers and ComfyUI load exactly 4.")
+
+
+class ImageProjection(nn.Module):
+    """Linear(E, N * D), reshaped to N tokens and normalised; keys `proj.*` and `norm.*` (paper, section 3.2.1)."""
+
+    def __init__(self, feature_dim: int, context_dim: int, num_tokens: int) -> None:
+        super().__init__()
+        self.num_tokens = num_tokens
+        self.proj = nn.Linear(feature_dim, num_tokens * context_dim)
+        self.norm = nn.LayerNorm(context_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, E] to [B, N, D]."""
+        return self.norm(self.proj(features).unflatten(-1, (self.num_tokens, -1)))
+
+
+@VARIANTS.register("base")
+class Base(Variant):
+    """Pooled CLIP embedding to four tokens."""
+
+    Config = BaseConfig
+    feature = "image_embeds"
+
+    @classmethod
+    def projector(cls, config: Part, *, context_dim: int, feature_dim: int, feature_length: int) -> nn.Module:
+        """See `Variant.projector`."""
+        assert isinstance(config, BaseConfig)
+        if config.num_tokens != TOKENS:
+            raise Problem(
+                f"the base variant has {TOKENS} tokens in every loader, not {config.num_tokens}",
+                where="--num_tokens",
+                remedy="leave it at 4, or take --variant plus for another number of tokens",
+            )
+        return ImageProjection(feature_dim, context_dim, config.num_tokens)
+
+    @classmethod
+    def owns(cls, shapes: Shapes) -> bool:
+        """A single `proj` layer."""
+        return "proj.weight" in shapes and "norm.weight" in shapes
+
+    @classmethod
+    def facts(cls, shapes: Shapes) -> dict[str, int]:
+        """Tokens follow from the norm's width."""
+        rows, feature_dim = shapes["proj.weight"]
+        context_dim = shapes["norm.weight"][0]
+        return {"num_tokens": rows // context_dim, "feature_dim": feature_dim, "context_dim": context_dim}
+
+    @classmethod
+    def refusals(cls, shapes: Shapes) -> dict[Reader, str]:
+        """Both diffusers and ComfyUI divide `proj` by four."""
+        tokens = cls.facts(shapes)["num_tokens"]
+        if tokens == TOKENS:
+            return {}
+        why = f"reads {TOKENS} tokens from a base adapter, the file has {tokens}"
+        return {"diffusers": why, "comfy": why}

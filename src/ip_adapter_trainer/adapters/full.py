@@ -1,0 +1,70 @@
+"""The full-feature adapter: an MLP on every patch, no compression (`ip-adapter-full-face_sd15`)."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from ip_adapter_trainer.adapters._variant import VARIANTS, Reader, Shapes, Variant
+from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.settings import Part
+
+LENGTH = 257  # diffusers notes this many tokens for every Full file; CLS and 16 x 16 patches
+
+
+class FullConfig(Part):
+    """Settings of the Full variant."""
+
+    num_tokens: int | None = Field(None, gt=0, description="Image tokens; given by the encoder: CLS and every patch.")
+
+
+class FullProjection(nn.Module):
+    """Linear, GELU, Linear, LayerNorm on each feature vector; keys `proj.0`, `proj.2`, `proj.3`."""
+
+    def __init__(self, feature_dim: int, context_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(
+            nn.Linear(feature_dim, feature_dim),
+            nn.GELU(),
+            nn.Linear(feature_dim, context_dim),
+            nn.LayerNorm(context_dim),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, T, E] to [B, T, D]."""
+        return self.proj(features)
+
+
+@VARIANTS.register("full")
+class Full(Variant):
+    """Penultimate CLIP features, one token a patch."""
+
+    Config = FullConfig
+    feature = "penultimate"
+
+    @classmethod
+    def projector(cls, config: Part, *, context_dim: int, feature_dim: int, feature_length: int) -> nn.Module:
+        """See `Variant.projector`."""
+        assert isinstance(config, FullConfig)
+        if config.num_tokens not in (None, feature_length):
+            raise Problem(
+                f"the full variant makes one token a feature: {feature_length}, not {config.num_tokens}",
+                where="--num_tokens",
+                remedy="leave it out, or take --variant plus to choose the number of tokens",
+            )
+        return FullProjection(feature_dim, context_dim)
+
+    @classmethod
+    def owns(cls, shapes: Shapes) -> bool:
+        """A third layer that is a norm."""
+        return "proj.3.weight" in shapes
+
+    @classmethod
+    def facts(cls, shapes: Shapes) -> dict[str, int]:
+        """The number of tokens is the encoder's, no tensor holds it."""
+        return {"feature_dim": shapes["proj.0.weight"][1], "context_dim": shapes["proj.3.weight"][0]}
+
+    @classmethod
+    def refusals(cls, shapes: Shapes) -> dict[Reader, str]:
+        """All readers take it."""
+        return {}

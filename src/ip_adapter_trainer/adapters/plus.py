@@ -1,0 +1,146 @@
+"""The fine-grained adapter: a perceiver resampler over every patch of the picture (`ip-adapter-plus_sd15` and kin)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ip_adapter_trainer.adapters._variant import VARIANTS, Reader, Shapes, Variant
+from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.settings import Part
+
+DEPTH, HEAD_DIM, EXPANSION = 4, 64, 4  # fixed by diffusers' loader, which would compute something else
+MAX_WIDTH = 1280  # the width published for SDXL; smaller models use their own context width
+
+
+class PlusConfig(Part):
+    """Settings of the Plus variant; depth, head width and expansion exist to be refused with a reason."""
+
+    num_tokens: int = Field(16, gt=0, description="Image tokens (learned queries of the resampler).")
+    resampler_dim: int | None = Field(
+        None, gt=0, description="Width of the resampler; default: the context width, at most 1280."
+    )
+    resampler_depth: int = Field(DEPTH, description="Layers of the resampler; every loader computes 4.")
+    resampler_head_dim: int = Field(HEAD_DIM, description="Width of one attention head; diffusers infers heads by 64.")
+    resampler_ff_mult: int = Field(EXPANSION, description="Expansion of the feed-forward layers; loaders build 4.")
+
+
+class PerceiverAttention(nn.Module):
+    """Latents attend to the picture's features and to themselves."""
+
+    def __init__(self, width: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, heads * head_dim, bias=False)
+        self.to_kv = nn.Linear(width, 2 * heads * head_dim, bias=False)
+        self.to_out = nn.Linear(heads * head_dim, width, bias=False)
+
+    def forward(self, features: Tensor, latents: Tensor) -> Tensor:
+        """Features [B, T, W] and latents [B, N, W] to an update of the latents [B, N, W]."""
+        features, latents = self.norm1(features), self.norm2(latents)
+        query = self.to_q(latents)
+        key, value = self.to_kv(torch.cat([features, latents], 1)).chunk(2, -1)
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, key, value))
+        out = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+class Resampler(nn.Module):
+    """Learned queries that read the features through `depth` perceiver layers; published keys, in published order."""
+
+    def __init__(self, config: PlusConfig, feature_dim: int, context_dim: int, width: int) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(1, config.num_tokens, width) / math.sqrt(width))
+        self.proj_in = nn.Linear(feature_dim, width)
+        self.proj_out = nn.Linear(width, context_dim)
+        self.norm_out = nn.LayerNorm(context_dim)
+        heads, inner = max(1, width // config.resampler_head_dim), width * config.resampler_ff_mult
+        self.layers = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    PerceiverAttention(width, heads, config.resampler_head_dim),
+                    nn.Sequential(
+                        nn.LayerNorm(width),
+                        nn.Linear(width, inner, bias=False),
+                        nn.GELU(),
+                        nn.Linear(inner, width, bias=False),
+                    ),
+                ]
+            )
+            for _ in range(config.resampler_depth)
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, T, E] to [B, N, D]."""
+        latents = self.latents.expand(len(features), -1, -1)
+        features = self.proj_in(features)
+        for attention, feed_forward in self.layers:  # type: ignore[misc]
+            latents = latents + attention(features, latents)
+            latents = latents + feed_forward(latents)
+        return self.norm_out(self.proj_out(latents))
+
+
+@VARIANTS.register("plus")
+class Plus(Variant):
+    """Penultimate CLIP features through a resampler to 16 (or any number of) tokens."""
+
+    Config = PlusConfig
+    feature = "penultimate"
+
+    @classmethod
+    def projector(cls, config: Part, *, context_dim: int, feature_dim: int, feature_length: int) -> nn.Module:
+        """See `Variant.projector`."""
+        assert isinstance(config, PlusConfig)
+        for name, fixed in (("depth", DEPTH), ("head_dim", HEAD_DIM), ("ff_mult", EXPANSION)):
+            value = getattr(config, f"resampler_{name}")
+            if value != fixed:
+                raise Problem(
+                    f"resampler_{name} {value}: diffusers would load the file and compute it with {fixed}",
+                    where=f"--resampler_{name}",
+                    remedy=f"leave it at {fixed}",
+                )
+        width = config.resampler_dim or max(HEAD_DIM, min(context_dim, MAX_WIDTH) // HEAD_DIM * HEAD_DIM)
+        if width % HEAD_DIM:
+            remedy = f"take a multiple of {HEAD_DIM}"
+            raise Problem(f"resampler_dim {width} does not divide into heads", where="--resampler_dim", remedy=remedy)
+        return Resampler(config, feature_dim, context_dim, width)
+
+    @classmethod
+    def owns(cls, shapes: Shapes) -> bool:
+        """Learned queries under `latents`."""
+        return "latents" in shapes and "proj_in.weight" in shapes
+
+    @classmethod
+    def facts(cls, shapes: Shapes) -> dict[str, int]:
+        """Everything but the head width can be read off the shapes."""
+        width, feature_dim = shapes["proj_in.weight"]
+        return {
+            "num_tokens": shapes["latents"][1],
+            "feature_dim": feature_dim,
+            "context_dim": shapes["proj_out.weight"][0],
+            "resampler_dim": width,
+            "resampler_depth": len({key.split(".")[1] for key in shapes if key.startswith("layers.")}),
+            "resampler_heads": shapes["layers.0.0.to_q.weight"][0] // HEAD_DIM,
+            "resampler_ff_mult": shapes["layers.0.1.1.weight"][0] // width,
+        }
+
+    @classmethod
+    def refusals(cls, shapes: Shapes) -> dict[Reader, str]:
+        """diffusers fixes depth and expansion; ComfyUI also fixes the tokens, and the heads by family."""
+        facts, why = cls.facts(shapes), {}
+        if "pos_emb.weight" in shapes:
+            why["diffusers"] = "ignores the position embedding and computes something else"
+        for name, fixed in (("depth", DEPTH), ("ff_mult", EXPANSION)):
+            if facts[f"resampler_{name}"] != fixed:
+                why["diffusers"] = why["comfy"] = f"computes a resampler of {name} {fixed}, the file has another"
+        if facts["num_tokens"] != 16:
+            why.setdefault("comfy", f"builds 16 tokens, the file has {facts['num_tokens']}")
+        heads = 20 if facts["context_dim"] == 2048 else 12
+        if facts["resampler_heads"] != heads:
+            why.setdefault("comfy", f"builds {heads} heads, the file has {facts['resampler_heads']}")
+        return why

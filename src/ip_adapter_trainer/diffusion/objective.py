@@ -1,0 +1,101 @@
+"""Variance-preserving diffusion as training sees it: noisy latents, target, weight.
+
+Written on diffusers' `DDPMScheduler` and `compute_snr`. With x the latents, e the noise and a_t the cumulative alpha
+(Ho et al. 2006.11239, eq. 4; Salimans & Ho 2202.00512, eq. 6)::
+
+    x_t = sqrt(a_t) x + sqrt(1 - a_t) e
+    target = e (epsilon) | sqrt(a_t) e - sqrt(1 - a_t) x (v_prediction) | x (sample)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from ip_adapter_trainer.core.errors import Problem, did_you_mean
+from ip_adapter_trainer.core.rng import stream
+from ip_adapter_trainer.core.settings import Part
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+class ObjectiveConfig(Part):
+    """What is predicted and how errors are weighed."""
+
+    prediction_type: str = Field(
+        "auto", description="epsilon, v_prediction or sample; auto: as the scheduler's config says."
+    )
+    noise_offset: float = Field(0.0, ge=0, description="Weight of a constant per image and channel added to the noise.")
+    snr_gamma: float | None = Field(
+        None, gt=0, description="Gamma of min-SNR loss weights (arXiv 2303.09556); 5.0 is usual."
+    )
+
+
+class NoiseProcess:
+    """The base model's own noise process, read from its scheduler's config."""
+
+    def __init__(self, scheduler_config: Any, config: ObjectiveConfig) -> None:
+        from diffusers import DDPMScheduler
+
+        self.config = config
+        self.scheduler: Any = DDPMScheduler.from_config(scheduler_config)
+        self.prediction = config.prediction_type
+        if self.prediction == "auto":
+            self.prediction = str(self.scheduler.config.prediction_type)
+        if self.prediction not in PREDICTIONS:
+            what, remedy = f"unknown prediction type {self.prediction!r}", did_you_mean(self.prediction, PREDICTIONS)
+            raise Problem(what, where="--prediction_type", remedy=remedy)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of discrete timesteps."""
+        return int(self.scheduler.config.num_train_timesteps)
+
+    def draw(self, seed: int, indices: Sequence[int], shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+        """Noise [B, C, h, w] and uniform timesteps [B] of the given image indices, from their counter streams."""
+        import numpy as np
+        import torch
+
+        noise = np.empty((len(indices), *shape), np.float32)
+        timesteps = np.empty(len(indices), np.int64)
+        for place, index in enumerate(indices):
+            rng = stream(seed, "noise", index)
+            rng.standard_normal(out=noise[place], dtype=np.float32)
+            if self.config.noise_offset:
+                noise[place] += self.config.noise_offset * rng.standard_normal((shape[0], 1, 1), dtype=np.float32)
+            timesteps[place] = stream(seed, "timestep", index).integers(self.num_timesteps)
+        return torch.from_numpy(noise), torch.from_numpy(timesteps)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t of latents, noise [B, C, h, w] and timesteps [B]."""
+        noisy: Tensor = self.scheduler.add_noise(latents, noise, timesteps)
+        return noisy
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the denoiser should say, [B, C, h, w]."""
+        if self.prediction == "epsilon":
+            return noise
+        if self.prediction == "sample":
+            return latents
+        velocity: Tensor = self.scheduler.get_velocity(latents, noise, timesteps)
+        return velocity
+
+    def weights(self, timesteps: Tensor) -> Tensor:
+        """Loss weights [B]: ones, or min(SNR, gamma) over the weight that the prediction type implies by itself.
+
+        Squared errors of epsilon, v and x weigh the error in x by SNR, SNR + 1 and 1 (2303.09556, section 3.4).
+        """
+        import torch
+        from diffusers.training_utils import compute_snr
+
+        if self.config.snr_gamma is None:
+            return torch.ones_like(timesteps, dtype=torch.float32)
+        snr = compute_snr(self.scheduler, timesteps).float()
+        implied = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[self.prediction]
+        return snr.clamp(max=self.config.snr_gamma) / implied.clamp(min=1e-8)

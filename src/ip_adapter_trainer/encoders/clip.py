@@ -1,0 +1,110 @@
+"""The CLIP image encoder, its preprocessing and its two kinds of feature.
+
+Preprocessing and the "no picture" feature follow what diffusers does at inference, because an adapter must see in
+training what its users will feed it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ip_adapter_trainer.core.errors import Problem
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from transformers import CLIPVisionModelWithProjection
+
+FeatureKind = Literal["image_embeds", "penultimate"]
+
+
+class ClipPreprocess:
+    """RGB picture to normalised pixels [3, S, S]: short side to S (bicubic), centre crop, CLIP mean and deviation.
+
+    The same as `CLIPImageProcessor(size=S, crop_size=S)`, which is what diffusers makes for any encoder.
+    """
+
+    def __init__(self, side_px: int) -> None:
+        from transformers import CLIPImageProcessorPil
+
+        self.side_px = side_px
+        self._processor = CLIPImageProcessorPil(size={"shortest_edge": side_px}, crop_size=side_px)
+
+    def __call__(self, picture: Image) -> Tensor:
+        """One RGB picture to [3, S, S]."""
+        pixels = self._processor(images=picture, return_tensors="np")["pixel_values"][0]
+        return torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32))
+
+
+class ClipImageEncoder:
+    """A frozen `CLIPVisionModelWithProjection` of any size.
+
+    Attributes:
+        side_px: input side S of the encoder.
+        preprocess: RGB picture to [3, S, S].
+    """
+
+    def __init__(self, model: CLIPVisionModelWithProjection, name: str) -> None:
+        self.model, self.name = model.eval().requires_grad_(False), name
+        self.side_px = int(model.config.image_size)
+        self.preprocess = ClipPreprocess(self.side_px)
+        self._null: dict[FeatureKind, Tensor] = {}
+
+    @classmethod
+    def load(cls, path: str, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> ClipImageEncoder:
+        """Loads a folder or hub id; a folder that holds the encoder under `image_encoder/` will do.
+
+        Raises:
+            Problem: nothing there, or not a CLIP vision model.
+        """
+        from transformers import CLIPVisionModelWithProjection
+
+        folder = Path(path)
+        inner = folder / "image_encoder"
+        source = str(inner) if not (folder / "config.json").exists() and (inner / "config.json").exists() else path
+        try:
+            model = CLIPVisionModelWithProjection.from_pretrained(source, dtype=dtype)
+        except (OSError, ValueError) as error:
+            what = f"cannot load the image encoder: {str(error).splitlines()[0]}"
+            raise Problem(
+                what, where=path, remedy="give a folder or hub id of a CLIPVisionModelWithProjection"
+            ) from error
+        return cls(model.to(device), path)
+
+    @property
+    def config(self) -> Any:
+        """The vision model's own config."""
+        return self.model.config
+
+    def width(self, kind: FeatureKind) -> int:
+        """Last dimension of a feature: the projection for `image_embeds`, the hidden size for `penultimate`."""
+        return int(self.config.projection_dim if kind == "image_embeds" else self.config.hidden_size)
+
+    def length(self, kind: FeatureKind) -> int:
+        """Number of feature vectors of one picture: 1, or CLS and every patch."""
+        return 1 if kind == "image_embeds" else (self.side_px // int(self.config.patch_size)) ** 2 + 1
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, kind: FeatureKind) -> Tensor:
+        """Features of preprocessed pixels [B, 3, S, S]: [B, E] for `image_embeds`, [B, T, E] for `penultimate`."""
+        pixels = pixels.to(self.model.device, self.model.dtype)
+        if kind == "image_embeds":
+            return self.model(pixels).image_embeds
+        return self.model(pixels, output_hidden_states=True).hidden_states[-2]
+
+    def null(self, kind: FeatureKind) -> Tensor:
+        """The feature that loaders feed as "no picture", with a batch of one.
+
+        Zeros for `image_embeds`; for `penultimate` the encoding of all-zero pixels, zero after normalisation.
+        """
+        if kind not in self._null:
+            if kind == "image_embeds":
+                value = torch.zeros(1, self.width(kind), dtype=self.model.dtype, device=self.model.device)
+            else:
+                value = self.encode(torch.zeros(1, 3, self.side_px, self.side_px), kind)
+            self._null[kind] = value
+        return self._null[kind]

@@ -1,0 +1,114 @@
+"""What a family is, the registry of all of them, and how one is recognised from its folder."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ip_adapter_trainer.core.errors import Problem, did_you_mean
+from ip_adapter_trainer.core.registry import Registry
+from ip_adapter_trainer.core.settings import Part
+from ip_adapter_trainer.core.types import Geometry, Site, TextCondition
+
+
+class Family(ABC):
+    """One frozen text-to-image base model.
+
+    A subclass lives in a file of its own and registers a name. The training loop sees this interface only.
+
+    Attributes:
+        pipeline: the loaded diffusers pipeline, which also samples.
+        denoiser: the frozen network that the adapter is attached to.
+        context_dim: width of the tokens its cross-attention reads.
+    """
+
+    Config: ClassVar[type[Part]]
+    pipeline: Any
+    denoiser: nn.Module
+    context_dim: int
+    name: str
+
+    @classmethod
+    @abstractmethod
+    def matches(cls, model_index: Mapping[str, Any]) -> bool:
+        """Whether a pipeline with this `model_index.json` belongs to the family."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, path: str, config: Part, *, dtype: torch.dtype, device: torch.device | str) -> Family:
+        """Loads every frozen part from a pipeline folder or hub id."""
+
+    @abstractmethod
+    def sites(self) -> list[Site]:
+        """The cross-attention layers, in the order and numbering of the adapter file contract."""
+
+    @abstractmethod
+    def site_weights(self, site: Site) -> tuple[Tensor, Tensor]:
+        """The frozen text `to_k` and `to_v` weights of a site, each [width, context_dim]: the pair's initial values."""
+
+    @abstractmethod
+    def install(self, processors: Mapping[str, Any]) -> dict[str, Any]:
+        """Puts processors, by site name, in place of the denoiser's own; returns the ones they replaced."""
+
+    @abstractmethod
+    def processors(self) -> dict[str, Any]:
+        """The processors now in place, by site name."""
+
+    @abstractmethod
+    def encode_text(self, texts: Sequence[str], geometry: Sequence[Geometry]) -> TextCondition:
+        """Text condition of B prompts; the empty prompt is encoded as the pipeline encodes its unconditional."""
+
+    @abstractmethod
+    def encode_latents(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        """Scaled latents [B, C, h, w] of pixels [B, 3, H, W], sampled from the posterior with the given normal noise."""
+
+    @abstractmethod
+    def latent_shape(self, height_px: int, width_px: int) -> tuple[int, int, int]:
+        """Shape (C, h, w) of the latents of a picture."""
+
+    @abstractmethod
+    def predict(self, noisy: Tensor, timesteps: Tensor, text: TextCondition) -> Tensor:
+        """The denoiser's output [B, C, h, w] for noisy latents and timesteps [B]."""
+
+
+FAMILIES: Registry[Family] = Registry("families", "ip_adapter_trainer.families")
+
+
+def _model_index(path: str) -> dict[str, Any]:
+    local = Path(path)
+    try:
+        if local.exists():
+            file = local / "model_index.json"
+        else:
+            from huggingface_hub import hf_hub_download
+
+            file = Path(hf_hub_download(path, "model_index.json"))
+        index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return index
+    except Exception as error:
+        what = "cannot read model_index.json of the base model"
+        remedy = "give a diffusers pipeline folder, or a hub id while the hub can be reached"
+        raise Problem(what, where=f"{path} ({type(error).__name__})", remedy=remedy) from error
+
+
+def family_of(path: str, name: str = "auto") -> str:
+    """The family of a pipeline folder or hub id; a name other than "auto" is only checked to exist.
+
+    Raises:
+        Problem: an unknown name, no pipeline there, or a pipeline of no known family.
+    """
+    if name != "auto":
+        FAMILIES[name]
+        return name
+    index = _model_index(path)
+    for candidate, entry in FAMILIES.items():
+        if entry.matches(index):
+            return candidate
+    found = str(index.get("_class_name"))
+    raise Problem(f"no family for a {found}", where=path, remedy=did_you_mean(found, FAMILIES))

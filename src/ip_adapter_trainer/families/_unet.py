@@ -1,0 +1,101 @@
+"""What all families with a `UNet2DConditionModel` share: sites, their numbering, latents, prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.types import Site, TextCondition
+from ip_adapter_trainer.families._family import Family
+
+PROCESSOR = ".processor"
+
+
+def load_pipeline(cls: Any, path: str, *, dtype: torch.dtype, device: torch.device | str, **kwargs: Any) -> Any:
+    """Loads a pipeline's frozen parts; the VAE stays in fp32 where its config says it overflows in half precision.
+
+    Raises:
+        Problem: a folder or hub id that diffusers cannot load.
+    """
+    try:
+        pipeline = cls.from_pretrained(path, torch_dtype=dtype, **kwargs)
+    except (OSError, ValueError, TypeError) as error:
+        what = f"cannot load the base model: {str(error).splitlines()[0]}"
+        raise Problem(what, where=path, remedy="give a diffusers pipeline folder or a hub id") from error
+    if pipeline.vae.config.get("force_upcast", False):
+        pipeline.vae.to(torch.float32)
+    pipeline.to(device)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval().requires_grad_(False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+class UNetFamily(Family):
+    """A family whose denoiser is a `UNet2DConditionModel` and whose pictures live in an `AutoencoderKL`."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
+        self.denoiser = pipeline.unet
+        dim = self.denoiser.config.cross_attention_dim
+        if not isinstance(dim, int):
+            what = f"the UNet's cross_attention_dim is {dim}, one width for all blocks is needed"
+            raise Problem(what, where="unet/config.json", remedy="no adapter file could describe this model")
+        self.context_dim = dim
+
+    def sites(self) -> list[Site]:
+        """N counts every attention processor in module order (down, up, mid), so cross-attention has the odd ones."""
+        found = []
+        for number, key in enumerate(self.denoiser.attn_processors):
+            name = key.removesuffix(PROCESSOR)
+            if name.endswith("attn2"):
+                width, context_dim = self.denoiser.get_submodule(name).to_k.weight.shape
+                found.append(Site(number, name, width, context_dim))
+        return found
+
+    def site_weights(self, site: Site) -> tuple[Tensor, Tensor]:
+        """See `Family.site_weights`."""
+        layer = self.denoiser.get_submodule(site.name)
+        return layer.to_k.weight, layer.to_v.weight
+
+    def install(self, processors: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Family.install`."""
+        replaced = {}
+        for name, processor in processors.items():
+            layer = self.denoiser.get_submodule(name)
+            if layer.group_norm is not None or layer.spatial_norm is not None or layer.residual_connection:
+                raise Problem("this attention layer has norms that no adapter was made for", where=name)
+            replaced[name] = layer.processor
+            layer.set_processor(processor)
+        return replaced
+
+    def processors(self) -> dict[str, Any]:
+        """See `Family.processors`."""
+        return {site.name: self.denoiser.get_submodule(site.name).processor for site in self.sites()}
+
+    def latent_shape(self, height_px: int, width_px: int) -> tuple[int, int, int]:
+        """See `Family.latent_shape`."""
+        factor = 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
+        return int(self.pipeline.vae.config.latent_channels), height_px // factor, width_px // factor
+
+    @torch.no_grad()
+    def encode_latents(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        """See `Family.encode_latents`; normalised by `latents_mean` and `latents_std` where the VAE has them."""
+        vae = self.pipeline.vae
+        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        latents = posterior.mean + posterior.std * noise.to(vae.device, vae.dtype)
+        config = vae.config
+        if getattr(config, "latents_mean", None) and getattr(config, "latents_std", None):
+            mean, std = (latents.new_tensor(v).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
+            return (latents - mean) * config.scaling_factor / std
+        return latents * config.scaling_factor
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, text: TextCondition) -> Tensor:
+        """See `Family.predict`."""
+        extra = text.extra or None
+        return self.denoiser(noisy, timesteps, text.context, added_cond_kwargs=extra, return_dict=False)[0]

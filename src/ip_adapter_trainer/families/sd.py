@@ -1,0 +1,40 @@
+"""Stable Diffusion 1.x and 2.x: one text encoder; epsilon or v-prediction, as the scheduler's config says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ip_adapter_trainer.core.settings import Part
+from ip_adapter_trainer.core.types import Geometry, TextCondition
+from ip_adapter_trainer.families._family import FAMILIES
+from ip_adapter_trainer.families._unet import UNetFamily, load_pipeline
+
+
+@FAMILIES.register("sd")
+class StableDiffusion(UNetFamily):
+    """SD1.x and SD2.x."""
+
+    Config = Part
+    name = "sd"
+
+    @classmethod
+    def matches(cls, model_index: Mapping[str, Any]) -> bool:
+        """The pipeline class of both generations."""
+        return model_index.get("_class_name") == "StableDiffusionPipeline"
+
+    @classmethod
+    def load(cls, path: str, config: Part, *, dtype: torch.dtype, device: torch.device | str) -> StableDiffusion:
+        """See `Family.load`."""
+        from diffusers import StableDiffusionPipeline
+
+        without = {"safety_checker": None, "requires_safety_checker": False, "image_encoder": None}
+        return cls(load_pipeline(StableDiffusionPipeline, path, dtype=dtype, device=device, **without))
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str], geometry: Sequence[Geometry]) -> TextCondition:
+        """Last hidden states of the text encoder, by the pipeline's own rules; geometry plays no part."""
+        context, _ = self.pipeline.encode_prompt(list(texts), self.pipeline.device, 1, False)
+        return TextCondition(context)

@@ -1,0 +1,51 @@
+"""Stable Diffusion XL: two text encoders and micro-conditioning on size and crop (arXiv 2307.01952, section 2.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ip_adapter_trainer.core.settings import Part
+from ip_adapter_trainer.core.types import Geometry, TextCondition
+from ip_adapter_trainer.families._family import FAMILIES
+from ip_adapter_trainer.families._unet import UNetFamily, load_pipeline
+
+
+@FAMILIES.register("sdxl")
+class StableDiffusionXL(UNetFamily):
+    """SDXL base models."""
+
+    Config = Part
+    name = "sdxl"
+
+    @classmethod
+    def matches(cls, model_index: Mapping[str, Any]) -> bool:
+        """The SDXL text-to-image pipeline."""
+        return model_index.get("_class_name") == "StableDiffusionXLPipeline"
+
+    @classmethod
+    def load(cls, path: str, config: Part, *, dtype: torch.dtype, device: torch.device | str) -> StableDiffusionXL:
+        """See `Family.load`."""
+        from diffusers import StableDiffusionXLPipeline
+
+        without = {"image_encoder": None, "add_watermarker": False}
+        return cls(load_pipeline(StableDiffusionXLPipeline, path, dtype=dtype, device=device, **without))
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str], geometry: Sequence[Geometry]) -> TextCondition:
+        """Both encoders' penultimate states side by side, the pooled embedding, and six numbers of geometry a picture.
+
+        Where the pipeline zeroes the empty prompt (`force_zeros_for_empty_prompt`), an empty text is zeros here too:
+        the encoding of "" is not what it feeds as unconditional.
+        """
+        context, _, pooled, _ = self.pipeline.encode_prompt(
+            list(texts), device=self.pipeline.device, do_classifier_free_guidance=False
+        )
+        if self.pipeline.config.force_zeros_for_empty_prompt:
+            named = torch.tensor([bool(text) for text in texts], device=context.device, dtype=context.dtype)
+            context, pooled = context * named[:, None, None], pooled * named[:, None]
+        numbers = [[*g.original_px, *g.crop_px, *g.target_px] for g in geometry]
+        time_ids = torch.tensor(numbers, device=context.device, dtype=context.dtype)
+        return TextCondition(context, {"text_embeds": pooled, "time_ids": time_ids})

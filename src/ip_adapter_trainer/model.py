@@ -1,0 +1,157 @@
+"""The one place where a family meets a variant: build, attach, project, predict, detach; the adapter's state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ip_adapter_trainer.adapters import Variant
+from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.settings import Part
+from ip_adapter_trainer.core.types import Site, TextCondition
+from ip_adapter_trainer.encoders import ClipImageEncoder
+from ip_adapter_trainer.families import Family
+from ip_adapter_trainer.nn.attention import DecoupledProcessor, ImageKeyValue, ImagePrompt
+
+
+class Adapter(nn.Module):
+    """Everything that is trained. Its state-dict keys are the published training checkpoint's.
+
+    `image_proj_model.*` is the projector, `adapter_modules.N.to_{k,v}_ip.weight` the pairs. Weights are fp32 masters.
+    """
+
+    def __init__(self, projector: nn.Module, sites: list[Site]) -> None:
+        super().__init__()
+        self.image_proj_model = projector
+        self.adapter_modules = nn.ModuleDict({str(s.number): ImageKeyValue(s.context_dim, s.width) for s in sites})
+
+    def published(self) -> dict[str, dict[str, Tensor]]:
+        """The two tables of a published adapter file."""
+        return {"image_proj": self.image_proj_model.state_dict(), "ip_adapter": self.adapter_modules.state_dict()}
+
+    def load_published(self, tables: Mapping[str, Mapping[str, Tensor]], where: str) -> None:
+        """Loads a published file's tables, every key and shape checked before any weight is changed.
+
+        Raises:
+            Problem: missing, unexpected or wrongly shaped tensors, each named.
+        """
+        targets = {"image_proj": self.image_proj_model, "ip_adapter": self.adapter_modules}
+        faults = [f for name, target in targets.items() for f in _differences(name, target.state_dict(), tables[name])]
+        if faults:
+            shown = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
+            remedy = "check --variant, --num_tokens, the base model and the image encoder against `ip-adapter inspect`"
+            raise Problem(f"the adapter file does not fit this model: {shown}", where=where, remedy=remedy)
+        for name, target in targets.items():
+            target.load_state_dict(dict(tables[name]))
+
+
+def _differences(table: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Iterator[str]:
+    for key in sorted(mine.keys() | theirs.keys()):
+        if key not in theirs:
+            yield f"{table}.{key} is missing"
+        elif key not in mine:
+            yield f"{table}.{key} is not expected"
+        elif mine[key].shape != theirs[key].shape:
+            yield f"{table}.{key} is {list(theirs[key].shape)}, expected {list(mine[key].shape)}"
+
+
+class Model:
+    """A frozen base model, a frozen image encoder and an adapter between them.
+
+    Usage::
+
+        model = Model(family, encoder, VARIANTS["plus"], config)
+        with model.attached():
+            features = model.features(pixels, drop)
+            prediction = model.predict(noisy, timesteps, text, model.project(features))
+    """
+
+    def __init__(self, family: Family, encoder: ClipImageEncoder, variant: type[Variant], config: Part) -> None:
+        self.family, self.encoder, self.variant = family, encoder, variant
+        kind = variant.feature
+        projector = variant.projector(
+            config,
+            context_dim=family.context_dim,
+            feature_dim=encoder.width(kind),
+            feature_length=encoder.length(kind),
+        )
+        self.sites = family.sites()
+        self.adapter = Adapter(projector, self.sites)
+        self._copy_frozen_pairs()
+        self.prompt = ImagePrompt()
+        self._originals: dict[str, object] | None = None
+
+    @torch.no_grad()
+    def _copy_frozen_pairs(self) -> None:
+        """K' and V' start as the text's own K and V: "to speed up the convergence" (paper, section 3.2.2)."""
+        for site in self.sites:
+            pair = self.adapter.adapter_modules[str(site.number)]
+            assert isinstance(pair, ImageKeyValue)
+            key, value = self.family.site_weights(site)
+            pair.to_k_ip.weight.copy_(key)
+            pair.to_v_ip.weight.copy_(value)
+
+    @property
+    def num_tokens(self) -> int:
+        """Image tokens of one picture."""
+        with torch.no_grad():
+            return self.project(self.encoder.null(self.variant.feature)).shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute dtype: that of the frozen denoiser."""
+        return next(self.family.denoiser.parameters()).dtype
+
+    def attach(self) -> None:
+        """Puts the adapter into the denoiser's cross-attention layers."""
+        assert self._originals is None, "attached twice"
+        own = self.family.processors()
+        pairs = self.adapter.adapter_modules
+        processors = {
+            s.name: DecoupledProcessor(pairs[str(s.number)], self.prompt, own[s.name])  # type: ignore[arg-type]
+            for s in self.sites
+        }
+        self._originals = self.family.install(processors)
+
+    def detach(self) -> None:
+        """Puts the denoiser's own processors back; the base model is what it was."""
+        assert self._originals is not None, "not attached"
+        self.family.install(self._originals)
+        self._originals = None
+        self.prompt.tokens = None
+
+    @contextmanager
+    def attached(self) -> Iterator[Model]:
+        """Attaches for the length of a `with` block."""
+        self.attach()
+        try:
+            yield self
+        finally:
+            self.detach()
+
+    @torch.no_grad()
+    def features(self, prompt_pixels: Tensor, drop: Tensor | None = None) -> Tensor:
+        """Image features of [B, 3, S, S]; where `drop` [B] is true, the loaders' own "no picture" feature."""
+        kind = self.variant.feature
+        features = self.encoder.encode(prompt_pixels, kind)
+        if drop is None or not bool(drop.any()):
+            return features
+        mask = drop.to(features.device).view(-1, *[1] * (features.ndim - 1))
+        return torch.where(mask, self.encoder.null(kind).to(features.dtype), features)
+
+    def project(self, features: Tensor) -> Tensor:
+        """Tokens [B, N, context_dim] of features, in the compute dtype; autocast around the small projector alone."""
+        device = features.device.type
+        with torch.autocast(device, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            tokens = self.adapter.image_proj_model(features if self.dtype != torch.float32 else features.float())
+        return tokens.to(self.dtype)
+
+    def predict(
+        self, noisy: Tensor, timesteps: Tensor, text: TextCondition, tokens: Tensor | None, scale: float = 1.0
+    ) -> Tensor:
+        """The denoiser's output with image tokens [B, N, context_dim]; None or scale 0 is the base model."""
+        self.prompt.tokens, self.prompt.scale = tokens, scale
+        return self.family.predict(noisy, timesteps, text)

@@ -22,7 +22,7 @@ def load_pipeline(cls: Any, path: str, *, dtype: torch.dtype, device: torch.devi
         Problem: a folder or hub id that diffusers cannot load.
     """
     try:
-        pipeline = cls.from_pretrained(path, torch_dtype=dtype, **kwargs)
+        pipeline = cls.from_pretrained(path, dtype=dtype, **kwargs)
     except (OSError, ValueError, TypeError) as error:
         what = f"cannot load the base model: {str(error).splitlines()[0]}"
         raise Problem(what, where=path, remedy="give a diffusers pipeline folder or a hub id") from error

@@ -1,0 +1,100 @@
+"""Real pipelines and encoders of a few thousand parameters, in the ordinary folder layouts, with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+from ip_adapter_trainer.pocket import models
+
+Base = Literal["sd1", "sd2v", "sdxl"]
+BASES: tuple[Base, ...] = ("sd1", "sd2v", "sdxl")
+CONTEXT_DIM = {"sd1": 64, "sd2v": 128, "sdxl": 128}
+
+
+def _vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_size=32,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+    )  # fmt: skip
+
+
+def _text(width: int, projected: bool) -> Any:
+    words = models.tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=width, intermediate_size=2 * width, projection_dim=width, num_hidden_layers=3,
+        num_attention_heads=2, max_position_embeddings=models.MAX_TOKENS, bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
+    )  # fmt: skip
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+
+
+def _unet(kind: Base) -> UNet2DConditionModel:
+    shared: dict[str, Any] = {
+        "sample_size": 8, "block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8,
+        "cross_attention_dim": CONTEXT_DIM[kind],
+    }  # fmt: skip
+    if kind == "sdxl":
+        return UNet2DConditionModel(
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2), attention_head_dim=(2, 4), use_linear_projection=True,
+            addition_embed_type="text_time", addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=64 + 6 * 8, **shared,
+        )  # fmt: skip
+    return UNet2DConditionModel(
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2 if kind == "sd1" else (2, 4), use_linear_projection=kind == "sd2v", **shared,
+    )  # fmt: skip
+
+
+def make_base(folder: Path, kind: Base = "sd1", seed: int = 0) -> Path:
+    """Writes a pipeline folder; `sd2v` predicts v, `sdxl` has two text encoders and micro-conditioning."""
+    torch.manual_seed(seed)
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1, prediction_type="v_prediction" if kind == "sd2v" else "epsilon",
+    )  # fmt: skip
+    parts: dict[str, Any] = {
+        "vae": _vae(),
+        "unet": _unet(kind),
+        "scheduler": scheduler,
+        "tokenizer": models.tokenizer(),
+    }
+    if kind == "sdxl":
+        parts |= {
+            "tokenizer_2": models.tokenizer(),
+            "text_encoder": _text(64, False),
+            "text_encoder_2": _text(64, True),
+        }
+        StableDiffusionXLPipeline(**parts).save_pretrained(folder)
+    else:
+        parts |= {"text_encoder": _text(CONTEXT_DIM[kind], False), "safety_checker": None, "feature_extractor": None}
+        StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(folder)
+    return folder
+
+
+def make_encoder(folder: Path, *, hidden: int = 48, projection: int = 40, side_px: int = 32, seed: int = 1) -> Path:
+    """Writes a `CLIPVisionModelWithProjection` folder of 8 px patches."""
+    torch.manual_seed(seed)
+    config = CLIPVisionConfig(
+        hidden_size=hidden, intermediate_size=2 * hidden, projection_dim=projection, num_hidden_layers=3,
+        num_attention_heads=4, image_size=side_px, patch_size=8,
+    )  # fmt: skip
+    CLIPVisionModelWithProjection(config).save_pretrained(folder)
+    return folder

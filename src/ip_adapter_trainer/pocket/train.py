@@ -1,4 +1,4 @@
-"""The three trainings behind the pocket base: autoencoder, CLIP, denoiser.
+"""The trainings behind the pocket base: autoencoder, CLIP, its image tower alone, denoiser.
 
 Each is a `Stage`: modules, a loss as a function of the step alone, and a number of steps. Step k draws everything from
 counter streams keyed by (seed, stage, k), so a killed build goes on from its last save as if nothing had happened.
@@ -7,7 +7,6 @@ counter streams keyed by (seed, stage, k), so a killed build goes on from its la
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from ip_adapter_trainer.pocket import models, world
 from ip_adapter_trainer.pocket.world import Scene
 
 POOL_IMAGES = 20_000
+DENOISER_POOL_IMAGES = 40_000
 _SAVE_EVERY_S = 120.0
 
 
@@ -108,7 +108,7 @@ def _save(
     if ema:
         state["ema"] = ema.state_dict()
     torch.save(state, file.with_suffix(".tmp"))
-    os.replace(file.with_suffix(".tmp"), file)
+    file.with_suffix(".tmp").replace(file)
 
 
 def _restore(file: Path, stage: Stage, optimizer: torch.optim.Optimizer, ema: EMAModel | None) -> tuple[int, float]:
@@ -145,19 +145,41 @@ def _partial_caption(scene: Scene, rng: np.random.Generator, full: float) -> tup
     return tuple(name for name in world.ATTRIBUTES if rng.random() < 0.5)
 
 
-def clip_stage(seed: int, pool: Pool, steps: int = 1500, batch: int = 128) -> Stage:
-    """Contrastive training in which every picture that fits a caption counts as its partner.
+def _normalised(pool: Pool, index: np.ndarray) -> Tensor:
+    """The chosen pictures as the image encoder sees them, [B, 3, S, S]."""
+    processor = models.image_processor()
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
+    return ((pool.pixels(index) + 1) / 2 - mean) / std
 
-    Captions repeat in a small world, so the usual one-to-one targets would punish right answers. Targets here are
-    uniform over all matching pairs of the batch.
+
+def _tokens(texts: list[str]) -> Tensor:
+    """Padded token ids [B, MAX_TOKENS]."""
+    ids: Tensor = models.tokenizer()(
+        texts, padding="max_length", max_length=models.MAX_TOKENS, return_tensors="pt"
+    ).input_ids
+    return ids
+
+
+def _contrast(logits: Tensor, match: Tensor) -> Tensor:
+    """Symmetric cross-entropy of logits [texts, pictures] against uniform targets over all matching pairs."""
+    by_text = -(match / match.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
+    by_picture = -(match / match.sum(0, keepdim=True) * logits.log_softmax(0)).sum(0).mean()
+    return (by_text + by_picture) / 2
+
+
+def _codes(scenes: list[Scene]) -> np.ndarray:
+    """Attribute values as integers, [N, 4]."""
+    return np.array([[values.index(getattr(s, name)) for name, values in world.ATTRIBUTES.items()] for s in scenes])
+
+
+def clip_stage(seed: int, pool: Pool, steps: int = 1500, batch: int = 128) -> Stage:
+    """Contrastive training of both towers, in which every picture that fits a caption counts as its partner.
+
+    Captions repeat in a small world, so the usual one-to-one targets would punish right answers.
     """
     torch.manual_seed(seed + 1)
     net: CLIPModel = models.clip()
-    words, processor = models.tokenizer(), models.image_processor()
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
-    codes = np.array(
-        [[values.index(getattr(s, name)) for name, values in world.ATTRIBUTES.items()] for s in pool.scenes]
-    )
+    codes = _codes(pool.scenes)
 
     def loss(step: int) -> Tensor:
         rng = stream(seed, "pocket-clip", step)
@@ -167,28 +189,56 @@ def clip_stage(seed: int, pool: Pool, steps: int = 1500, batch: int = 128) -> St
         asked = np.array([[name in n for name in world.ATTRIBUTES] for n in named])  # [B, 4]
         differs = codes[index][:, None, :] != codes[index][None, :, :]  # [caption, picture, 4]
         match = torch.from_numpy(~(differs & asked[:, None, :]).any(-1)).float()
-        pixels = ((pool.pixels(index) + 1) / 2 - mean) / std
-        tokens = words(texts, padding="max_length", max_length=models.MAX_TOKENS, return_tensors="pt")
-        logits = net(input_ids=tokens.input_ids, attention_mask=None, pixel_values=pixels).logits_per_text
-        by_text = -(match / match.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
-        by_picture = -(match / match.sum(0, keepdim=True) * logits.log_softmax(0)).sum(0).mean()
-        return (by_text + by_picture) / 2
+        out = net(input_ids=_tokens(texts), attention_mask=None, pixel_values=_normalised(pool, index))
+        return _contrast(out.logits_per_text, match)
 
     return Stage("clip", net, loss, steps, lr=1e-3)
+
+
+def vision_stage(seed: int, pool: Pool, clip: CLIPModel, steps: int = 2000, groups: int = 22) -> Stage:
+    """The image tower goes on alone against the locked text tower (LiT, arXiv 2111.07991), on hard batches.
+
+    A batch holds groups of pictures that differ in nothing named but the shape, the attribute that a small ViT learns
+    last; among random pictures colour alone tells most pairs apart.
+    """
+    clip.text_model.requires_grad_(False)
+    clip.text_projection.requires_grad_(False)
+    codes = _codes(pool.scenes)
+    by_combination: dict[tuple[int, ...], list[int]] = {}
+    for place, code in enumerate(codes):
+        by_combination.setdefault(tuple(code), []).append(place)
+    rests = sorted({key[1:] for key in by_combination})
+
+    def loss(step: int) -> Tensor:
+        rng = stream(seed, "pocket-vision", step)
+        chosen = [rests[i] for i in rng.choice(len(rests), groups, replace=False)]
+        keys = [(s, *rest) for rest in chosen for s in range(len(world.SHAPES)) if (s, *rest) in by_combination]
+        index = np.array([rng.choice(by_combination[key]) for key in keys])
+        texts = [world.caption(pool.scenes[i]) for i in index]
+        out = clip(input_ids=_tokens(texts), attention_mask=None, pixel_values=_normalised(pool, index))
+        return _contrast(out.logits_per_text, torch.eye(len(index)))
+
+    return Stage("vision", clip, loss, steps, lr=6e-4)
 
 
 @torch.no_grad()
 def encode_pool(vae: AutoencoderKL, pool: Pool) -> tuple[Tensor, Tensor]:
     """Posterior mean and standard deviation of every picture, each [N, 4, h, w], unscaled."""
-    parts = [vae.encode(pool.pixels(index)).latent_dist for index in np.array_split(np.arange(len(pool.scenes)), 200)]
+    parts = [vae.encode(pool.pixels(i)).latent_dist for i in np.array_split(np.arange(len(pool.scenes)), 200)]
     return torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts])
+
+
+def fix_scaling_factor(vae: AutoencoderKL, pool: Pool) -> None:
+    """Sets `scaling_factor` so that sampled latents of the pool have unit deviation, as latent diffusion assumes."""
+    mean, std = encode_pool(vae, Pool(pool.scenes[:4000], pool.pictures[:4000]))
+    vae.register_to_config(scaling_factor=round(float((mean.var() + std.square().mean()).rsqrt()), 4))
 
 
 @torch.no_grad()
 def encode_texts(clip: CLIPModel, texts: list[str]) -> Tensor:
     """The text encoder's last hidden states [B, MAX_TOKENS, TEXT_WIDTH], as the pipeline computes them."""
-    tokens = models.tokenizer()(texts, padding="max_length", max_length=models.MAX_TOKENS, return_tensors="pt")
-    return clip.text_model(input_ids=tokens.input_ids).last_hidden_state
+    hidden: Tensor = clip.text_model(input_ids=_tokens(texts)).last_hidden_state
+    return hidden
 
 
 def denoiser_stage(

@@ -127,9 +127,9 @@ def _outline(shape: str) -> np.ndarray:
         radius = np.where(np.arange(10) % 2 == 0, 0.56, 0.235)
         return radius[:, None] * np.stack([np.cos(corners), np.sin(corners)], 1)
     if shape == "cross":
-        arm, half = 0.5, 0.165
-        return np.array([(-half, -arm), (half, -arm), (half, -half), (arm, -half), (arm, half), (half, half), (half, arm),
-                         (-half, arm), (-half, half), (-arm, half), (-arm, -half), (-half, -half)])  # fmt: skip
+        a, h = 0.5, 0.165  # arm length, half of an arm's width
+        return np.array([(-h, -a), (h, -a), (h, -h), (a, -h), (a, h), (h, h), (h, a), (-h, a), (-h, h), (-a, h), (-a, -h),
+                         (-h, -h)])  # fmt: skip
     if shape == "heart":
         x = 16 * np.sin(turn) ** 3
         y = -(13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn))

@@ -1,0 +1,129 @@
+"""Builds every weight of the pocket base: `python -m ip_adapter_trainer.pocket.build --work DIR`.
+
+Stages: `autoencoder` and `clip`, then `vision` and `denoiser`, then `pack`; the two of a pair may run side by side. Each is seeded, goes on from its last save when started again, and must pass its gate
+(`gates.py`) before what builds on it begins. `pack` writes the weights into the package and `weights/build.json` with steps, times and the oracle's scores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.pocket import gates, lay, models, train
+
+STAGES = ("autoencoder", "clip", "vision", "denoiser", "pack")
+
+
+def log(line: str) -> None:
+    """Prints at once, also into a file."""
+    print(line, flush=True)
+
+
+def finished(name: str, net: Any, folder: Path) -> Any:
+    """A stage's final network, from `folder`.
+
+    Raises:
+        Problem: the stage has not been trained to its end and passed its gate.
+    """
+    file = folder / f"{name}.final"
+    if not file.exists():
+        raise Problem(f"stage {name} has not passed its gate", where=str(file), remedy=f"run --stage {name} first")
+    net.load_state_dict(torch.load(file, weights_only=True))
+    return net.eval()
+
+
+def finish(stage: train.Stage, scores: dict[str, float], folder: Path) -> None:
+    """Keeps a stage's final weights and what its gate saw."""
+    spent_s = torch.load(folder / f"{stage.name}.state", weights_only=True)["spent_s"]
+    torch.save(stage.net.state_dict(), folder / f"{stage.name}.final")
+    record = {"steps": stage.steps, "seconds": round(spent_s), "scores": scores}
+    (folder / f"{stage.name}.json").write_text(json.dumps(record, indent=1))
+    log(f"{stage.name}: {record}")
+
+
+def build_autoencoder(seed: int, folder: Path) -> None:
+    """Trains and gates the autoencoder."""
+    stage = train.autoencoder_stage(seed, train.make_pool(seed))
+    train.run(stage, folder, log)
+    scores = gates.reconstruction(stage.net.eval(), seed)
+    log(f"autoencoder keeps {scores}")
+    gates.demand("autoencoder", scores, gates.AUTOENCODER_GATE)
+    finish(stage, scores, folder)
+
+
+def build_clip(seed: int, folder: Path) -> None:
+    """Trains both towers; the text tower is final after this, the image tower is gated after `vision`."""
+    stage = train.clip_stage(seed, train.make_pool(seed))
+    train.run(stage, folder, log)
+    finish(stage, gates.probe(stage.net.eval(), seed), folder)
+
+
+def build_vision(seed: int, folder: Path) -> None:
+    """Trains the image tower on and gates it."""
+    stage = train.vision_stage(seed, train.make_pool(seed), finished("clip", models.clip(), folder).train())
+    train.run(stage, folder, log)
+    scores = gates.probe(stage.net.eval(), seed)
+    log(f"a linear probe on the image feature reads {scores}")
+    gates.demand("image encoder", scores, gates.ENCODER_GATE)
+    finish(stage, scores, folder)
+
+
+def build_denoiser(seed: int, folder: Path) -> None:
+    """Trains and gates the denoiser on the finished encoders."""
+    vae, clip = finished("autoencoder", models.autoencoder(), folder), finished("clip", models.clip(), folder)
+    pool = train.make_pool(seed, train.DENOISER_POOL_IMAGES)
+    train.fix_scaling_factor(vae, pool)
+    stage = train.denoiser_stage(seed, pool, vae, clip)
+    train.run(stage, folder, log)
+    scores = gates.base_draws_text(lay.assemble(vae, stage.net.eval(), clip), seed)
+    log(f"of {gates.BASE_CAPTIONS} unseen captions the base draws {scores}")
+    gates.demand("base", scores, gates.BASE_GATE)
+    finish(stage, scores, folder)
+
+
+def pack(seed: int, folder: Path) -> None:
+    """Writes the package's weights (autoencoder and denoiser in fp16) and gates what they read back as."""
+    vae, clip = finished("autoencoder", models.autoencoder(), folder), finished("vision", models.clip(), folder)
+    train.fix_scaling_factor(vae, train.make_pool(seed, train.DENOISER_POOL_IMAGES))
+    unet = finished("denoiser", models.unet(), folder)
+    lay.save_weights(vae, unet, clip)
+    scores = gates.base_draws_text(lay.pipeline(), seed)
+    gates.demand("packed base", scores, gates.BASE_GATE)
+    record = {name: json.loads((folder / f"{name}.json").read_text()) for name in STAGES[:-1]}
+    record |= {"packed": {"scores": scores}, "seed": seed, "torch": torch.__version__}
+    (models.weights_dir() / "build.json").write_text(json.dumps(record, indent=1) + "\n")
+    log(f"packed: {scores}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one stage or all of them in order; 0 when every gate is passed, 2 otherwise."""
+    parser = argparse.ArgumentParser(prog="python -m ip_adapter_trainer.pocket.build", description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="folder for saves; start again to go on")
+    parser.add_argument("--stage", choices=("all", *STAGES), default="all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    options.work.mkdir(parents=True, exist_ok=True)
+    run: dict[str, Callable[[int, Path], None]] = {
+        "autoencoder": build_autoencoder, "clip": build_clip, "vision": build_vision, "denoiser": build_denoiser,
+        "pack": pack,
+    }  # fmt: skip
+    try:
+        for stage in STAGES if options.stage == "all" else (options.stage,):
+            run[stage](options.seed, options.work)
+    except Problem as problem:
+        print(problem, file=sys.stderr)
+        return problem.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,123 @@
+"""The packed pocket base: saved into the package, read from it, and laid out as ordinary folders for anyone to try."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.rng import stream
+from ip_adapter_trainer.pocket import models, world
+from ip_adapter_trainer.pocket.world import Scene
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, CLIPVisionModelWithProjection
+
+
+def assemble(vae: Any, unet: Any, clip: CLIPModel) -> Any:
+    """An ordinary StableDiffusionPipeline of the parts; the text encoder is CLIP's own text tower."""
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPTextModel
+
+    text = CLIPTextModel(clip.config.text_config)
+    text.load_state_dict(clip.text_model.state_dict() if hasattr(text, "embeddings") else _nested(clip))
+    pipeline = StableDiffusionPipeline(
+        vae=vae, unet=unet, text_encoder=text.eval(), tokenizer=models.tokenizer(), scheduler=models.scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _nested(clip: CLIPModel) -> dict[str, Any]:
+    return {f"text_model.{key}": value for key, value in clip.text_model.state_dict().items()}
+
+
+def image_encoder(clip: CLIPModel) -> CLIPVisionModelWithProjection:
+    """CLIP's image tower with its projection."""
+    from transformers import CLIPVisionModelWithProjection
+
+    encoder = CLIPVisionModelWithProjection(clip.config.vision_config)
+    wanted = encoder.state_dict()
+    encoder.load_state_dict({key: value for key, value in clip.state_dict().items() if key in wanted})
+    return encoder.eval()
+
+
+def save_weights(vae: Any, unet: Any, clip: CLIPModel) -> None:
+    """Writes the package's weights: autoencoder and denoiser in fp16, CLIP in fp32.
+
+    diffusers reads any file as fp32 unless told otherwise; transformers would keep fp16 and users' CPUs would crawl.
+    """
+    folder = models.weights_dir()
+    for name, net in (("vae", vae), ("unet", unet)):
+        net.half().save_pretrained(folder / name)
+        net.float()
+    clip.save_pretrained(folder / "clip")
+
+
+def _require_weights() -> Path:
+    folder = models.weights_dir()
+    if not (folder / "build.json").exists():
+        remedy = "build them: python -m ip_adapter_trainer.pocket.build --work DIR"
+        raise Problem("this installation has no pocket weights", where=str(folder), remedy=remedy)
+    return folder
+
+
+def clip() -> CLIPModel:
+    """The packed CLIP, both towers."""
+    from transformers import CLIPModel
+
+    return CLIPModel.from_pretrained(_require_weights() / "clip").eval()
+
+
+def pipeline() -> Any:
+    """The packed base as a pipeline, fp32."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    folder = _require_weights()
+    vae, unet = AutoencoderKL.from_pretrained(folder / "vae"), UNet2DConditionModel.from_pretrained(folder / "unet")
+    return assemble(vae.eval(), unet.eval(), clip())
+
+
+def training_pairs(seed: int, count: int) -> list[tuple[Scene, Scene]]:
+    """Target and image prompt for each row: the same but for the shape and the pose.
+
+    A prompt that shows the target itself would also tell its shape; another shape teaches the adapter to leave the
+    shape to the text.
+    """
+    rng = stream(seed, "pocket-pairs")
+    pairs = []
+    for _ in range(count):
+        target = world.random_scene(rng)
+        other = Scene(**{**target.attributes(), "shape": str(rng.choice(world.SHAPES))})
+        pairs.append((target, world.random_pose(other, rng)))
+    return pairs
+
+
+def write_pairs(folder: Path, pairs: list[tuple[Scene, Scene]]) -> None:
+    """Writes `images/*.png` and `data.json`, the published format with a prompt image; captions name the shape only."""
+    from PIL import Image
+
+    images = folder / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, (target, prompt) in enumerate(pairs):
+        names = [f"{number:05d}.png", f"{number:05d}_prompt.png"]
+        for name, scene in zip(names, (target, prompt), strict=True):
+            Image.fromarray(world.render(scene)).save(images / name)
+        text = world.caption(target, ["shape"])
+        rows.append({"image_file": names[0], "text": text, "prompt_image_file": names[1]})
+    (folder / "data.json").write_text(json.dumps(rows, indent=0) + "\n", encoding="utf-8")
+
+
+def lay(folder: Path, *, rows: int = 2000, seed: int = 0) -> None:
+    """Lays `base/`, `image_encoder/`, `clip/`, `images/` and `data.json` in a folder, ready for every command."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pipeline().save_pretrained(folder / "base")
+    towers = clip()
+    image_encoder(towers).save_pretrained(folder / "image_encoder")
+    towers.save_pretrained(folder / "clip")
+    models.tokenizer().save_pretrained(folder / "clip")
+    models.image_processor().save_pretrained(folder / "clip")
+    write_pairs(folder, training_pairs(seed, rows))

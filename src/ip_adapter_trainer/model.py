@@ -105,6 +105,11 @@ class Model:
         """Compute dtype: that of the frozen denoiser."""
         return next(self.family.denoiser.parameters()).dtype
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether the adapter is in the denoiser's layers now."""
+        return self._originals is not None
+
     def attach(self) -> None:
         """Puts the adapter into the denoiser's cross-attention layers."""
         assert self._originals is None, "attached twice"
@@ -131,6 +136,14 @@ class Model:
             yield self
         finally:
             self.detach()
+
+    def checkpoint_activations(self) -> None:
+        """Lets the denoiser recompute activations in the backward pass: less memory for a second forward.
+
+        diffusers does so in training mode only; the frozen nets here have no dropout, so the mode changes nothing else.
+        """
+        self.family.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+        self.family.denoiser.train()
 
     @torch.no_grad()
     def features(self, prompt_pixels: Tensor, drop: Tensor | None = None) -> Tensor:

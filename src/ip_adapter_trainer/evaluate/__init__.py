@@ -1,0 +1,1 @@
+"""Is it learning, and what does it draw: validation losses, samples, grids, generation and scores."""

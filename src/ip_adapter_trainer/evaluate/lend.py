@@ -1,0 +1,35 @@
+"""Borrowing a model from whoever owns it, a training loop above all, and giving it back as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ip_adapter_trainer.model import Model
+
+Poll = Callable[[], None]  # called between forward passes; raises `core.errors.Stopped` when the run is to stop
+
+
+def no_poll() -> None:
+    """The poll of a caller whom nobody stops."""
+
+
+@contextmanager
+def lent(model: Model) -> Iterator[None]:
+    """The adapter attached, in evaluation mode, without gradients; all as it was found after, whatever is raised."""
+    was_attached, was_training = model.is_attached, model.adapter.training
+    tokens, scale = model.prompt.tokens, model.prompt.scale
+    if not was_attached:
+        model.attach()
+    model.adapter.eval()
+    try:
+        # Not inference_mode: the encoder keeps its null feature, and training needs that one afterwards.
+        with torch.no_grad():
+            yield
+    finally:
+        model.adapter.train(was_training)
+        if not was_attached:
+            model.detach()
+        model.prompt.tokens, model.prompt.scale = tokens, scale

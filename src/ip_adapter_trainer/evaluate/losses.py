@@ -1,0 +1,181 @@
+"""Validation losses: the same rows, noise and timesteps every time, with the right image, a wrong one and none.
+
+A training loss hardly moves while an adapter learns. The gap between the right image and a wrong one under equal noise
+is the answer: it is zero for an adapter that ignores its picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ip_adapter_trainer.core.rng import stream
+from ip_adapter_trainer.core.types import Batch
+from ip_adapter_trainer.diffusion.objective import NoiseProcess
+from ip_adapter_trainer.evaluate.lend import Poll, lent, no_poll
+from ip_adapter_trainer.model import Model
+
+BANDS = 5  # equal bands of timesteps; every row is looked at once in each
+RIGHT, SHUFFLED, NONE = "right", "shuffled", "none"  # whose image a row is shown
+Table = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How much the loss of a row rises when it is not shown its own image, over all rows."""
+
+    mean: float
+    standard_error: float  # of the mean, from the rows' paired differences
+    loss: float  # with the right image
+
+    @property
+    def relative(self) -> float:
+        """As a fraction of the loss with the right image."""
+        return self.mean / self.loss
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether the rise is more than two standard errors."""
+        return self.mean > 2 * self.standard_error
+
+    def __str__(self) -> str:
+        return f"{self.relative:+.2%} ± {self.standard_error / self.loss:.2%}"
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """Mean squared errors against the target, unweighted, on fixed rows. One row alone has no `shuffled`."""
+
+    losses: dict[str, float]  # by whose image was shown: right, shuffled, none
+    gaps: dict[str, Gap]  # shuffled, none
+    by_band: dict[tuple[int, int], float]  # with the right image, by a band's first and last timestep
+
+    def as_metrics(self) -> dict[str, float]:
+        """Flat numbers for trackers and JSON."""
+        metrics = {"validation/loss": self.losses[RIGHT]}
+        for name, gap in self.gaps.items():
+            metrics[f"validation/loss_{name}"] = self.losses[name]
+            metrics[f"validation/gap_{name}"] = gap.mean
+            metrics[f"validation/gap_{name}_relative"] = gap.relative
+        for (first, last), loss in self.by_band.items():
+            metrics[f"validation/loss_t{first:04d}-{last:04d}"] = loss
+        return metrics
+
+    def summary(self) -> str:
+        """One line: is the image prompt being used?"""
+        words = {SHUFFLED: "with shuffled images", NONE: "without image"}
+        gaps = ", ".join(f"{words[name]} {gap}" for name, gap in self.gaps.items())
+        if self.gaps.get(SHUFFLED, self.gaps[NONE]).is_sure:
+            answer = "the image prompt is used"
+        elif self.gaps[NONE].is_sure:
+            answer = "an image helps, but the right one no more than another"
+        else:
+            answer = "no sign yet that the image prompt is used"
+        return f"validation loss {self.losses[RIGHT]:.4f}; {gaps}: {answer}"
+
+
+def validation_losses(
+    model: Model, process: NoiseProcess, batches: Sequence[Batch], seed: int, poll: Poll = no_poll
+) -> ValidationReport:
+    """Measures an adapter on fixed rows.
+
+    Timesteps, noise and latents are drawn from each row's own counter (`Batch.index`) and the shuffle from all of them
+    in order, so neither the size nor the order of the batches matters. Captions are kept; drop flags are not read.
+
+    Args:
+        model: attached or not; it is given back as it was found.
+        process: the noise process; its loss weights and noise offset are left out, so that runs can be compared.
+        batches: at least one row in all, each index once.
+        seed: validation's own seed.
+        poll: called before every forward pass.
+    """
+    indices = sorted(int(i) for batch in batches for i in batch.index)
+    assert indices and len(set(indices)) == len(indices), "each row once"
+    shown = [RIGHT, SHUFFLED, NONE] if len(indices) > 1 else [RIGHT, NONE]
+    errors: dict[str, Table] = {name: np.zeros((len(indices), BANDS)) for name in shown}
+    with lent(model):
+        features = _features(model, batches, indices, poll)
+        others = _others(len(indices), seed)
+        for batch in batches:
+            rows = [indices.index(int(i)) for i in batch.index]
+            images = {RIGHT: features[rows], SHUFFLED: features[others[rows]], NONE: _no_image(model, features[rows])}
+            tokens = {name: model.project(images[name]) for name in shown}
+            for name, band, row_errors in _errors(model, process, batch, tokens, seed, poll):
+                errors[name][rows, band] = row_errors
+    return _report(errors, _edges(process))
+
+
+def _features(model: Model, batches: Sequence[Batch], indices: list[int], poll: Poll) -> Tensor:
+    """Image features [R, ...] of all rows, in the order of their indices."""
+    found: dict[int, Tensor] = {}
+    for batch in batches:
+        poll()
+        found.update(zip(batch.index.tolist(), model.features(batch.prompt_pixels), strict=True))
+    return torch.stack([found[i] for i in indices])
+
+
+def _others(rows: int, seed: int) -> NDArray[np.int64]:
+    """For each row, the row whose image it is wrongly shown: one cycle through all rows, so never its own."""
+    cycle = stream(seed, "validation-shuffle").permutation(rows)
+    others = np.empty(rows, np.int64)
+    others[cycle] = np.roll(cycle, 1)
+    return others
+
+
+def _no_image(model: Model, features: Tensor) -> Tensor:
+    return model.encoder.null(model.variant.feature).expand_as(features)
+
+
+def _edges(process: NoiseProcess) -> list[int]:
+    """The first timestep of each band, and the end."""
+    return [process.num_timesteps * band // BANDS for band in range(BANDS + 1)]
+
+
+def _draw(process: NoiseProcess, batch: Batch, shape: tuple[int, int, int], seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Posterior noise [B, C, h, w], noise [B, BANDS, C, h, w] and timesteps [B, BANDS] of a batch's rows."""
+    edges = np.array(_edges(process))
+    posterior, noise, timesteps = [], [], []
+    for index in batch.index.tolist():
+        posterior.append(stream(seed, "validation-posterior", index).standard_normal(shape, np.float32))
+        noise.append(stream(seed, "validation-noise", index).standard_normal((BANDS, *shape), np.float32))
+        timesteps.append(stream(seed, "validation-timestep", index).integers(edges[:-1], edges[1:]))
+    p, n, t = (torch.from_numpy(np.stack(drawn)) for drawn in (posterior, noise, timesteps))
+    return p, n, t
+
+
+def _errors(
+    model: Model, process: NoiseProcess, batch: Batch, tokens: dict[str, Tensor], seed: int, poll: Poll
+) -> Iterator[tuple[str, int, Table]]:
+    """Name of the image shown, band, and mean squared errors [B], for every image and band."""
+    poll()
+    family, device = model.family, model.family.pipeline.device
+    posterior, noise, timesteps = _draw(process, batch, family.latent_shape(*batch.pixels.shape[-2:]), seed)
+    latents = family.encode_latents(batch.pixels, posterior).to(device, torch.float32)
+    text = family.encode_text(batch.text, batch.geometry)
+    for band in range(BANDS):
+        t, e = timesteps[:, band].to(device), noise[:, band].to(device)
+        noisy, target = process.add_noise(latents, e, t).to(model.dtype), process.target(latents, e, t)
+        for name, image in tokens.items():
+            poll()
+            prediction = model.predict(noisy, t, text, image).float()
+            yield name, band, (prediction - target).square().mean((1, 2, 3)).double().cpu().numpy()
+
+
+def _report(errors: dict[str, Table], edges: list[int]) -> ValidationReport:
+    """Means, paired gaps and bands of errors [R, BANDS]."""
+    by_row = {name: table.mean(1) for name, table in errors.items()}
+    losses = {name: float(row.mean()) for name, row in by_row.items()}
+    gaps = {name: _gap(by_row[name] - by_row[RIGHT], losses[RIGHT]) for name in by_row if name != RIGHT}
+    bands = {(edges[b], edges[b + 1] - 1): float(errors[RIGHT][:, b].mean()) for b in range(BANDS)}
+    return ValidationReport(losses, gaps, bands)
+
+
+def _gap(differences: Table, loss: float) -> Gap:
+    rows = len(differences)
+    error = float(differences.std(ddof=1)) / rows**0.5 if rows > 1 else 0.0
+    return Gap(float(differences.mean()), error, loss)

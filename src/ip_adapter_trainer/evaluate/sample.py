@@ -1,0 +1,152 @@
+"""Pictures from a base model with the adapter attached, by the base model's own diffusers pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ip_adapter_trainer.core.rng import key, stream
+from ip_adapter_trainer.evaluate.config import Scheduler
+from ip_adapter_trainer.evaluate.lend import Poll, lent, no_poll
+from ip_adapter_trainer.model import Model
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_SCHEDULERS = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "dpm++": "DPMSolverMultistepScheduler"}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn; the defaults are the paper's (section 4.1.3: 50 steps of DDIM, guidance 7.5)."""
+
+    height_px: int
+    width_px: int
+    steps: int = 50
+    guidance_scale: float = 7.5  # at most 1: without classifier-free guidance
+    scale: float = 1.0  # weight of the image prompt; 0 is the base model's own picture, bit for bit
+    scheduler: Scheduler = "ddim"
+    negative_prompt: str = ""
+    batch_images: int = 8
+
+
+def native_size_px(model: Model) -> tuple[int, int]:
+    """Height and width that the base model was made for."""
+    config: Any = model.family.denoiser.config
+    side = config.sample_size
+    height, width = (side, side) if isinstance(side, int) else side
+    _, rows, columns = model.family.latent_shape(1024, 1024)
+    return height * 1024 // rows, width * 1024 // columns
+
+
+@torch.no_grad()
+def image_tokens(model: Model, references: Sequence[Sequence[Image]]) -> Tensor:
+    """Tokens [P, n * N, D] of P image prompts of n RGB pictures each.
+
+    The tokens of one prompt's pictures stand side by side in one attention, as diffusers does with a list of pictures
+    for one adapter.
+    """
+    assert len({len(pictures) for pictures in references}) == 1, "as many pictures in every prompt"
+    pixels = torch.stack([model.encoder.preprocess(picture) for pictures in references for picture in pictures])
+    tokens = model.project(model.features(pixels))  # [P * n, N, D]
+    return tokens.reshape(len(references), -1, tokens.shape[-1])
+
+
+@torch.no_grad()
+def null_tokens(model: Model, length: int) -> Tensor:
+    """Tokens [1, length, D] of "no picture", repeated to the length of the tokens that they stand against."""
+    tokens = model.project(model.encoder.null(model.variant.feature))
+    return tokens.repeat(1, length // tokens.shape[1], 1)
+
+
+def initial_latents(model: Model, seeds: Sequence[int], height_px: int, width_px: int) -> Tensor:
+    """Unit normal latents [P, C, h, w]; each picture's from its own seed, so on every device the same."""
+    shape = model.family.latent_shape(height_px, width_px)
+    noise = np.stack([stream(seed, "sample").standard_normal(shape, dtype=np.float32) for seed in seeds])
+    return torch.from_numpy(noise).to(model.family.pipeline.device, model.dtype)
+
+
+def sample(
+    model: Model,
+    tokens: Tensor | None,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    how: Sampling,
+    poll: Poll = no_poll,
+) -> list[Image]:
+    """Draws one picture for each of P prompts.
+
+    Args:
+        model: attached or not; it is given back as it was found, its pipeline's scheduler too.
+        tokens: image prompts [P, M, D] from `image_tokens`, or [1, M, D] for all; None: the base model.
+        prompts: P text prompts.
+        seeds: P seeds, of which each decides its own picture's noise and nothing else.
+        how: size, steps, guidance, scale.
+        poll: called before the first step and after every one.
+    """
+    assert len(prompts) == len(seeds)
+    if tokens is not None:
+        tokens = tokens.expand(len(prompts), -1, -1)
+    pictures: list[Image] = []
+    with lent(model), _scheduler(model.family.pipeline, how.scheduler):
+        model.prompt.scale = how.scale
+        for start in range(0, len(prompts), how.batch_images):
+            part = slice(start, start + how.batch_images)
+            poll()
+            model.prompt.tokens = None if tokens is None else _guided(model, tokens[part], how.guidance_scale)
+            pictures += _draw(model, prompts[part], seeds[part], how, poll)
+    return pictures
+
+
+def _guided(model: Model, tokens: Tensor, guidance_scale: float) -> Tensor:
+    """The tokens [P or 2P, M, D] of one forward pass: a guided pipeline runs "no picture" first, in the same batch."""
+    distilled = getattr(model.family.denoiser.config, "time_cond_proj_dim", None) is not None
+    if guidance_scale <= 1 or distilled:
+        return tokens
+    return torch.cat([null_tokens(model, tokens.shape[1]).expand_as(tokens), tokens])
+
+
+def _draw(model: Model, prompts: Sequence[str], seeds: Sequence[int], how: Sampling, poll: Poll) -> list[Image]:
+    """One call of the pipeline."""
+
+    def after_step(pipeline: Any, step: int, timestep: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        poll()
+        last = step == pipeline.num_timesteps - 1
+        # A VAE kept in fp32 beside a half precision denoiser cannot decode half precision latents.
+        return {"latents": state["latents"].to(pipeline.vae.dtype)} if last else {}
+
+    negative = [how.negative_prompt] * len(prompts) if how.negative_prompt else None  # None: the pipeline's own empty
+    steps = [torch.Generator().manual_seed(key(seed, "sample-steps") % 2**63) for seed in seeds]
+    output = model.family.pipeline(
+        list(prompts),
+        negative_prompt=negative,
+        height=how.height_px,
+        width=how.width_px,
+        num_inference_steps=how.steps,
+        guidance_scale=how.guidance_scale,
+        latents=initial_latents(model, seeds, how.height_px, how.width_px),
+        generator=steps,
+        callback_on_step_end=after_step,
+    )
+    pictures: list[Image] = output.images
+    return pictures
+
+
+@contextmanager
+def _scheduler(pipeline: Any, name: Scheduler) -> Iterator[None]:
+    """A fresh scheduler for a while, made from the config of the pipeline's own one, which stays untouched."""
+    import diffusers
+
+    own = pipeline.scheduler
+    kind = type(own) if name == "auto" else getattr(diffusers, _SCHEDULERS[name])
+    pipeline.scheduler = kind.from_config(own.config)
+    try:
+        yield
+    finally:
+        pipeline.scheduler = own

@@ -1,0 +1,107 @@
+"""Validation losses: repeatable, free of batching, and a gap where an adapter has learned its pictures."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from ip_adapter_trainer.core.errors import Stopped
+from ip_adapter_trainer.diffusion.objective import NoiseProcess, ObjectiveConfig
+from ip_adapter_trainer.evaluate.losses import BANDS, _others, validation_losses
+from ip_adapter_trainer.model import Model
+from tests.evaluate.things import batch, process
+
+
+def test_the_same_report_twice_bit_for_bit_on_every_model(model: Model) -> None:
+    rows = [batch(model, [0, 1, 2])]
+    first = validation_losses(model, process(model), rows, seed=1)
+    assert first == validation_losses(model, process(model), rows, seed=1)
+    assert first != validation_losses(model, process(model), rows, seed=2)
+    assert not model.is_attached and model.prompt.tokens is None
+
+
+def test_neither_batch_size_nor_order_matters(sd1: Model) -> None:
+    whole = validation_losses(sd1, process(sd1), [batch(sd1, [3, 5, 8, 9])], seed=0).as_metrics()
+    parts = validation_losses(sd1, process(sd1), [batch(sd1, [9, 3, 8]), batch(sd1, [5])], seed=0).as_metrics()
+    assert whole == pytest.approx(parts, rel=1e-4, abs=1e-7)
+
+
+def test_metrics_are_json_and_bands_average_to_the_loss(sd1: Model) -> None:
+    report = validation_losses(sd1, process(sd1), [batch(sd1, [0, 1])], seed=0)
+    metrics = json.loads(json.dumps(report.as_metrics()))
+    bands = [value for name, value in metrics.items() if name.startswith("validation/loss_t")]
+    assert len(bands) == BANDS and np.mean(bands) == pytest.approx(metrics["validation/loss"])
+    assert [*report.by_band][0::4] == [(0, 199), (800, 999)]
+    for name in ("shuffled", "none"):
+        gap = metrics[f"validation/loss_{name}"] - metrics["validation/loss"]
+        assert metrics[f"validation/gap_{name}"] == pytest.approx(gap, abs=1e-9)
+        assert metrics[f"validation/gap_{name}_relative"] == pytest.approx(gap / metrics["validation/loss"], abs=1e-9)
+
+
+def test_one_row_has_no_shuffle(sd1: Model) -> None:
+    report = validation_losses(sd1, process(sd1), [batch(sd1, [4])], seed=0)
+    assert set(report.losses) == {"right", "none"} and set(report.gaps) == {"none"}
+    assert "validation/loss_shuffled" not in report.as_metrics() and "shuffled" not in report.summary()
+
+
+@pytest.mark.parametrize("rows", [2, 3, 7, 50])
+def test_nobody_is_shuffled_onto_its_own_image(rows: int) -> None:
+    others = _others(rows, seed=3)
+    assert sorted(others) == list(range(rows)) and all(others != np.arange(rows))
+
+
+def colours(pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Latents that keep a picture's colours, as those of a random autoencoder do not."""
+    small = torch.nn.functional.avg_pool2d(pixels, 4)
+    return torch.cat([small, small.mean(1, keepdim=True)], 1)
+
+
+def overfit(model: Model, known: NoiseProcess, numbers: list[int], steps: int) -> None:
+    """Teaches the adapter the latents of a few rows from their pictures, under noise that hides them."""
+    rows, shape = batch(model, numbers), model.family.latent_shape(32, 32)
+    features, text = model.features(rows.prompt_pixels), model.family.encode_text(rows.text, rows.geometry)
+    latents = model.family.encode_latents(rows.pixels, torch.zeros(len(rows), *shape))
+    optimizer = torch.optim.AdamW(model.adapter.parameters(), lr=1e-2)
+    with model.attached():
+        for step in range(steps):
+            noise, t = known.draw(0, range(step * len(rows), (step + 1) * len(rows)), shape)
+            prediction = model.predict(known.add_noise(latents, noise, t), t, text, model.project(features))
+            loss = (prediction - known.target(latents, noise, t)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+def test_an_adapter_that_knows_its_rows_shows_the_gap(sd1: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sd1.family, "encode_latents", colours)
+    numbers = [0, 1, 2, 3, 4, 5]
+    known = NoiseProcess(sd1.family.pipeline.scheduler.config, ObjectiveConfig(prediction_type="sample"))
+    fresh = validation_losses(sd1, known, [batch(sd1, numbers)], seed=0)
+    overfit(sd1, known, numbers, steps=40)
+    learned = validation_losses(sd1, known, [batch(sd1, numbers)], seed=0)
+    assert learned.losses["right"] < fresh.losses["right"]
+    assert learned.gaps["shuffled"].is_sure and learned.gaps["none"].mean > 0
+    assert "no sign" in fresh.summary() and learned.summary().endswith("the image prompt is used")
+
+
+def test_a_stop_passes_through_and_leaves_the_model_as_found(sd1: Model) -> None:
+    calls = 0
+
+    def poll() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise Stopped(143)
+
+    for attached in (False, True):
+        calls = 0
+        if attached:
+            sd1.attach()
+        sd1.prompt.scale = 0.25
+        with pytest.raises(Stopped):
+            validation_losses(sd1, process(sd1), [batch(sd1, [0, 1])], seed=0, poll=poll)
+        assert sd1.is_attached == attached and sd1.prompt.scale == 0.25 and sd1.adapter.training
+        assert torch.is_grad_enabled()

@@ -1,0 +1,88 @@
+"""Files named by others: opened only when regular, found only under their root."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from pathlib import Path, PureWindowsPath
+from typing import BinaryIO
+
+from ip_adapter_trainer.core.errors import Problem
+
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
+_ALLOW = "give a path under the root, or pass --allow_outside_root if these files are trusted"
+
+
+class NotRegularError(OSError):
+    """The name is of a folder, pipe, socket or device."""
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a regular file for reading; never waits for a pipe's writer and never touches a device.
+
+    Raises:
+        NotRegularError: the path is something else than a file.
+        OSError: missing or not readable.
+    """
+    _demand_regular(path, path.stat())  # before opening: opening some devices has effects
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    stream = os.fdopen(os.open(path, flags), "rb")
+    try:
+        _demand_regular(path, os.fstat(stream.fileno()))  # after opening: the name may have changed hands
+    except OSError:
+        stream.close()
+        raise
+    return stream
+
+
+def _demand_regular(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise NotRegularError(errno.EINVAL, "not a regular file", str(path))
+
+
+def refusal(name: str, *, allow_outside: bool = False) -> tuple[str, str] | None:
+    """Why a name in a data file is refused on sight, with a remedy; None if nothing speaks against it.
+
+    The disk is not asked, so links are not seen: `safe_join` sees them.
+    """
+    if not name:
+        return "the path is empty", "name a file"
+    if "\0" in name:
+        return "the path holds a NUL character", "remove it"
+    if _URL.match(name):
+        return "the path is a URL", "download the file; nothing is fetched while training"
+    if os.name == "posix" and "\\" in name:
+        return "the path holds a backslash", "write it with '/'"
+    if allow_outside:
+        return None
+    spelled = PureWindowsPath(name)  # both slashes separate
+    if spelled.root or (os.name == "nt" and ":" in name):
+        return "the path is absolute", _ALLOW
+    if ".." in spelled.parts:
+        return "the path holds '..'", _ALLOW
+    return None
+
+
+def safe_join(root: Path, name: str, *, allow_outside: bool = False) -> Path:
+    """The resolved path of `name` under `root`; refused if it leaves the root, by spelling or by a link.
+
+    Args:
+        root: a resolved folder.
+        name: as found in a data file.
+        allow_outside: absolute paths, `..` and links that leave are taken as they are.
+
+    Raises:
+        Problem: refused.
+    """
+    refused = refusal(name, allow_outside=allow_outside)
+    if refused is not None:
+        raise Problem(refused[0], where=repr(name), remedy=refused[1])
+    try:
+        path = (root / name).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, links in a circle, characters no file name has
+        raise Problem(f"no file can have this path ({error})", where=repr(name), remedy="correct it") from error
+    if not allow_outside and not path.is_relative_to(root):
+        raise Problem("the path leaves the root through a link", where=repr(name), remedy=_ALLOW)
+    return path

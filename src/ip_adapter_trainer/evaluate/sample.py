@@ -53,9 +53,16 @@ def image_tokens(model: Model, references: Sequence[Sequence[Image]]) -> Tensor:
     for one adapter.
     """
     assert len({len(pictures) for pictures in references}) == 1, "as many pictures in every prompt"
-    pixels = torch.stack([model.encoder.preprocess(picture) for pictures in references for picture in pictures])
-    tokens = model.project(model.features(pixels))  # [P * n, N, D]
+    tokens = tokens_of(
+        model, torch.stack([model.encoder.preprocess(picture) for pictures in references for picture in pictures])
+    )
     return tokens.reshape(len(references), -1, tokens.shape[-1])
+
+
+@torch.no_grad()
+def tokens_of(model: Model, pixels: Tensor) -> Tensor:
+    """Tokens [B, N, D] of preprocessed pixels [B, 3, S, S]."""
+    return model.project(model.features(pixels))
 
 
 @torch.no_grad()

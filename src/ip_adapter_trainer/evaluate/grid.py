@@ -1,0 +1,91 @@
+"""The picture grid: reference | scale 0 | 0.5 | 1, one row an image prompt, the same noise along a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ip_adapter_trainer.core.types import Batch
+from ip_adapter_trainer.evaluate.config import ValidationConfig
+from ip_adapter_trainer.evaluate.lend import Poll, no_poll
+from ip_adapter_trainer.evaluate.sample import Sampling, image_tokens, sample, tokens_of
+from ip_adapter_trainer.evaluate.sheet import lay_out
+from ip_adapter_trainer.model import Model
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SCALES = (0.0, 0.5, 1.0)
+HEADINGS = ("reference", *(f"scale {scale:g}" for scale in SCALES))
+
+
+def grid(
+    model: Model,
+    references: Sequence[Image],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    how: Sampling,
+    poll: Poll = no_poll,
+) -> Image:
+    """The grid of some RGB pictures, a row each.
+
+    Args:
+        model: attached or not; it is given back as it was found.
+        references: the image prompts.
+        prompts: a text for each; those that are not empty are printed beneath their rows.
+        seeds: one for each row.
+        how: size, steps, guidance; its scale is not used.
+        poll: called before the first step of every drawing and after every step.
+    """
+    tokens = image_tokens(model, [[reference] for reference in references])
+    return lay_out(HEADINGS, _rows(model, references, tokens, prompts, seeds, how, poll), prompts)
+
+
+def validation_grid(model: Model, batches: Sequence[Batch], config: ValidationConfig, poll: Poll = no_poll) -> Image:
+    """The grid of the first `grid_rows` rows of some batches, each drawn at the size of its target."""
+    count = config.grid_rows
+    captions = [text for batch in batches for text in batch.text][:count]
+    prompts = captions if config.grid_prompt is None else [config.grid_prompt] * len(captions)
+    sizes = [(batch.pixels.shape[-2], batch.pixels.shape[-1]) for batch in batches for _ in batch.text][:count]
+    pixels = torch.cat([batch.prompt_pixels for batch in batches])[:count]
+    references = as_seen(model.encoder.preprocess, pixels)
+    rows: dict[int, list[Image]] = {}
+    for height_px, width_px in dict.fromkeys(sizes):
+        places = [place for place, size in enumerate(sizes) if size == (height_px, width_px)]
+        how = Sampling(height_px, width_px, config.grid_steps, config.grid_guidance_scale)
+        tokens, seeds = tokens_of(model, pixels[places]), [config.validation_seed + place for place in places]
+        texts, pictures = [prompts[place] for place in places], [references[place] for place in places]
+        rows |= zip(places, _rows(model, pictures, tokens, texts, seeds, how, poll), strict=True)
+    return lay_out(HEADINGS, [rows[place] for place in range(len(sizes))], prompts)
+
+
+def _rows(
+    model: Model,
+    references: Sequence[Image],
+    tokens: Tensor,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    how: Sampling,
+    poll: Poll,
+) -> list[list[Image]]:
+    """Each row's reference and drawings; tokens are [P, N, D]."""
+    columns = [sample(model, tokens, prompts, seeds, replace(how, scale=scale), poll) for scale in SCALES]
+    return [list(row) for row in zip(references, *columns, strict=True)]
+
+
+def as_seen(preprocess: Callable[[Image], Tensor], pixels: Tensor) -> list[Image]:
+    """Pictures of preprocessed pixels [B, 3, S, S]: what the encoder saw.
+
+    The normalisation to undo is read off a black and a white picture.
+    """
+    from PIL import Image as images
+
+    size = (pixels.shape[-1], pixels.shape[-2])
+    black, white = (preprocess(images.new("RGB", size, colour)) for colour in ("black", "white"))
+    shares = ((pixels.cpu() - black) / (white - black)).clamp(0, 1)
+    samples = (shares * 255).round().to(torch.uint8).permute(0, 2, 3, 1)  # [B, S, S, 3]
+    return [images.fromarray(part.numpy()) for part in samples]

@@ -1,7 +1,9 @@
 """Builds every weight of the pocket base: `python -m ip_adapter_trainer.pocket.build --work DIR`.
 
-Stages: `autoencoder` and `clip`, then `vision` and `denoiser`, then `pack`; the two of a pair may run side by side. Each is seeded, goes on from its last save when started again, and must pass its gate
-(`gates.py`) before what builds on it begins. `pack` writes the weights into the package and `weights/build.json` with steps, times and the oracle's scores.
+Stages: `autoencoder` and `clip`, then `vision` and `denoiser`, then `pack`; the two of a pair may run side by side.
+Each is seeded, goes on from its last save when started again, and must pass its gate (`gates.py`) before what builds
+on it begins. `pack` writes the weights into the package and `weights/build.json` with steps, times and the oracle's
+scores.
 """
 
 from __future__ import annotations
@@ -78,7 +80,7 @@ def build_vision(seed: int, folder: Path) -> None:
 def build_denoiser(seed: int, folder: Path) -> None:
     """Trains and gates the denoiser on the finished encoders."""
     vae, clip = finished("autoencoder", models.autoencoder(), folder), finished("clip", models.clip(), folder)
-    pool = train.make_pool(seed, train.DENOISER_POOL_IMAGES)
+    pool = train.make_pool(seed, train.DENOISER_SPREAD)
     train.fix_scaling_factor(vae, pool)
     stage = train.denoiser_stage(seed, pool, vae, clip)
     train.run(stage, folder, log)
@@ -91,7 +93,7 @@ def build_denoiser(seed: int, folder: Path) -> None:
 def pack(seed: int, folder: Path) -> None:
     """Writes the package's weights (autoencoder and denoiser in fp16) and gates what they read back as."""
     vae, clip = finished("autoencoder", models.autoencoder(), folder), finished("vision", models.clip(), folder)
-    train.fix_scaling_factor(vae, train.make_pool(seed, train.DENOISER_POOL_IMAGES))
+    train.fix_scaling_factor(vae, train.make_pool(seed, train.DENOISER_SPREAD))
     unet = finished("denoiser", models.unet(), folder)
     lay.save_weights(vae, unet, clip)
     scores = gates.base_draws_text(lay.pipeline(), seed)

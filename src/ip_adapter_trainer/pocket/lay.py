@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.rng import stream
 from ip_adapter_trainer.pocket import models, world
+from ip_adapter_trainer.pocket.config import PocketConfig
 from ip_adapter_trainer.pocket.world import Scene
 
 if TYPE_CHECKING:
@@ -121,3 +122,19 @@ def lay(folder: Path, *, rows: int = 2000, seed: int = 0) -> None:
     models.tokenizer().save_pretrained(folder / "clip")
     models.image_processor().save_pretrained(folder / "clip")
     write_pairs(folder, training_pairs(seed, rows))
+
+
+def lay_command(config: PocketConfig) -> str:
+    """`ip-adapter pocket`: lays everything out and tells how to train on it."""
+    folder = Path(config.folder)
+    lay(folder, rows=config.rows, seed=config.seed)
+    return (
+        f"{folder}/base            Stable Diffusion pipeline, {world.SIZE_PX} px\n"
+        f"{folder}/image_encoder   CLIP image encoder\n"
+        f"{folder}/clip            both CLIP towers, for `ip-adapter evaluate --clip_model`\n"
+        f"{folder}/data.json       {config.rows} rows over {folder}/images\n\n"
+        f"ip-adapter train --pretrained_model_name_or_path={folder}/base \\\n"
+        f"  --image_encoder_path={folder}/image_encoder \\\n"
+        f"  --data_json_file={folder}/data.json --data_root_path={folder}/images --resolution={world.SIZE_PX} \\\n"
+        f"  --max_train_steps=300 --train_batch_size=32 --learning_rate=1e-3 --output_dir={folder}/adapter"
+    )

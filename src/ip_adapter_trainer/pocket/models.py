@@ -5,6 +5,7 @@ Sizes were chosen so that two CPU cores train all of it in about two hours and t
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ def _words() -> list[str]:
     return sorted({*named, "a", "on", "thing", "background"})
 
 
+@lru_cache(maxsize=1)
 def tokenizer() -> CLIPTokenizer:
     """A CLIP byte-pair tokenizer in which every word of the world is one token and any other text still encodes."""
     from tokenizers.pre_tokenizers import ByteLevel

@@ -25,7 +25,7 @@ from ip_adapter_trainer.pocket import models, world
 from ip_adapter_trainer.pocket.world import Scene
 
 POOL_IMAGES = 20_000
-DENOISER_POOL_IMAGES = 40_000
+DENOISER_SPREAD = 0.5  # of the poses that the encoders see: sharper pictures, learnt sooner
 _SAVE_EVERY_S = 120.0
 
 
@@ -53,10 +53,10 @@ class Pool:
         return torch.from_numpy(self.pictures[index]).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def make_pool(seed: int, size: int = POOL_IMAGES) -> Pool:
+def make_pool(seed: int, spread: float = 1.0) -> Pool:
     """Renders the training pictures; the same seed gives the same pool."""
     rng = stream(seed, "pocket-pool")
-    scenes = [world.random_scene(rng) for _ in range(size)]
+    scenes = [world.random_scene(rng, spread=spread) for _ in range(POOL_IMAGES)]
     return Pool(scenes, np.stack([world.render(s) for s in scenes]))
 
 
@@ -257,7 +257,7 @@ def denoiser_stage(
 
     def text(index: int, rng: np.random.Generator) -> Tensor:
         scene = pool.scenes[index]
-        caption = "" if rng.random() < 0.07 else world.caption(scene, _partial_caption(scene, rng, full=0.5))
+        caption = "" if rng.random() < 0.07 else world.caption(scene, _partial_caption(scene, rng, full=0.6))
         if caption not in cache:
             cache[caption] = encode_texts(clip, [caption])[0]
         return cache[caption]
@@ -267,11 +267,13 @@ def denoiser_stage(
         index = rng.integers(len(pool.scenes), size=batch)
         normal = [torch.from_numpy(rng.standard_normal((batch, *mean.shape[1:]), dtype=np.float32)) for _ in range(2)]
         latents = (mean[index] + std[index] * normal[0]) * vae.config.scaling_factor
-        t = torch.from_numpy(rng.integers(noise_process.config.num_train_timesteps, size=batch))
+        t = torch.from_numpy(
+            np.where(rng.random(batch) < 0.75, rng.integers(300, 1000, batch), rng.integers(300, size=batch))
+        )
         noisy = noise_process.add_noise(latents, normal[1], t)
         context = torch.stack([text(int(i), rng) for i in index])
         error = (net(noisy, t, context).sample - normal[1]).square().mean((1, 2, 3))
         snr = compute_snr(noise_process, t)
         return (error * snr.clamp(max=5.0) / snr).mean()
 
-    return Stage("denoiser", net, loss, steps, lr=8e-4, ema_decay=0.999)
+    return Stage("denoiser", net, loss, steps, lr=1e-3, ema_decay=0.999)

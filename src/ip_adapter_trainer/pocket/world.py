@@ -81,19 +81,21 @@ def combinations() -> list[Scene]:
     return [Scene(s, c, p, b) for s in SHAPES for c in COLOURS for p in PATTERNS for b in BACKGROUNDS]
 
 
-def random_pose(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The same attributes at a random position, size and angle."""
-    x, y = SIZE_PX / 2 + rng.uniform(-SHIFT_PX, SHIFT_PX, 2)
-    diameter, angle = rng.uniform(*DIAMETER_PX), rng.uniform(-ANGLE_DEG, ANGLE_DEG)
+def random_pose(scene: Scene, rng: np.random.Generator, spread: float = 1.0) -> Scene:
+    """The same attributes at a random position, size and angle; `spread` scales how far poses vary."""
+    x, y = SIZE_PX / 2 + spread * rng.uniform(-SHIFT_PX, SHIFT_PX, 2)
+    middle, reach = sum(DIAMETER_PX) / 2, (DIAMETER_PX[1] - DIAMETER_PX[0]) / 2
+    diameter = middle + spread * rng.uniform(-reach, reach)
+    angle = spread * rng.uniform(-ANGLE_DEG, ANGLE_DEG)
     return Scene(**scene.attributes(), x_px=x, y_px=y, diameter_px=diameter, angle_deg=angle)
 
 
-def random_scene(rng: np.random.Generator, *, held: bool | None = False) -> Scene:
+def random_scene(rng: np.random.Generator, *, held: bool | None = False, spread: float = 1.0) -> Scene:
     """A uniform random scene: `held` False draws seen combinations only, True held-out ones, None any."""
     while True:
         scene = Scene(**{name: str(rng.choice(values)) for name, values in ATTRIBUTES.items()})
         if held is None or held_out(scene) == held:
-            return random_pose(scene, rng)
+            return random_pose(scene, rng, spread)
 
 
 def caption(scene: Scene, named: Sequence[str] = tuple(ATTRIBUTES)) -> str:
@@ -128,8 +130,9 @@ def _outline(shape: str) -> np.ndarray:
         return radius[:, None] * np.stack([np.cos(corners), np.sin(corners)], 1)
     if shape == "cross":
         a, h = 0.5, 0.165  # arm length, half of an arm's width
-        return np.array([(-h, -a), (h, -a), (h, -h), (a, -h), (a, h), (h, h), (h, a), (-h, a), (-h, h), (-a, h), (-a, -h),
-                         (-h, -h)])  # fmt: skip
+        quarter = [(-h, -a), (h, -a), (h, -h)]  # one arm; the others are its turns
+        turns = [(1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0)]
+        return np.array([(p * x + q * y, r * x + s * y) for p, q, r, s in turns for x, y in quarter])
     if shape == "heart":
         x = 16 * np.sin(turn) ** 3
         y = -(13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn))

@@ -70,7 +70,8 @@ def _float_to_8_bits(samples: Samples) -> NDArray[np.uint8]:
         raise NotFiniteSamplesError("the picture holds NaN or infinite samples")
     if samples.min() < 0 or samples.max() > 1:
         return _stretch(samples)
-    return np.rint(samples * 255).astype(np.uint8)
+    levels: NDArray[np.uint8] = np.rint(samples * 255).astype(np.uint8)
+    return levels
 
 
 def _stretch(samples: Samples) -> NDArray[np.uint8]:

@@ -1,0 +1,151 @@
+"""`ip-adapter check`: reads every row and every picture, and tells what is wrong before training would."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+
+from ip_adapter_trainer.core.types import Fault, Row
+from ip_adapter_trainer.data.config import CheckConfig
+from ip_adapter_trainer.data.faults import allowed_rows
+from ip_adapter_trainer.data.manifest import Manifest, read_manifest
+from ip_adapter_trainer.data.pictures import Pictures, fault_of, map_rows
+from ip_adapter_trainer.images.decode import Note, Picture, PictureFault
+
+_SHAPES = ("under 1:2", "1:2 to 2:3", "2:3 to 1:1", "1:1", "1:1 to 3:2", "3:2 to 2:1", "over 2:1")  # width : height
+_LIMITS = (0.5, 2 / 3, 0.99, 1.01, 1.5, 2.0)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What reading one row showed."""
+
+    size_px: tuple[int, int] | None  # height, width of the target; None if it could not be read
+    notes: tuple[Note, ...] = ()
+    faults: tuple[Fault, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What reading everything showed."""
+
+    manifest: Manifest
+    seen: tuple[Seen, ...]  # one a row
+    max_fault_rate: float
+    show_faults: int  # how many are printed one by one
+
+    def __str__(self) -> str:
+        return render(self)
+
+    @property
+    def faults(self) -> tuple[Fault, ...]:
+        """Of the manifest, then of the pictures in the order of the rows."""
+        return self.manifest.faults + tuple(fault for seen in self.seen for fault in seen.faults)
+
+    @property
+    def faulty_rows(self) -> int:
+        """Distinct rows with a fault."""
+        return len({fault.where for fault in self.faults})
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 3 if training would stop for the faults."""
+        too_many = self.faulty_rows > allowed_rows(self.manifest.entries, self.max_fault_rate)
+        return 3 if too_many or not self.manifest.rows else 0
+
+    @property
+    def by_kind(self) -> Counter[str]:
+        """Faults of each kind."""
+        return Counter(fault.kind for fault in self.faults)
+
+    @property
+    def by_note(self) -> Counter[str]:
+        """Rows with each thing worth knowing that is no fault."""
+        return Counter(note for seen in self.seen for note in seen.notes)
+
+    @property
+    def sizes_px(self) -> list[tuple[int, int]]:
+        """Height and width of each readable target."""
+        return [seen.size_px for seen in self.seen if seen.size_px is not None]
+
+    @property
+    def by_shape(self) -> dict[str, int]:
+        """Readable targets by width over height, in bands."""
+        bands = Counter(bisect_right(_LIMITS, width / height) for height, width in self.sizes_px)
+        return {shape: bands[band] for band, shape in enumerate(_SHAPES)}
+
+
+def check(config: CheckConfig) -> Report:
+    """Reads every row and picture.
+
+    Raises:
+        Problem: the manifest cannot be read at all.
+    """
+    manifest = read_manifest(config)
+    see = partial(_see, Pictures.of(manifest.root, config))
+    named = [(row, manifest.where(number)) for number, row in enumerate(manifest.rows)]
+    seen = tuple(map_rows(see, named, config.dataloader_num_workers))
+    return Report(manifest, seen, config.max_fault_rate, config.show_faults)
+
+
+def _see(pictures: Pictures, named: tuple[Row, str]) -> Seen:
+    row, where = named
+    target, faults = _try(pictures, row.image_file, where)
+    prompt = None
+    if row.prompt_image_file is not None:
+        prompt, more = _try(pictures, row.prompt_image_file, where)
+        faults += tuple(Fault(f.kind, f"prompt image: {f.what}", f.where, f.remedy) for f in more)
+    notes = {note for picture in (target, prompt) if picture is not None for note in picture.notes}
+    size_px = None if target is None else (target.image.height, target.image.width)
+    return Seen(size_px, tuple(sorted(notes)), faults)
+
+
+def _try(pictures: Pictures, name: str, where: str) -> tuple[Picture | None, tuple[Fault, ...]]:
+    try:
+        return pictures.read(name), ()
+    except PictureFault as error:
+        return None, (fault_of(error, where),)
+
+
+def render(report: Report) -> str:
+    """The report as plain text: the first faults one by one, counts, the verdict on the last line."""
+    shown = [f"{fault.kind:>16}  {fault}" for fault in report.faults[: report.show_faults]]
+    hidden = len(report.faults) - len(shown)
+    parts = [
+        [*shown, f"{'':>16}  and {hidden} more"] if hidden else shown,
+        _table("faults by kind", dict(report.by_kind.most_common())),
+        _table("noted, no faults", dict(report.by_note.most_common())),
+        _table("width to height", report.by_shape) if report.sizes_px else [],
+        _sizes(report.sizes_px),
+        _unread(report.manifest.unread_columns),
+        [_verdict(report)],
+    ]
+    return "\n\n".join("\n".join(part) for part in parts if part)
+
+
+def _table(title: str, counts: dict[str, int]) -> list[str]:
+    return [title, *(f"{count:>16}  {name}" for name, count in counts.items())] if counts else []
+
+
+def _sizes(sizes_px: list[tuple[int, int]]) -> list[str]:
+    if not sizes_px:
+        return []
+    shorter = sorted(map(min, sizes_px))
+    return [f"shorter side: {shorter[0]} px at least, {median(shorter):g} in the middle, {shorter[-1]} at most"]
+
+
+def _unread(columns: tuple[str, ...]) -> list[str]:
+    return [f"columns that nothing reads: {', '.join(columns)}"] if columns else []
+
+
+def _verdict(report: Report) -> str:
+    rows, faulty = report.manifest.entries, report.faulty_rows
+    if not faulty:
+        return f"clean: {rows} rows, all read"
+    limit = f"the limit is {allowed_rows(rows, report.max_fault_rate)} (--max_fault_rate {report.max_fault_rate:g})"
+    if report.exit_code:
+        return f"too many faults: {faulty} of {rows} rows; {limit}; training would stop"
+    return f"usable: {faulty} of {rows} rows are faulty and will be replaced by others; {limit}"

@@ -1,0 +1,107 @@
+"""Settings of the data: what is read, how it becomes training images, how it is checked."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, field_validator, model_validator
+
+from ip_adapter_trainer.core.settings import Part, alias
+from ip_adapter_trainer.images.buckets import LATENT_STEP_PX, Buckets
+from ip_adapter_trainer.images.ground import parse_colour
+
+PILLOW_MEGAPIXELS = 89.0  # above it Pillow itself warns of a decompression bomb
+
+
+class ReadConfig(Part):
+    """Where rows and pictures are, and which of them are refused."""
+
+    data_json_file: str = Field(
+        description="Manifest: a .json, .jsonl or .csv file, or a folder of pictures with captions."
+    )
+    data_root_path: str = Field("", description="Folder that image paths start from; empty: the manifest's own folder.")
+    image_column: str = Field("image_file", min_length=1, description="Key of the picture's path in the manifest.")
+    text_column: Annotated[str, alias("caption_column")] = Field(
+        "text", min_length=1, description="Key of the caption in the manifest."
+    )
+    prompt_image_column: str = Field(
+        "prompt_image_file", min_length=1, description="Key of the path of another picture to prompt with; optional."
+    )
+    allow_outside_root: bool = Field(False, description="Take absolute paths, '..' and links that leave the root.")
+    alpha_ground: str = Field(
+        "white", description="Colour under transparent pictures: white, black, gray or '#rrggbb'."
+    )
+    min_side_px: int = Field(16, ge=1, description="Pictures with a shorter side than this are faults.")
+    max_aspect: float = Field(10.0, ge=1, description="Pictures longer than this many times their width are faults.")
+    max_picture_megapixels: float = Field(
+        64.0, gt=0, le=PILLOW_MEGAPIXELS, description="Pictures of more pixels are faults, found before decoding."
+    )
+    max_picture_mb: float = Field(128.0, gt=0, description="Picture files of more MB are faults.")
+    max_fault_rate: float = Field(
+        0.01, ge=0, le=1, description="Share of faulty rows above which the run stops (exit 3); 0: at the first."
+    )
+    dataloader_num_workers: int = Field(0, ge=0, description="Processes that read pictures; 0: the main process reads.")
+
+    @field_validator("alpha_ground")
+    @classmethod
+    def _known_colour(cls, value: str) -> str:
+        parse_colour(value)
+        return value
+
+
+class DataConfig(ReadConfig):
+    """How rows become training images."""
+
+    resolution: int = Field(512, gt=0, description="Side of the training images in pixels; a multiple of 8.")
+    center_crop: bool = Field(True, description="Crop at the centre; off: at a random place.")
+    random_flip: bool = Field(False, description="Mirror half of the pictures, target and prompt alike.")
+    aspect_ratio_buckets: bool = Field(
+        False, description="Cut each picture to the nearest of several aspect ratios instead of a square."
+    )
+    bucket_step_px: int = Field(64, gt=0, description="Sides of the buckets are multiples of this; itself one of 8.")
+    bucket_max_aspect: float = Field(2.0, ge=1, description="Largest aspect ratio of a bucket, long side over short.")
+    train_batch_size: int = Field(8, gt=0, description="Images per process and micro-batch.")
+    text_drop_rate: float = Field(0.05, ge=0, le=1, description="Share of images trained without their text.")
+    image_drop_rate: float = Field(0.05, ge=0, le=1, description="Share of images trained without image prompt.")
+    both_drop_rate: float = Field(0.05, ge=0, le=1, description="Share of images trained without either.")
+    prompt_crop_min_share: float = Field(
+        1.0, gt=0, le=1, description="Prompt with a random part of at least this share of the area; 1: with all of it."
+    )
+    prompt_flip: bool = Field(False, description="Mirror half of the image prompts, whatever happens to the target.")
+    prompt_pad_square: bool = Field(
+        False, description="Pad image prompts to a square with the alpha ground, so that the encoder crops nothing."
+    )
+    prefetch_factor: int = Field(2, gt=0, description="Micro-batches that each data worker prepares ahead.")
+    data_timeout_s: int = Field(
+        300, gt=0, description="Longest wait for a data worker in seconds; then the workers are replaced."
+    )
+
+    @field_validator("resolution", "bucket_step_px")
+    @classmethod
+    def _whole_latents(cls, value: int) -> int:
+        if value % LATENT_STEP_PX:
+            below = value // LATENT_STEP_PX * LATENT_STEP_PX
+            near = f"{below} or {below + LATENT_STEP_PX}" if below else str(LATENT_STEP_PX)
+            raise ValueError(f"{value} is no multiple of {LATENT_STEP_PX}, the pixels of one latent; take {near}")
+        return value
+
+    @model_validator(mode="after")
+    def _rates_and_buckets(self) -> DataConfig:
+        total = self.text_drop_rate + self.image_drop_rate + self.both_drop_rate
+        if total > 1 + 1e-9:
+            names = "text_drop_rate, image_drop_rate and both_drop_rate"
+            raise ValueError(f"{names} exclude each other and sum to {total:g}; lower them to 1 or less together")
+        self.buckets()
+        return self
+
+    def buckets(self) -> Buckets:
+        """The sizes that training images are cut to."""
+        if not self.aspect_ratio_buckets:
+            return Buckets.square(self.resolution)
+        return Buckets.ladder(self.resolution, step_px=self.bucket_step_px, max_aspect=self.bucket_max_aspect)
+
+
+class CheckConfig(ReadConfig):
+    """Settings of `ip-adapter check`."""
+
+    show_faults: int = Field(20, ge=0, description="Faults printed one by one; the rest are counted.")

@@ -1,0 +1,59 @@
+"""Which size each row is cut to, decided before training from the headers of the pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ip_adapter_trainer.core.types import Fault
+from ip_adapter_trainer.data.config import DataConfig
+from ip_adapter_trainer.data.manifest import Manifest
+from ip_adapter_trainer.data.pictures import Pictures, fault_of, map_rows
+from ip_adapter_trainer.images.buckets import Buckets
+from ip_adapter_trainer.images.decode import PictureFault
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The buckets and, for each row, the number of its bucket."""
+
+    buckets: Buckets
+    bucket_of_row: NDArray[np.int16]  # [rows]
+    faults: tuple[Fault, ...] = ()  # rows whose header told no size: they are in the square's bucket
+
+    def size_px(self, row: int) -> Size:
+        """Height and width that a row is cut to."""
+        return self.buckets.sizes_px[self.bucket_of_row[row]]
+
+
+def lay_out(manifest: Manifest, config: DataConfig) -> Layout:
+    """One square bucket; with `aspect_ratio_buckets`, the nearest bucket of each picture by its header."""
+    buckets = config.buckets()
+    if not config.aspect_ratio_buckets:
+        return Layout(buckets, np.zeros(len(manifest.rows), np.int16))
+    sizes = scan_sizes(manifest, config)
+    square = buckets.nearest((1, 1))
+    numbers = [square if isinstance(size, Fault) else buckets.nearest(size) for size in sizes]
+    faults = tuple(size for size in sizes if isinstance(size, Fault))
+    return Layout(buckets, np.array(numbers, np.int16), faults)
+
+
+def scan_sizes(manifest: Manifest, config: DataConfig) -> Sequence[Size | Fault]:
+    """Height and width of each row's upright picture in pixels, or why its header tells none."""
+    size_of = partial(_size_of, Pictures.of(manifest.root, config))
+    names = [(row.image_file, manifest.where(number)) for number, row in enumerate(manifest.rows)]
+    return list(map_rows(size_of, names, config.dataloader_num_workers))
+
+
+def _size_of(pictures: Pictures, name: tuple[str, str]) -> Size | Fault:
+    image_file, where = name
+    try:
+        return pictures.size_px(image_file)
+    except PictureFault as error:
+        return fault_of(error, where)

@@ -1,0 +1,91 @@
+"""The rows of a training set, each checked, and what is wrong with the others."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.types import Fault, Row
+from ip_adapter_trainer.data.config import ReadConfig
+from ip_adapter_trainer.data.rows import Columns, row_of
+from ip_adapter_trainer.data.sources import Entry, open_source
+from ip_adapter_trainer.data.strict_json import Complaint
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What was read. A row's number is its place in `rows`; faulty rows are not among them."""
+
+    source: Path
+    root: Path  # resolved; image paths start here
+    rows: Sequence[Row]
+    faults: tuple[Fault, ...]
+    fingerprint: str  # SHA-256 over the rows, in hexadecimal
+    unread_columns: tuple[str, ...]  # of the first sound entry: columns that nothing reads
+    unit: str  # what a place is called: line, element, picture
+    places: Sequence[int]  # of each row, counted from 1
+
+    @property
+    def entries(self) -> int:
+        """Rows that the manifest meant to give: sound ones and faulty ones."""
+        return len(self.rows) + len({fault.where for fault in self.faults})
+
+    def where(self, row: int) -> str:
+        """Where a row stands, as faults name it."""
+        return _place(self.source, self.unit, self.places[row], self.rows[row].image_file)
+
+
+def read_manifest(config: ReadConfig) -> Manifest:
+    """Reads every row; a broken row is a fault in the result.
+
+    Raises:
+        Problem: the manifest or its root cannot be read at all, or there is no row in it.
+    """
+    source = Path(config.data_json_file)
+    root = _root(source, config.data_root_path)
+    columns = Columns(config.image_column, config.text_column, config.prompt_image_column)
+    opened = open_source(source, columns)
+    rows: list[Row] = []
+    places, faults, unread = array("q"), list[Fault](), tuple[str, ...]()
+    for entry in opened.entries:
+        row = row_of(entry.fields, columns, allow_outside=config.allow_outside_root) if not entry.complaints else []
+        if isinstance(row, Row):
+            unread = unread if rows else tuple(sorted(set(entry.fields) - set(columns.names)))
+            rows.append(row)
+            places.append(entry.number)
+        else:
+            faults.extend(_faults(opened.path, opened.unit, entry, [*entry.complaints, *row]))
+    if not rows and not faults:
+        raise Problem("the manifest holds no rows", where=str(source), remedy="add pictures and captions")
+    return Manifest(opened.path, root, rows, tuple(faults), _fingerprint(rows), unread, opened.unit, places)
+
+
+def _root(source: Path, data_root_path: str) -> Path:
+    if not source.exists():
+        raise Problem("there is no such manifest", where=str(source), remedy="correct --data_json_file")
+    own = source if source.is_dir() else source.parent
+    root = Path(data_root_path) if data_root_path else own
+    if not root.is_dir():
+        raise Problem("the root of the image paths is no folder", where=str(root), remedy="correct --data_root_path")
+    return root.resolve()
+
+
+def _faults(source: Path, unit: str, entry: Entry, complaints: list[Complaint]) -> list[Fault]:
+    where = _place(source, unit, entry.number, entry.detail)
+    return [Fault(complaint.kind, complaint.what, where, complaint.remedy) for complaint in complaints]
+
+
+def _place(source: Path, unit: str, number: int, detail: str) -> str:
+    return f"{source.name}, {unit} {number}" + (f" ({detail})" if detail else "")
+
+
+def _fingerprint(rows: Sequence[Row]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row.image_file, row.text, row.prompt_image_file]).encode() + b"\n")
+    return digest.hexdigest()

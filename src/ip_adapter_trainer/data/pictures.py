@@ -1,0 +1,78 @@
+"""The pictures that rows name: found under the root, decoded, within the limits of the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.files import safe_join
+from ip_adapter_trainer.core.types import Fault
+from ip_adapter_trainer.data.config import ReadConfig
+from ip_adapter_trainer.images.decode import Limits, Picture, PictureFault, decode, read_size
+from ip_adapter_trainer.images.ground import Colour, parse_colour
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+_CHUNK_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Opens pictures by the names that rows give them."""
+
+    root: Path  # resolved
+    limits: Limits
+    ground: Colour
+    allow_outside: bool
+
+    @classmethod
+    def of(cls, root: Path, config: ReadConfig) -> Pictures:
+        """The pictures under `root` as the settings want them read."""
+        limits = Limits(
+            max_pixels=int(config.max_picture_megapixels * 1e6),
+            max_file_bytes=int(config.max_picture_mb * 2**20),
+            min_side_px=config.min_side_px,
+            max_aspect=config.max_aspect,
+        )
+        return cls(root, limits, parse_colour(config.alpha_ground), config.allow_outside_root)
+
+    def read(self, name: str) -> Picture:
+        """The decoded picture.
+
+        Raises:
+            PictureFault: there is none to be had.
+        """
+        return decode(self._path(name), self.limits, self.ground)
+
+    def size_px(self, name: str) -> tuple[int, int]:
+        """Height and width of the upright picture, from its header.
+
+        Raises:
+            PictureFault: as far as the header tells.
+        """
+        return read_size(self._path(name), self.limits)
+
+    def _path(self, name: str) -> Path:
+        try:
+            return safe_join(self.root, name, allow_outside=self.allow_outside)
+        except Problem as problem:
+            raise PictureFault("unsafe_path", problem.what, problem.remedy) from problem
+
+
+def fault_of(error: PictureFault, where: str) -> Fault:
+    """The fault of the row that stands at `where`."""
+    return Fault(error.kind, error.what, where, error.remedy)
+
+
+def map_rows(function: Callable[[In], Out], items: Iterable[In], workers: int) -> Iterator[Out]:
+    """`function` of each item, in order; by `workers` processes, or by this one if 0."""
+    if workers == 0:
+        yield from map(function, items)
+        return
+    with ProcessPoolExecutor(workers) as pool:
+        yield from pool.map(function, items, chunksize=_CHUNK_ROWS)

@@ -1,0 +1,112 @@
+"""From the fields that a manifest gives for one row to a `Row`, or to complaints about it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ip_adapter_trainer.core.errors import did_you_mean
+from ip_adapter_trainer.core.files import refusal
+from ip_adapter_trainer.core.types import Row
+from ip_adapter_trainer.data.strict_json import Complaint
+
+_NEAR = 0.8  # of difflib: `prompt_image` is near `prompt_image_file`, `image_id` is not
+_TYPE_NAMES = {dict: "an object", list: "an array", float: "a number", bool: "true or false", type(None): "null"}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names under which the fields of a row are found."""
+
+    image: str
+    text: str
+    prompt_image: str
+
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """All three."""
+        return self.image, self.text, self.prompt_image
+
+    def misspelt(self, found: str) -> bool:
+        """Whether a column that nothing reads looks like the optional one, which would be missed in silence."""
+        return bool(difflib.get_close_matches(found, [self.prompt_image], cutoff=_NEAR)) and found not in self.names
+
+
+def row_of(fields: Any, columns: Columns, *, allow_outside: bool) -> Row | list[Complaint]:
+    """One row, or everything that is wrong with it."""
+    if not isinstance(fields, Mapping):
+        what = f"the row is {_type_name(fields)}, not an object"
+        return [Complaint("wrong_type", what, f'write {{"{columns.image}": "...", "{columns.text}": "..."}}')]
+    faults = [*_missing(fields, columns), *_wrong_types(fields, columns), *_misspelt(fields, columns)]
+    if faults:
+        return faults
+    row = Row(fields[columns.image], fields[columns.text], fields.get(columns.prompt_image) or None)
+    return [*_refused(row, columns, allow_outside), *_not_unicode(row, columns)] or row
+
+
+def missing_column(name: str, found: list[str], columns: Columns) -> Complaint:
+    """The complaint about a column that must be there."""
+    unread = [other for other in found if other not in columns.names]
+    near = difflib.get_close_matches(name, unread, n=1, cutoff=0.6)
+    if near:
+        remedy = f"did you mean your {near[0]!r}? Rename it, or name it with --{_flag(name, columns)}"
+    elif name == columns.text:
+        remedy = f"add it; {name!r} may be empty"
+    else:
+        remedy = f"add it, or name the right one with --{_flag(name, columns)}"
+    return Complaint("missing_column", f"{name!r} is missing (found: {', '.join(found) or 'nothing'})", remedy)
+
+
+def unknown_column(name: str, columns: Columns) -> Complaint:
+    """The complaint about a column that seems to be a misspelt one."""
+    remedy = f"{did_you_mean(name, [columns.prompt_image])} Rename it, or name it with --prompt_image_column"
+    return Complaint("unknown_column", f"the column {name!r} is not known", remedy)
+
+
+def _flag(name: str, columns: Columns) -> str:
+    return "image_column" if name == columns.image else "text_column"
+
+
+def _missing(fields: Mapping[str, Any], columns: Columns) -> list[Complaint]:
+    found = [str(name) for name in fields]
+    return [missing_column(name, found, columns) for name in (columns.image, columns.text) if name not in fields]
+
+
+def _wrong_types(fields: Mapping[str, Any], columns: Columns) -> list[Complaint]:
+    wrong = {name: fields[name] for name in columns.names if name in fields and not isinstance(fields[name], str)}
+    if wrong.get(columns.prompt_image, "") is None:
+        del wrong[columns.prompt_image]
+    return [
+        Complaint("wrong_type", f"{name!r} is {_type_name(value)}, not a string", "write it in quotes")
+        for name, value in wrong.items()
+    ]
+
+
+def _misspelt(fields: Mapping[str, Any], columns: Columns) -> list[Complaint]:
+    if columns.prompt_image in fields:
+        return []
+    return [unknown_column(name, columns) for name in fields if columns.misspelt(name)]
+
+
+def _refused(row: Row, columns: Columns, allow_outside: bool) -> list[Complaint]:
+    named = [(columns.image, row.image_file)]
+    if row.prompt_image_file is not None:
+        named.append((columns.prompt_image, row.prompt_image_file))
+    refused = [(column, refusal(name, allow_outside=allow_outside)) for column, name in named]
+    return [Complaint("unsafe_path", f"{column!r}: {why[0]}", why[1]) for column, why in refused if why is not None]
+
+
+def _not_unicode(row: Row, columns: Columns) -> list[Complaint]:
+    """Lone surrogates: what undecodable bytes and broken escapes become, and what nothing after can write."""
+    values = zip(columns.names, (row.image_file, row.text, row.prompt_image_file or ""), strict=True)
+    return [
+        Complaint("bad_text", f"{column!r} holds characters that are not Unicode", "save the manifest as UTF-8")
+        for column, value in values
+        if not value.isascii() and value.encode("utf-8", "replace").decode() != value
+    ]
+
+
+def _type_name(value: Any) -> str:
+    return _TYPE_NAMES.get(type(value), "a string" if isinstance(value, str) else type(value).__name__)

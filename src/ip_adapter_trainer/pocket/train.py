@@ -242,12 +242,13 @@ def encode_texts(clip: CLIPModel, texts: list[str]) -> Tensor:
 
 
 def denoiser_stage(
-    seed: int, pool: Pool, vae: AutoencoderKL, clip: CLIPModel, steps: int = 10_000, batch: int = 64
+    seed: int, pool: Pool, vae: AutoencoderKL, clip: CLIPModel, steps: int = 6000, batch: int = 48
 ) -> Stage:
     """Noise prediction with min-SNR weights (gamma 5, Hang et al. 2303.09556) over cached latents and texts.
 
-    Captions name all attributes half of the time, a random subset otherwise (one in sixteen of those: none), so that
-    "a star" and the empty prompt are ordinary inputs.
+    Captions name all attributes six times in ten, a random subset otherwise, nothing now and then, so that "a star"
+    and the empty prompt are ordinary inputs. Three timesteps in four come from the upper 70 %, where shapes are
+    decided; the rest is detail, and soon learnt.
     """
     torch.manual_seed(seed + 2)
     net: UNet2DConditionModel = models.unet()

@@ -1,12 +1,14 @@
-"""Settings of validation. No torch here: the command line builds its help from these classes."""
+"""Settings of validation, of `ip-adapter generate` and of `ip-adapter evaluate`. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
+import tyro
 from pydantic import Field
 
-from ip_adapter_trainer.core.settings import Part
+from ip_adapter_trainer.core.settings import Part, alias
+from ip_adapter_trainer.data.config import ReadConfig
 
 Scheduler = Literal["auto", "ddim", "euler", "dpm++"]  # auto: the base model's own
 
@@ -33,3 +35,57 @@ class ValidationConfig(Part):
         description="Text prompt of every picture in the grid. Empty, as the paper scores: all that appears comes from "
         "the image prompt. None: each row's own caption.",
     )
+
+
+class DrawConfig(Part):
+    """Which adapter on which frozen models, and how it draws."""
+
+    adapter: Annotated[str, alias("pretrained_ip_adapter_path")] = Field(
+        description="Adapter file (.safetensors or .bin) or checkpoint folder."
+    )
+    pretrained_model_name_or_path: str | None = Field(
+        None, description="Base model: a diffusers pipeline folder or a hub id; None: the one the adapter names."
+    )
+    image_encoder_path: str | None = Field(
+        None, description="Image encoder: folder or hub id; None: the one the adapter names."
+    )
+    prompt: str = Field("", description="Text prompt; empty: the image prompt alone decides.")
+    negative_prompt: str = Field("", description="What the text guidance leads away from.")
+    scale: float = Field(1.0, description="Weight of the image prompt; 0 is the base model.")
+    num_inference_steps: int = Field(50, gt=0, description="Sampler steps.")
+    guidance_scale: float = Field(7.5, ge=0, description="Classifier-free guidance; at most 1: without.")
+    scheduler: Scheduler = Field("ddim", description="Sampler; auto: the base model's own.")
+    height: int | None = Field(
+        None,
+        gt=0,
+        multiple_of=8,
+        description="Height in pixels, a multiple of 8; None: what the base model was made for.",
+    )
+    width: int | None = Field(None, gt=0, multiple_of=8, description="Width in pixels; see height.")
+    seed: int = Field(0, ge=0, description="Seed of the first picture's noise.")
+    batch_size: int = Field(4, gt=0, description="Pictures drawn at once: more is faster and takes more memory.")
+    device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto: a GPU if there is one.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = Field(
+        None, description="Precision of all weights; None: fp16 on a CUDA GPU, full precision elsewhere."
+    )
+
+
+class GenerateConfig(DrawConfig):
+    """Draw pictures with an image prompt."""
+
+    image: tuple[str, ...] = Field(min_length=1, description="Picture to prompt with; several are one prompt together.")
+    num_images: int = Field(1, gt=0, description="Pictures to draw; their seeds count up from --seed.")
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = Field(
+        "generated", description="PNG file, or a folder, in which nothing is overwritten."
+    )
+
+
+class EvaluateConfig(DrawConfig, ReadConfig):
+    """Score an adapter on the rows of a manifest by the paper's protocol, beside scale 0 and shuffled prompts."""
+
+    num_rows: int = Field(100, ge=2, description="Rows, drawn at random by --seed; the paper: 5000.")
+    num_images_per_prompt: int = Field(4, gt=0, description="Pictures of each row; the paper: 4.")
+    clip_model: str = Field(
+        "openai/clip-vit-large-patch14", description="CLIPModel that scores: folder or hub id; the paper: ViT-L/14."
+    )
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = Field("evaluation.json", description="JSON file of scores.")

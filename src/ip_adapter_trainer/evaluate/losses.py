@@ -18,6 +18,7 @@ from ip_adapter_trainer.core.rng import stream
 from ip_adapter_trainer.core.types import Batch
 from ip_adapter_trainer.diffusion.objective import NoiseProcess
 from ip_adapter_trainer.evaluate.lend import Poll, lent, no_poll
+from ip_adapter_trainer.evaluate.shuffle import others
 from ip_adapter_trainer.model import Model
 
 BANDS = 5  # equal bands of timesteps; every row is looked at once in each
@@ -100,10 +101,10 @@ def validation_losses(
     errors: dict[str, Table] = {name: np.zeros((len(indices), BANDS)) for name in shown}
     with lent(model):
         features = _features(model, batches, indices, poll)
-        others = _others(len(indices), seed)
+        partners = others(len(indices), seed, "validation-shuffle")
         for batch in batches:
             rows = [indices.index(int(i)) for i in batch.index]
-            images = {RIGHT: features[rows], SHUFFLED: features[others[rows]], NONE: _no_image(model, features[rows])}
+            images = {RIGHT: features[rows], SHUFFLED: features[partners[rows]], NONE: _no_image(model, features[rows])}
             tokens = {name: model.project(images[name]) for name in shown}
             for name, band, row_errors in _errors(model, process, batch, tokens, seed, poll):
                 errors[name][rows, band] = row_errors
@@ -117,14 +118,6 @@ def _features(model: Model, batches: Sequence[Batch], indices: list[int], poll: 
         poll()
         found.update(zip(batch.index.tolist(), model.features(batch.prompt_pixels), strict=True))
     return torch.stack([found[i] for i in indices])
-
-
-def _others(rows: int, seed: int) -> NDArray[np.int64]:
-    """For each row, the row whose image it is wrongly shown: one cycle through all rows, so never its own."""
-    cycle = stream(seed, "validation-shuffle").permutation(rows)
-    others = np.empty(rows, np.int64)
-    others[cycle] = np.roll(cycle, 1)
-    return others
 
 
 def _no_image(model: Model, features: Tensor) -> Tensor:

@@ -1,0 +1,118 @@
+"""`ip-adapter generate`: pictures from an image prompt, each a PNG that says how it was made."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from ip_adapter_trainer.card import package_version
+from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.evaluate.config import GenerateConfig
+from ip_adapter_trainer.evaluate.sample import image_tokens, sample
+from ip_adapter_trainer.evaluate.start import load, sampling
+from ip_adapter_trainer.images.decode import Limits, PictureFault, decode
+from ip_adapter_trainer.model import Adapter
+
+
+def generate(config: GenerateConfig) -> list[Path]:
+    """Draws `num_images` pictures and returns their files; what is drawn is kept if the rest fails.
+
+    Raises:
+        Problem: a picture that cannot be read, an output that cannot be written, a model that does not load.
+    """
+    references = [read_picture(Path(name)) for name in config.image]  # before the minutes of loading a model
+    seeds = [config.seed + number for number in range(config.num_images)]
+    files = output_files(Path(config.output), seeds)
+    model = load(config)
+    how, tokens = sampling(config, model), image_tokens(model, [references])
+    facts = _facts(config, model.adapter) | {"size": f"{how.width_px}x{how.height_px}"}
+    with tqdm(total=len(seeds), unit="picture", disable=None) as bar:
+        for start in range(0, len(seeds), config.batch_size):
+            part = seeds[start : start + config.batch_size]
+            drawn = sample(model, tokens, [config.prompt] * len(part), part, how)
+            for file, seed, picture in zip(files[start:], part, drawn, strict=False):
+                picture.save(file, pnginfo=_png_info(facts | {"seed": str(seed)}))
+            bar.update(len(part))
+    return files
+
+
+def read_picture(path: Path) -> Image.Image:
+    """An upright RGB picture.
+
+    Raises:
+        Problem: there is none to be had.
+    """
+    try:
+        return decode(path, Limits()).image
+    except PictureFault as fault:
+        raise Problem(fault.what, where=str(path), remedy="name another picture with --image") from fault
+
+
+def output_files(output: Path, seeds: list[int]) -> list[Path]:
+    """One file a seed: a PNG file as named, numbered if there are several; in a folder, names that are free.
+
+    Raises:
+        Problem: another suffix than .png, or a folder that cannot be made.
+    """
+    suffix = output.suffix.lower()
+    is_file = not output.is_dir() and suffix == ".png"
+    if not is_file and suffix in Image.registered_extensions() and not output.is_dir():
+        remedy = "name a .png file, which can say how it was made, or a folder"
+        raise Problem(f"pictures are not written as {suffix}", where=str(output), remedy=remedy)
+    folder = output.parent if is_file else output
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = f"cannot make the output folder: {error.strerror}"
+        raise Problem(why, where=str(folder), remedy="choose another --output") from error
+    if is_file and len(seeds) == 1:
+        return [output]
+    if is_file:
+        return [output.with_stem(f"{output.stem}-{seed}") for seed in seeds]
+    return [folder / f"{number:04d}-{seed}.png" for number, seed in zip(_free_numbers(folder), seeds, strict=False)]
+
+
+def _free_numbers(folder: Path) -> Iterator[int]:
+    """Numbers above those that file names in the folder begin with."""
+    begin = [file.name.split("-")[0] for file in folder.iterdir()]
+    return count(max((int(number) for number in begin if number.isdecimal()), default=0) + 1)
+
+
+def adapter_hash(adapter: Adapter) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of an adapter's tensors, whatever file they came in."""
+    digest = hashlib.sha256()
+    for table, tensors in sorted(adapter.published().items()):
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{table}.{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _facts(config: GenerateConfig, adapter: Adapter) -> dict[str, str]:
+    """What every picture says of itself; of files the names only, not the folders."""
+    return {
+        "prompt": config.prompt,
+        "negative_prompt": config.negative_prompt,
+        "image": ", ".join(Path(name).name for name in config.image),
+        "scale": f"{config.scale:g}",
+        "guidance_scale": f"{config.guidance_scale:g}",
+        "num_inference_steps": str(config.num_inference_steps),
+        "scheduler": config.scheduler,
+        "adapter": Path(config.adapter).name,
+        "adapter_sha256": adapter_hash(adapter),
+        "Software": f"ip_adapter_trainer {package_version()}",
+    }
+
+
+def _png_info(facts: dict[str, str]) -> PngInfo:
+    info = PngInfo()
+    for key, value in facts.items():
+        info.add_itxt(key, value)
+    return info

@@ -1,0 +1,73 @@
+"""The rows that an evaluation draws: chosen at random, their pictures tried first, read again when they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from PIL.Image import Image
+
+from ip_adapter_trainer.core.errors import DataProblem
+from ip_adapter_trainer.core.rng import stream
+from ip_adapter_trainer.core.types import Fault, Row
+from ip_adapter_trainer.data.faults import allowed_rows
+from ip_adapter_trainer.data.manifest import read_manifest
+from ip_adapter_trainer.data.pictures import Pictures, fault_of, map_rows
+from ip_adapter_trainer.evaluate.config import EvaluateConfig
+from ip_adapter_trainer.images.decode import PictureFault
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row: a picture and the caption that belongs to it."""
+
+    read: Callable[[], Image]
+    caption: str
+    number: int  # of the row in its manifest, by which its seeds are drawn
+
+
+def read_prompts(config: EvaluateConfig) -> tuple[list[Prompt], tuple[Fault, ...]]:
+    """Rows chosen by the seed whose pictures can be read; what is wrong with the manifest and with the other rows.
+
+    Raises:
+        Problem: the manifest cannot be read at all.
+        DataProblem: more rows are faulty than the settings allow, or fewer than two are left.
+    """
+    manifest = read_manifest(config)
+    pictures = Pictures.of(manifest.root, config)
+    chosen = sorted(stream(config.seed, "evaluate-rows").permutation(len(manifest.rows))[: config.num_rows].tolist())
+    prompts = [_prompt(pictures, manifest.rows[number], number) for number in chosen]
+    errors = list(map_rows(_error, prompts, config.dataloader_num_workers))
+    unread = tuple(fault_of(e, manifest.where(p.number)) for p, e in zip(prompts, errors, strict=True) if e is not None)
+    _limit(manifest.faults, manifest.entries, config.max_fault_rate)
+    _limit(unread, len(chosen), config.max_fault_rate)
+    sound = [prompt for prompt, error in zip(prompts, errors, strict=True) if error is None]
+    if len(sound) < 2:
+        what = "fewer than two rows can be used, and shuffled prompts take two"
+        raise DataProblem(what, where=str(manifest.source), remedy="add rows")
+    return sound, (*manifest.faults, *unread)
+
+
+def _prompt(pictures: Pictures, row: Row, number: int) -> Prompt:
+    return Prompt(partial(_read, pictures, row.prompt_image_file or row.image_file), row.text, number)
+
+
+def _read(pictures: Pictures, name: str) -> Image:
+    return pictures.read(name).image
+
+
+def _error(prompt: Prompt) -> PictureFault | None:
+    """Why a row's picture cannot be read."""
+    try:
+        prompt.read()
+    except PictureFault as error:
+        return error
+    return None
+
+
+def _limit(faults: tuple[Fault, ...], rows: int, max_fault_rate: float) -> None:
+    faulty = len({fault.where for fault in faults})
+    if faulty > allowed_rows(rows, max_fault_rate):
+        what = f"{faulty} of {rows} rows are faulty, over the limit of {max_fault_rate:.2%}"
+        raise DataProblem(what, where=str(faults[0]), remedy="mend them (ip-adapter check), or raise --max_fault_rate")

@@ -1,0 +1,86 @@
+"""What an evaluation found: means with standard errors, paired differences, as a table and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+PROMPTED, SCALE_0, SHUFFLED = "image_prompt", "scale_0", "shuffled"  # how a row's pictures were drawn
+CONDITIONS = (PROMPTED, SCALE_0, SHUFFLED)
+CLIP_I, CLIP_T = "clip_i", "clip_t"
+Values = Mapping[str, Mapping[str, NDArray[np.float64]]]  # how drawn, metric: [rows], NaN where there is none
+
+_TITLES = {PROMPTED: "image prompt", SCALE_0: "scale 0", SHUFFLED: "shuffled image prompts"}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A mean over rows and its standard error."""
+
+    mean: float
+    standard_error: float
+    rows: int
+
+    @classmethod
+    def of(cls, values: NDArray[np.float64]) -> Measure | None:
+        """The measure of the rows that have a value; None if none has."""
+        known = values[np.isfinite(values)]
+        if not known.size:
+            return None
+        error = known.std(ddof=1) / known.size**0.5 if known.size > 1 else 0.0
+        return cls(float(known.mean()), float(error), int(known.size))
+
+
+Measures = dict[str, Measure | None]  # by metric
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of pictures drawn with the image prompt, beside the same seeds without it and with another row's."""
+
+    protocol: dict[str, Any]
+    scores: dict[str, Measures]  # by how the pictures were drawn
+    gains: dict[str, Measures]  # of the image prompt over each of the others, paired by row
+    faults: list[str]  # of rows that were left out
+    seconds: float
+
+    @classmethod
+    def of(cls, values: Values, protocol: dict[str, Any], faults: list[str], seconds: float) -> Evaluation:
+        """From the values of every row."""
+        scores = {how: {name: Measure.of(v) for name, v in metrics.items()} for how, metrics in values.items()}
+        gains = {
+            how: {name: Measure.of(values[PROMPTED][name] - v) for name, v in metrics.items()}
+            for how, metrics in values.items()
+            if how != PROMPTED
+        }
+        return cls(protocol, scores, gains, faults, seconds)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        plan, how = self.protocol, self.protocol["how"]
+        lines = [
+            f"{plan['rows']} rows, {plan['pictures']} pictures each, seed {plan['seed']}; {how['scheduler']}, "
+            f"{how['steps']} steps, guidance {how['guidance_scale']:g}, scale {how['scale']:g}",
+            f"scored by {plan['clip_model']}; CLIP-T is 2.5 max(cosine, 0); ± one standard error over rows",
+            "",
+            f"{'':<42}{'CLIP-I':^18}{'CLIP-T':^18}".rstrip(),
+        ]
+        lines += [_line(_TITLES[how], measures, "") for how, measures in self.scores.items()]
+        lines += [
+            _line(f"{_TITLES[PROMPTED]} over {_TITLES[how]}", measures, "+") for how, measures in self.gains.items()
+        ]
+        if self.faults:
+            lines += ["", f"faults: {len(self.faults)}, the first: {self.faults[0]}"]
+        return "\n".join(lines)
+
+
+def _line(title: str, measures: Measures, sign: str) -> str:
+    cells = [f"{m.mean:{sign}.4f} ± {m.standard_error:.4f}" if m else "-" for m in measures.values()]
+    return f"{title:<42}" + "".join(f"{cell:^18}" for cell in cells).rstrip()

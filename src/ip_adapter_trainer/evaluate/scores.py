@@ -1,0 +1,132 @@
+"""`ip-adapter evaluate`: CLIP-I and CLIP-T by the paper's protocol, beside scale 0 and shuffled image prompts.
+
+Every row's picture prompts some pictures, with an empty text unless told otherwise (section 4.1.3 of the paper: four
+of each of 5000 rows of COCO val2017). CLIP-I compares them with the prompting picture, CLIP-T with the row's caption.
+The same seeds are drawn again at scale 0 and with another row's picture: what an adapter scores there it owes to the
+base model, or to any picture at all.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL.Image import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.rng import key
+from ip_adapter_trainer.evaluate.clip import ClipScorer, clip_i, clip_t
+from ip_adapter_trainer.evaluate.config import EvaluateConfig
+from ip_adapter_trainer.evaluate.generate import adapter_hash
+from ip_adapter_trainer.evaluate.lend import Poll, no_poll
+from ip_adapter_trainer.evaluate.prompts import Prompt, read_prompts
+from ip_adapter_trainer.evaluate.report import CLIP_I, CLIP_T, CONDITIONS, PROMPTED, SCALE_0, SHUFFLED, Evaluation
+from ip_adapter_trainer.evaluate.sample import Sampling, image_tokens, sample
+from ip_adapter_trainer.evaluate.shuffle import others
+from ip_adapter_trainer.evaluate.start import choose_device, load, sampling
+from ip_adapter_trainer.model import Model
+
+__all__ = ["EvaluateConfig", "Plan", "evaluate", "score"]
+
+Values = dict[str, dict[str, NDArray[np.float64]]]  # condition, metric: [rows]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is drawn for every row in each condition."""
+
+    how: Sampling
+    text: str = ""
+    pictures: int = 4
+    seed: int = 0
+
+
+def evaluate(config: EvaluateConfig, poll: Poll = no_poll) -> Evaluation:
+    """Scores an adapter on rows of a manifest and writes the JSON file.
+
+    Raises:
+        Problem: something cannot be read, loaded or written.
+    """
+    output = _writable(Path(config.output))
+    prompts, faults = read_prompts(config)
+    clip = ClipScorer.load(config.clip_model, choose_device(config.device))
+    model, began = load(config), time.monotonic()
+    plan = Plan(sampling(config, model), config.prompt, config.num_images_per_prompt, config.seed)
+    values = score(model, clip, prompts, plan, poll)
+    protocol: dict[str, Any] = {"adapter": Path(config.adapter).name, "adapter_sha256": adapter_hash(model.adapter)}
+    protocol |= {"clip_model": config.clip_model, "rows": len(prompts)} | asdict(plan)
+    found = Evaluation.of(values, protocol, [str(fault) for fault in faults], round(time.monotonic() - began, 1))
+    output.write_text(json.dumps(found.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return found
+
+
+def _writable(output: Path) -> Path:
+    """The file, tried now: hours of drawing should not end at a folder that is not there."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("a"):
+            return output
+    except OSError as error:
+        what = f"cannot write the scores: {error.strerror}"
+        raise Problem(what, where=str(output), remedy="choose another file with --output") from error
+
+
+def score(model: Model, clip: ClipScorer, prompts: Sequence[Prompt], plan: Plan, poll: Poll = no_poll) -> Values:
+    """CLIP-I and CLIP-T of every row in every condition; CLIP-T is NaN where a row has no caption.
+
+    Args:
+        model: attached or not; it is given back as it was found.
+        clip: the model that scores.
+        prompts: two rows or more.
+        plan: what is drawn.
+        poll: called between forward passes.
+    """
+    wrong = others(len(prompts), plan.seed, "evaluate-shuffle")
+    values = {how: {name: np.full(len(prompts), np.nan) for name in (CLIP_I, CLIP_T)} for how in CONDITIONS}
+    at_once = max(1, plan.how.batch_images // plan.pictures)
+    with tqdm(total=len(prompts), unit="row", disable=None) as bar:
+        for start in range(0, len(prompts), at_once):
+            rows = range(start, min(start + at_once, len(prompts)))
+            strangers = [prompts[wrong[row]].read() for row in rows]
+            scored = _score_rows(model, clip, prompts[start : rows.stop], strangers, plan, poll)
+            for condition, metrics in scored.items():
+                for name, scores in metrics.items():
+                    values[condition][name][start : rows.stop] = scores
+            bar.update(len(rows))
+    return values
+
+
+def _score_rows(
+    model: Model, clip: ClipScorer, prompts: Sequence[Prompt], strangers: Sequence[Image], plan: Plan, poll: Poll
+) -> Values:
+    """The values of a few rows, drawn together."""
+    own, captions = [prompt.read() for prompt in prompts], [prompt.caption.strip() for prompt in prompts]
+    references, texts = clip.images(own)[:, None], clip.texts(captions)[:, None]  # [R, 1, E]
+    seeds = [key(plan.seed, "evaluate", prompt.number, n) % 2**63 for prompt in prompts for n in range(plan.pictures)]
+    values: Values = {}
+    for condition, pictures in ((PROMPTED, own), (SCALE_0, own), (SHUFFLED, strangers)):
+        how = replace(plan.how, scale=0.0) if condition == SCALE_0 else plan.how
+        drawn = _embeddings(model, clip, pictures, seeds, replace(plan, how=how), poll)  # [R, n, E]
+        by_caption = clip_t(drawn, texts).mean(1).numpy()
+        values[condition] = {
+            CLIP_I: clip_i(drawn, references).mean(1).numpy(),
+            CLIP_T: np.where([bool(caption) for caption in captions], by_caption, np.nan),
+        }
+    return values
+
+
+def _embeddings(
+    model: Model, clip: ClipScorer, pictures: Sequence[Image], seeds: Sequence[int], plan: Plan, poll: Poll
+) -> Tensor:
+    """Embeddings [R, n, E] of what R image prompts make of n seeds each."""
+    tokens = image_tokens(model, [[picture] for picture in pictures]).repeat_interleave(plan.pictures, 0)
+    drawn = sample(model, tokens, [plan.text] * len(seeds), seeds, plan.how, poll)
+    return clip.images(drawn).reshape(len(pictures), plan.pictures, -1)

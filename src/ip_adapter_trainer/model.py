@@ -70,7 +70,7 @@ class Model:
     """
 
     def __init__(self, family: Family, encoder: ClipImageEncoder, variant: type[Variant], config: Part) -> None:
-        self.family, self.encoder, self.variant = family, encoder, variant
+        self.family, self.encoder, self.variant, self.config = family, encoder, variant, config
         kind = variant.feature
         projector = variant.projector(
             config,

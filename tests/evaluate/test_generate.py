@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.evaluate import start
 from ip_adapter_trainer.evaluate.config import GenerateConfig
 from ip_adapter_trainer.evaluate.generate import adapter_hash, generate, output_files
@@ -83,6 +83,12 @@ def test_names_of_outputs(tmp_path: Path) -> None:
         output_files(tmp_path / "a.jpg", [3])
     with pytest.raises(Problem, match="cannot make"):
         output_files(tmp_path / "0041-x.png" / "below", [3])
+
+
+def test_a_disk_that_takes_nothing_is_told(asked: list[tuple[object, ...]], tmp_path: Path) -> None:
+    (tmp_path / "a.png").symlink_to("/dev/full")
+    with pytest.raises(StorageProblem, match="cannot write the picture"):
+        generate(settings(tmp_path, num_images=1, output=str(tmp_path / "a.png")))
 
 
 def test_a_picture_that_cannot_be_read_is_told_before_anything_is_loaded(

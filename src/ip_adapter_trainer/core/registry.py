@@ -63,6 +63,10 @@ class Registry(Generic[T]):
         self._load()
         return iter(sorted(self._entries))
 
+    def name_of(self, entry: type[T]) -> str:
+        """The name under which a class is registered."""
+        return next(name for name, known in self.items() if known is entry)
+
     def items(self) -> list[tuple[str, type[T]]]:
         """All entries, sorted by name."""
         return [(name, self[name]) for name in self]

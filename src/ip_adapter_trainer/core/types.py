@@ -87,7 +87,9 @@ class TextCondition:
     """What the text encoder(s) give the denoiser."""
 
     context: Tensor  # [B, L, D]
-    extra: dict[str, Tensor] = field(default_factory=dict)  # family-specific, e.g. SDXL's text_embeds [B, P], time_ids [B, 6]
+    extra: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # family-specific, e.g. SDXL's text_embeds [B, P], time_ids [B, 6]
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, islice
 
 from torch.utils.data import DataLoader, Dataset
 
-from ip_adapter_trainer.core.errors import DataProblem, Problem
-from ip_adapter_trainer.core.types import Batch
+from ip_adapter_trainer.core.errors import DataProblem
+from ip_adapter_trainer.core.log import say
+from ip_adapter_trainer.core.types import Batch, Fault
 from ip_adapter_trainer.data.dataset import TrainingSet, collate
 from ip_adapter_trainer.data.faults import FaultLog
 from ip_adapter_trainer.data.order import Order, Pair, share
@@ -21,21 +23,33 @@ Micro = Sequence[Pair]
 
 MAX_REPLACEMENTS = 3  # of the workers, at one place
 _PINNED = ("pixels", "prompt_pixels")
-_LOSSES = ("DataLoader ", "Pin memory ")  # torch's errors about dead and hung workers; a worker's own begin otherwise
+_POLL_S = 1.0
+_TIMED_OUT = "DataLoader timed out"
+_RAISED_IN_WORKER = "Caught "  # how torch begins what it hands over; all else tells of dead or hung workers
 
 
 @dataclass(frozen=True)
 class Parcel:
-    """What a data worker hands over: a batch, or the problem that kept it from one."""
+    """What a data worker hands over: a batch, or what kept it from one (exceptions do not travel well)."""
 
-    content: Batch | Problem
+    content: Batch | Fault
 
     def pin_memory(self) -> Parcel:
         """Called by the DataLoader's pinning thread, by this name."""
         batch = self.content
-        if isinstance(batch, Problem):
+        if isinstance(batch, Fault):
             return self
         return Parcel(replace(batch, **{name: getattr(batch, name).pin_memory() for name in _PINNED}))
+
+    def open(self) -> Batch:
+        """The batch.
+
+        Raises:
+            DataProblem: there is none.
+        """
+        if isinstance(self.content, Fault):
+            raise DataProblem(self.content.what, where=self.content.where, remedy=self.content.remedy)
+        return self.content
 
 
 class _MicroBatches(Dataset[Parcel]):
@@ -47,8 +61,8 @@ class _MicroBatches(Dataset[Parcel]):
     def __getitem__(self, micro: Micro) -> Parcel:
         try:
             return Parcel(collate([self._samples[pair] for pair in micro]))
-        except Problem as problem:
-            return Parcel(problem)
+        except DataProblem as problem:
+            return Parcel(Fault("unreadable_rows", problem.what, problem.where, problem.remedy))
 
 
 class Loader:
@@ -80,22 +94,29 @@ class Loader:
         Raises:
             DataProblem: too many faulty rows, or workers that are lost at one place again and again.
         """
-        place = step * self.micro_per_step
-        losses = 0
+        place, losses = step * self.micro_per_step, 0
+        parcels = self._parcels(place, cautiously=False)
         while True:
             try:
-                for parcel in self._parcels(place):
-                    if isinstance(parcel.content, Problem):
-                        raise parcel.content
-                    self._log.add(parcel.content.faults)
-                    place, losses = place + 1, 0
-                    yield parcel.content
-            except RuntimeError as error:
-                if not str(error).startswith(_LOSSES):
-                    raise
+                parcel = next(parcels)
+            except (RuntimeError, OSError, EOFError) as error:
                 losses += 1
-                if losses > MAX_REPLACEMENTS:
-                    raise self._lost(place, error) from error
+                self._demand_loss_of_workers(error, place, losses)
+                parcels = self._parcels(place, cautiously=True)
+                continue
+            batch = parcel.open()
+            self._log.add(batch.faults)
+            place, losses = place + 1, 0
+            yield batch
+
+    def _demand_loss_of_workers(self, error: Exception, place: int, losses: int) -> None:
+        """Returns if workers died or hung and may be replaced once more."""
+        if self._samples.config.dataloader_num_workers == 0 or str(error).startswith(_RAISED_IN_WORKER):
+            raise error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if losses > MAX_REPLACEMENTS:
+            raise self._lost(place, reason) from error
+        say(f"data workers were lost and are replaced ({losses} of {MAX_REPLACEMENTS} times here): {reason}")
 
     def _micros(self, place: int) -> Iterator[Micro]:
         """The pairs of this process's micro-batches from a place on, counted from the first step's first."""
@@ -106,32 +127,53 @@ class Loader:
             yield from micros[within:]
             within = 0
 
-    def _parcels(self, place: int) -> Iterator[Parcel]:
-        config = self._samples.config
-        workers = config.dataloader_num_workers
+    def _parcels(self, place: int, *, cautiously: bool) -> Iterator[Parcel]:
+        """Parcels from a place on; `cautiously` fetches what was under way one by one, so that blame falls rightly."""
+        workers, ahead = self._samples.config.dataloader_num_workers, self._samples.config.prefetch_factor
+        if cautiously:
+            yield from islice(self._pool(place, workers=1, ahead=1), workers * ahead)
+            place += workers * ahead
+        yield from self._pool(place, workers, ahead)
+
+    def _pool(self, place: int, workers: int, ahead: int) -> Iterator[Parcel]:
         loader = DataLoader(
             _MicroBatches(self._samples),
             batch_size=None,
             sampler=self._micros(place),
             num_workers=workers,
-            prefetch_factor=config.prefetch_factor if workers else None,
-            timeout=config.data_timeout_s if workers else 0,
+            prefetch_factor=ahead if workers else None,
+            timeout=_POLL_S if workers else 0,
             pin_memory=self._pin,
         )
         with _child_signal_kept():
-            return iter(loader)
+            parcels = iter(loader)
+        while True:
+            yield _next(parcels, self._samples.config.data_timeout_s)
 
-    def _lost(self, place: int, error: RuntimeError) -> DataProblem:
+    def _lost(self, place: int, reason: str) -> DataProblem:
         rows = [row for _, row in next(self._micros(place))]
-        what = f"the data workers were lost {MAX_REPLACEMENTS + 1} times over the same {len(rows)} rows"
+        what = f"the data workers were lost {MAX_REPLACEMENTS + 1} times over the same {len(rows)} rows ({reason})"
         where = "; ".join(self._samples.manifest.where(row) for row in rows)
-        remedy = "try with --dataloader_num_workers 0, with more memory, or without these rows"
-        return DataProblem(f"{what} ({str(error).splitlines()[0]})", where=where, remedy=remedy)
+        remedy = "try --dataloader_num_workers 0, more memory, or a manifest without these rows"
+        return DataProblem(what, where=where, remedy=remedy)
+
+
+def _next(parcels: Iterator[Parcel], patience_s: float) -> Parcel:
+    """Waits in short turns, between which torch looks whether its workers are alive."""
+    began_s = time.monotonic()
+    while True:
+        try:
+            return next(parcels)
+        except RuntimeError as error:
+            if not str(error).startswith(_TIMED_OUT):
+                raise
+            if time.monotonic() - began_s > patience_s:
+                raise TimeoutError(f"no batch in {patience_s:g} s") from error
 
 
 @contextmanager
 def _child_signal_kept() -> Iterator[None]:
-    """Undoes torch's SIGCHLD handler, which raises in the middle of whatever runs; the loader polls its workers too."""
+    """Undoes torch's SIGCHLD handler, which raises in the middle of whatever runs; the workers are polled."""
     before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
     try:
         yield

@@ -62,7 +62,9 @@ class ClipImageEncoder:
             Problem: nothing there, or not a CLIP vision model.
         """
         from transformers import CLIPVisionModelWithProjection
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         folder = Path(path)
         inner = folder / "image_encoder"
         source = str(inner) if not (folder / "config.json").exists() and (inner / "config.json").exists() else path

@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from ip_adapter_trainer.card import package_version
-from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.evaluate.config import GenerateConfig
 from ip_adapter_trainer.evaluate.sample import image_tokens, sample
 from ip_adapter_trainer.evaluate.start import load, sampling
@@ -38,7 +38,7 @@ def generate(config: GenerateConfig) -> list[Path]:
             part = seeds[start : start + config.batch_size]
             drawn = sample(model, tokens, [config.prompt] * len(part), part, how)
             for file, seed, picture in zip(files[start:], part, drawn, strict=False):
-                picture.save(file, pnginfo=_png_info(facts | {"seed": str(seed)}))
+                _save(picture, file, facts | {"seed": str(seed)})
             bar.update(len(part))
     return files
 
@@ -111,8 +111,12 @@ def _facts(config: GenerateConfig, adapter: Adapter) -> dict[str, str]:
     }
 
 
-def _png_info(facts: dict[str, str]) -> PngInfo:
+def _save(picture: Image.Image, file: Path, facts: dict[str, str]) -> None:
     info = PngInfo()
-    for key, value in facts.items():
-        info.add_itxt(key, value)
-    return info
+    for name, value in facts.items():
+        info.add_itxt(name, value)
+    try:
+        picture.save(file, pnginfo=info)
+    except OSError as error:
+        what = f"cannot write the picture: {error.strerror}"
+        raise StorageProblem(what, where=str(file), remedy="make room, or choose another --output") from error

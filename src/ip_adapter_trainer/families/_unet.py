@@ -16,18 +16,19 @@ PROCESSOR = ".processor"
 
 
 def load_pipeline(cls: Any, path: str, *, dtype: torch.dtype, device: torch.device | str, **kwargs: Any) -> Any:
-    """Loads a pipeline's frozen parts; the VAE stays in fp32 where its config says it overflows in half precision.
+    """Loads a pipeline's frozen parts.
 
     Raises:
         Problem: a folder or hub id that diffusers cannot load.
     """
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
     try:
         pipeline = cls.from_pretrained(path, dtype=dtype, **kwargs)
     except (OSError, ValueError, TypeError) as error:
         what = f"cannot load the base model: {str(error).splitlines()[0]}"
         raise Problem(what, where=path, remedy="give a diffusers pipeline folder or a hub id") from error
-    if pipeline.vae.config.get("force_upcast", False):
-        pipeline.vae.to(torch.float32)
     pipeline.to(device)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):

@@ -31,7 +31,10 @@ class StableDiffusionXL(UNetFamily):
         from diffusers import StableDiffusionXLPipeline
 
         without = {"image_encoder": None, "add_watermarker": False}
-        return cls(load_pipeline(StableDiffusionXLPipeline, path, dtype=dtype, device=device, **without))
+        pipeline = load_pipeline(StableDiffusionXLPipeline, path, dtype=dtype, device=device, **without)
+        if dtype == torch.float16 and pipeline.vae.config.force_upcast:
+            pipeline.vae.to(torch.float32)  # SDXL's own VAE overflows in fp16; the pipeline upcasts it likewise
+        return cls(pipeline)
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str], geometry: Sequence[Geometry]) -> TextCondition:

@@ -20,6 +20,7 @@ import torch
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.pocket import gates, lay, models, train
 
+MAX_CYCLES = 4
 STAGES = ("autoencoder", "clip", "vision", "denoiser", "pack")
 
 
@@ -41,53 +42,54 @@ def finished(name: str, net: Any, folder: Path) -> Any:
     return net.eval()
 
 
-def finish(stage: train.Stage, scores: dict[str, float], folder: Path) -> None:
-    """Keeps a stage's final weights and what its gate saw."""
+def train_to_gate(stage: train.Stage, folder: Path, look: Callable[[], dict[str, float]], gate: float | None) -> None:
+    """Trains a stage cycle by cycle until the oracle lets it through; keeps its weights and what was seen.
+
+    Raises:
+        Problem: the gate is not passed after the last cycle allowed.
+    """
+    for cycles in range(1, MAX_CYCLES + 1):
+        train.run(stage, folder, cycles, log)
+        stage.net.eval()
+        scores = look()
+        log(f"{stage.name} after {train.total_steps(stage, cycles)} steps: {scores}")
+        if gate is None or min(scores.values()) >= gate:
+            break
+        stage.net.train()
+    else:
+        gates.demand(stage.name, scores, gate or 0.0)
     spent_s = torch.load(folder / f"{stage.name}.state", weights_only=True)["spent_s"]
     torch.save(stage.net.state_dict(), folder / f"{stage.name}.final")
-    record = {"steps": stage.steps, "seconds": round(spent_s), "scores": scores}
+    record = {"steps": train.total_steps(stage, cycles), "seconds": round(spent_s), "scores": scores}
     (folder / f"{stage.name}.json").write_text(json.dumps(record, indent=1))
-    log(f"{stage.name}: {record}")
 
 
 def build_autoencoder(seed: int, folder: Path) -> None:
     """Trains and gates the autoencoder."""
     stage = train.autoencoder_stage(seed, train.make_pool(seed))
-    train.run(stage, folder, log)
-    scores = gates.reconstruction(stage.net.eval(), seed)
-    log(f"autoencoder keeps {scores}")
-    gates.demand("autoencoder", scores, gates.AUTOENCODER_GATE)
-    finish(stage, scores, folder)
+    train_to_gate(stage, folder, lambda: gates.reconstruction(stage.net, seed), gates.AUTOENCODER_GATE)
 
 
 def build_clip(seed: int, folder: Path) -> None:
     """Trains both towers; the text tower is final after this, the image tower is gated after `vision`."""
     stage = train.clip_stage(seed, train.make_pool(seed))
-    train.run(stage, folder, log)
-    finish(stage, gates.probe(stage.net.eval(), seed), folder)
+    train_to_gate(stage, folder, lambda: gates.probe(stage.net, seed), None)
 
 
 def build_vision(seed: int, folder: Path) -> None:
     """Trains the image tower on and gates it."""
     stage = train.vision_stage(seed, train.make_pool(seed), finished("clip", models.clip(), folder).train())
-    train.run(stage, folder, log)
-    scores = gates.probe(stage.net.eval(), seed)
-    log(f"a linear probe on the image feature reads {scores}")
-    gates.demand("image encoder", scores, gates.ENCODER_GATE)
-    finish(stage, scores, folder)
+    train_to_gate(stage, folder, lambda: gates.probe(stage.net, seed), gates.ENCODER_GATE)
 
 
 def build_denoiser(seed: int, folder: Path) -> None:
-    """Trains and gates the denoiser on the finished encoders."""
+    """Trains and gates the denoiser on the finished autoencoder and text tower."""
     vae, clip = finished("autoencoder", models.autoencoder(), folder), finished("clip", models.clip(), folder)
     pool = train.make_pool(seed, train.DENOISER_SPREAD)
     train.fix_scaling_factor(vae, pool)
     stage = train.denoiser_stage(seed, pool, vae, clip)
-    train.run(stage, folder, log)
-    scores = gates.base_draws_text(lay.assemble(vae, stage.net.eval(), clip), seed)
-    log(f"of {gates.BASE_CAPTIONS} unseen captions the base draws {scores}")
-    gates.demand("base", scores, gates.BASE_GATE)
-    finish(stage, scores, folder)
+    base = lay.assemble(vae, stage.net, clip)
+    train_to_gate(stage, folder, lambda: gates.base_draws_text(base, seed), gates.BASE_GATE)
 
 
 def pack(seed: int, folder: Path) -> None:

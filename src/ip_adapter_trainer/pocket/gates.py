@@ -26,7 +26,10 @@ def demand(stage: str, scores: Mapping[str, float], gate: float) -> None:
     low = {name: score for name, score in scores.items() if score < gate}
     if low:
         shown = ", ".join(f"{name} {score:.3f}" for name, score in low.items())
-        raise Problem(f"the {stage} does not pass its gate of {gate}: {shown}", remedy="train it longer: --steps")
+        raise Problem(
+            f"the {stage} does not pass its gate of {gate}: {shown}",
+            remedy="raise the stage's steps in train.py, or MAX_CYCLES in build.py",
+        )
 
 
 def _scenes(seed: int, purpose: str, count: int, held: bool | None) -> list[Scene]:

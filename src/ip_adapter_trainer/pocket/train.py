@@ -60,16 +60,28 @@ def make_pool(seed: int, spread: float = 1.0) -> Pool:
     return Pool(scenes, np.stack([world.render(s) for s in scenes]))
 
 
+def total_steps(stage: Stage, cycles: int) -> int:
+    """Steps of so many cycles: the first has `stage.steps`, each later one half as many."""
+    return stage.steps + (cycles - 1) * (stage.steps // 2)
+
+
 def rate(step: int, stage: Stage) -> float:
-    """Linear warm-up over 2 % of the steps, then a cosine to zero."""
-    warm = max(1, stage.steps // 50)
+    """Linear warm-up over 2 % of a cycle, then a cosine to zero; later cycles begin at half the rate.
+
+    A stage that misses its gate goes on with another cycle, so its first one is the same however many follow.
+    """
+    length, peak = stage.steps, stage.lr
+    while step >= length:
+        step, length, peak = step - length, stage.steps // 2, stage.lr / 2
+    warm = max(1, length // 50)
     if step < warm:
-        return stage.lr * (step + 1) / warm
-    return stage.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, stage.steps - warm)))
+        return peak * (step + 1) / warm
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, length - warm)))
 
 
-def run(stage: Stage, folder: Path, log: Callable[[str], None] = print) -> None:
-    """Trains a stage to its end, resuming from `folder`; leaves the final (averaged) weights in `stage.net`."""
+def run(stage: Stage, folder: Path, cycles: int, log: Callable[[str], None]) -> None:
+    """Trains a stage for some cycles, resuming from `folder`; leaves the final (averaged) weights in `stage.net`."""
+    end = total_steps(stage, cycles)
     state_file = folder / f"{stage.name}.state"
     optimizer = torch.optim.AdamW(stage.net.parameters(), lr=stage.lr, weight_decay=0.01, fused=True)
     ema = (
@@ -80,7 +92,7 @@ def run(stage: Stage, folder: Path, log: Callable[[str], None] = print) -> None:
     start, spent_s = _restore(state_file, stage, optimizer, ema)
     began = last_save = time.monotonic()
     running = 0.0
-    for step in range(start, stage.steps):
+    for step in range(start, end):
         for group in optimizer.param_groups:
             group["lr"] = rate(step, stage)
         loss = stage.loss(step)
@@ -93,8 +105,8 @@ def run(stage: Stage, folder: Path, log: Callable[[str], None] = print) -> None:
         running = loss.item() if step == start else 0.98 * running + 0.02 * loss.item()
         if (step + 1) % 100 == 0:
             total_s = spent_s + time.monotonic() - began
-            log(f"{stage.name} {step + 1}/{stage.steps} loss {running:.5f} {total_s:.0f} s")
-        if time.monotonic() - last_save > _SAVE_EVERY_S or step + 1 == stage.steps:
+            log(f"{stage.name} {step + 1}/{end} loss {running:.5f} {total_s:.0f} s")
+        if time.monotonic() - last_save > _SAVE_EVERY_S or step + 1 == end:
             last_save = time.monotonic()
             _save(state_file, stage, optimizer, ema, step + 1, spent_s + last_save - began)
     if ema:

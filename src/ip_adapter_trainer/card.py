@@ -1,0 +1,35 @@
+"""The card of a live model."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from ip_adapter_trainer.adapters import VARIANTS, AdapterCard
+from ip_adapter_trainer.model import Model
+
+
+def package_version() -> str:
+    """The installed version of this package."""
+    try:
+        return version("ip_adapter_trainer")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def card_of(model: Model, *, base: str, step: int, images_seen: int) -> AdapterCard:
+    """Describes a model's adapter after `step` optimizer steps over `images_seen` images."""
+    kind = model.variant.feature
+    return AdapterCard(
+        variant=VARIANTS.name_of(model.variant),
+        variant_config=model.config.model_dump(mode="json"),
+        family=model.family.name,
+        num_tokens=model.num_tokens,
+        pretrained_model_name_or_path=base,
+        image_encoder_path=model.encoder.name,
+        feature=kind,
+        feature_dim=model.encoder.width(kind),
+        context_dim=model.family.context_dim,
+        step=step,
+        images_seen=images_seen,
+        package_version=package_version(),
+    )

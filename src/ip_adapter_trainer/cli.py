@@ -1,0 +1,157 @@
+"""`ip-adapter COMMAND`: parse, dispatch, turn every error into one line what, one line where, one line what to do."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from ip_adapter_trainer.core.errors import Problem, Stopped, did_you_mean
+
+COMMANDS = {
+    "train": "train an adapter on pictures and captions",
+    "generate": "draw pictures with an image prompt",
+    "evaluate": "score an adapter: CLIP-I and CLIP-T beside scale 0 and shuffled prompts",
+    "export": "turn a checkpoint into an adapter file, verified by reloading it",
+    "inspect": "tell what an adapter file holds and who can read it",
+    "check": "read every row and picture of a training set and list the faults",
+    "pocket": "lay out the embedded base model and a training set to try everything on",
+    "demo": "train on the embedded base model and score the result, in minutes",
+}
+
+
+def usage() -> str:
+    """The text of `ip-adapter --help`."""
+    lines = ["usage: ip-adapter COMMAND [flags]", "", "Train and use image-prompt adapters (IP-Adapter).", ""]
+    lines += [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
+    return "\n".join([*lines, "", "`ip-adapter COMMAND --help` lists a command's flags; --debug shows tracebacks."])
+
+
+def _train(argv: Sequence[str]) -> int:
+    from ip_adapter_trainer.config import parse_train
+
+    return run_training(parse_train(argv))
+
+
+def run_training(config: object) -> int:
+    """Trains with resolved settings, writing them beside the result."""
+    from ip_adapter_trainer.config import write_resolved
+    from ip_adapter_trainer.train.config import TrainConfig
+    from ip_adapter_trainer.train.run import train
+
+    assert isinstance(config, TrainConfig)
+    train(config, write_resolved)
+    return 0
+
+
+def _generate(argv: Sequence[str]) -> int:
+    from ip_adapter_trainer.config import parse
+    from ip_adapter_trainer.evaluate.generate import GenerateConfig, generate
+
+    for path in generate(parse(GenerateConfig, argv, prog="ip-adapter generate")):
+        print(path)
+    return 0
+
+
+def _evaluate(argv: Sequence[str]) -> int:
+    from ip_adapter_trainer.config import parse
+    from ip_adapter_trainer.evaluate.scores import EvaluateConfig, evaluate
+
+    print(evaluate(parse(EvaluateConfig, argv, prog="ip-adapter evaluate")))
+    return 0
+
+
+def _export(argv: Sequence[str]) -> int:
+    from ip_adapter_trainer.config import parse
+    from ip_adapter_trainer.export import ExportConfig, export
+
+    print(export(parse(ExportConfig, argv, prog="ip-adapter export")))
+    return 0
+
+
+def _inspect(argv: Sequence[str]) -> int:
+    from ip_adapter_trainer.config import parse
+    from ip_adapter_trainer.inspection import InspectConfig, inspect
+
+    print(inspect(parse(InspectConfig, argv, prog="ip-adapter inspect")))
+    return 0
+
+
+def _check(argv: Sequence[str]) -> int:
+    from ip_adapter_trainer.config import parse
+    from ip_adapter_trainer.data.check import check
+    from ip_adapter_trainer.data.config import CheckConfig
+
+    report = check(parse(CheckConfig, argv, prog="ip-adapter check"))
+    print(report)
+    return report.exit_code
+
+
+def _pocket(argv: Sequence[str]) -> int:
+    from ip_adapter_trainer.config import parse
+    from ip_adapter_trainer.pocket.config import PocketConfig
+    from ip_adapter_trainer.pocket.lay import lay_command
+
+    print(lay_command(parse(PocketConfig, argv, prog="ip-adapter pocket")))
+    return 0
+
+
+def _demo(argv: Sequence[str]) -> int:
+    from ip_adapter_trainer.config import parse
+    from ip_adapter_trainer.demo import DemoConfig, demo
+
+    print(demo(parse(DemoConfig, argv, prog="ip-adapter demo")))
+    return 0
+
+
+RUN: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": _train, "generate": _generate, "evaluate": _evaluate, "export": _export, "inspect": _inspect,
+    "check": _check, "pocket": _pocket, "demo": _demo,
+}  # fmt: skip
+
+
+def guarded(run: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """Runs a command and returns its exit code, every error told in three lines; `--debug` adds the traceback."""
+    debug = "--debug" in argv
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        return run([a for a in argv if a != "--debug"])
+    except Stopped as stopped:
+        return stopped.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except Problem as problem:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {problem}", file=sys.stderr)
+        return problem.exit_code
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(f"bug: {type(error).__name__}: {error}\n  to do: run again with --debug and report it", file=sys.stderr)
+        return 1
+
+
+def script(variant: str) -> None:
+    """The body of a drop-in training script: published flags from the command line, its variant as the default."""
+
+    def run(argv: Sequence[str]) -> int:
+        from ip_adapter_trainer.config import parse_train
+
+        return run_training(parse_train(argv, prog=os.path.basename(sys.argv[0]), variant=variant))  # noqa: PTH119
+
+    raise SystemExit(guarded(run, sys.argv[1:]))
+
+
+def main() -> None:
+    """Entry point of `ip-adapter`."""
+    argv = sys.argv[1:]
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        raise SystemExit(0 if argv else 2)
+    if argv[0] not in RUN:
+        print(f"error: unknown command {argv[0]!r}\n  to do: {did_you_mean(argv[0], RUN)}", file=sys.stderr)
+        raise SystemExit(2)
+    raise SystemExit(guarded(RUN[argv[0]], argv[1:]))

@@ -1,0 +1,126 @@
+"""A run's settings, composed from the parts' own classes: flags over a YAML file over defaults, written back resolved.
+
+The composed class has one flat set of names, which are the flags, the YAML keys and the attributes alike. A variant's
+and a family's settings are flags too: the two are looked up first, then their `Config` classes join the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+import yaml
+from pydantic import ValidationError, create_model
+
+from ip_adapter_trainer.adapters import VARIANTS
+from ip_adapter_trainer.core.errors import Problem, did_you_mean
+from ip_adapter_trainer.core.settings import Part
+from ip_adapter_trainer.families import FAMILIES, family_of
+from ip_adapter_trainer.train.config import TrainConfig
+
+P = TypeVar("P", bound=Part)
+RESOLVED = "config.yaml"
+
+
+def compose(variant: str, family: str) -> type[TrainConfig]:
+    """The settings class of a run with this variant and family; "auto" adds no family settings.
+
+    Raises:
+        Problem: an unknown name.
+    """
+    parts: tuple[type[Part], ...] = (TrainConfig, VARIANTS[variant].Config)
+    if family != "auto":
+        parts += (FAMILIES[family].Config,)
+    bases = tuple(p for p in dict.fromkeys(parts) if not any(q is not p and issubclass(q, p) for q in parts))
+    return create_model("TrainSettings", __base__=bases, __doc__="Train an image-prompt adapter.")
+
+
+def parse(kind: type[P], argv: Sequence[str], *, prog: str) -> P:
+    """Reads flags into a settings class; unknown flags end the program with what was probably meant (exit 2).
+
+    Raises:
+        Problem: a value that a part's own rules refuse; each with its flag.
+    """
+    try:
+        return tyro.cli(
+            kind, args=list(argv), prog=prog, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,), add_help=True
+        )
+    except ValidationError as error:
+        faults = [f"--{'.'.join(map(str, e['loc'])) or 'flags'}: {e['msg']}" for e in error.errors()]
+        raise Problem("; ".join(faults), where=prog, remedy=f"see {prog} --help") from error
+
+
+def parse_train(argv: Sequence[str], *, prog: str = "ip-adapter train", variant: str = "base") -> TrainConfig:
+    """Settings of a training run from flags and, with `--config FILE`, a YAML file beneath them.
+
+    Args:
+        argv: flags.
+        prog: the program's name in messages.
+        variant: the default variant, for scripts that are named after one.
+    """
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("config", "variant", "family", "pretrained_model_name_or_path"):
+        peek.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name)
+    known, flags = peek.parse_known_args(list(argv))
+    beneath = read_yaml(known.config) if known.config else {}
+    chosen = {"variant": variant, "family": "auto"} | beneath
+    chosen |= {k: v for k, v in vars(known).items() if v is not None and k != "config"}
+    base = chosen.get("pretrained_model_name_or_path")
+    asks_help = "-h" in flags or "--help" in flags
+    family = chosen["family"] if asks_help or not base else family_of(str(base), str(chosen["family"]))
+    kind = compose(str(chosen["variant"]), str(family))
+    if known.config:
+        check_keys(beneath, kind, known.config)
+    # What a file says comes first, so that a flag given on the command line has the last word.
+    return parse(kind, [*as_flags(chosen), *flags], prog=prog)
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The settings in a YAML file: one flat mapping of setting to value.
+
+    Raises:
+        Problem: no such file, no YAML, or no mapping.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        line = str(error).splitlines()[0]
+        raise Problem(f"cannot read the settings: {line}", where=path, remedy="give a YAML file") from error
+    if not isinstance(content, dict):
+        raise Problem("the settings are no mapping", where=path, remedy="write one `name: value` a line")
+    return content
+
+
+def check_keys(settings: Mapping[str, Any], kind: type[Part], where: str) -> None:
+    """Refuses settings that a class does not have.
+
+    Raises:
+        Problem: an unknown name, with the closest known one.
+    """
+    for name in settings:
+        if name not in kind.model_fields:
+            raise Problem(f"unknown setting {name!r}", where=where, remedy=did_you_mean(str(name), kind.model_fields))
+
+
+def as_flags(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as command-line flags; a null leaves the default."""
+    flags: list[str] = []
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no_{name}")
+        elif isinstance(value, (list, tuple)):
+            flags += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            flags.append(f"--{name}={value}")
+    return flags
+
+
+def write_resolved(config: Part, folder: Path) -> Path:
+    """Writes every setting, defaults included, as a YAML file that `--config` takes."""
+    file = folder / RESOLVED
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    file.write_text(text, encoding="utf-8")
+    return file

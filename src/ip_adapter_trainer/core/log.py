@@ -1,0 +1,12 @@
+"""What the program says to people: short lines on standard error, once per group of processes."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def say(line: str) -> None:
+    """Prints a line from the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,206 @@
+"""The main job from end to end on the embedded base model: rows on disk, train, export, generate, score.
+
+The oracle asks, on pairs of held-out combinations, whether the picture took its shape from the text and everything
+else from the image prompt, beside scale 0 and beside image prompts that belong to other rows.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from pydantic import Field
+
+from ip_adapter_trainer.core.rng import stream
+from ip_adapter_trainer.core.settings import Part
+from ip_adapter_trainer.pocket import world
+from ip_adapter_trainer.pocket.world import Scene
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ip_adapter_trainer.model import Model
+
+ASKED_OF_IMAGE, ASKED_OF_TEXT = ("colour", "pattern", "background"), ("shape",)
+ADAPTER_FILE = "ip-adapter_pocket.safetensors"
+GRID_ROWS = 6
+
+
+class DemoConfig(Part):
+    """Train, export, generate and score on the embedded base model."""
+
+    output_dir: str = Field("demo", description="Folder for everything the demo writes.")
+    rows: int = Field(2000, ge=64, description="Training rows written to disk.")
+    max_train_steps: int = Field(300, ge=1, description="Optimizer steps.")
+    train_batch_size: int = Field(32, ge=1, description="Images per step.")
+    learning_rate: float = Field(1e-3, gt=0, description="Learning rate; a small adapter takes a large one.")
+    pairs: int = Field(100, ge=8, description="Held-out pairs that are scored.")
+    steps: int = Field(25, ge=1, description="Sampler steps.")
+    guidance_scale: float = Field(4.0, ge=0, description="Classifier-free guidance.")
+    seed: int = Field(0, description="Seed of rows, training and pairs.")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Text asks for one shape, the reference picture shows another in the attributes wanted."""
+
+    text_shape: str
+    reference: Scene
+
+    def truth(self) -> dict[str, str]:
+        """What a picture that obeys both shows."""
+        return {**self.reference.attributes(), "shape": self.text_shape}
+
+
+def held_out_pairs(count: int, seed: int) -> list[Pair]:
+    """Pairs whose reference and whose wanted picture are both combinations that nothing was trained on."""
+    rng = stream(seed, "demo-pairs")
+    pairs: list[Pair] = []
+    while len(pairs) < count:
+        reference = world.random_scene(rng, held=True)
+        shape = str(rng.choice([s for s in world.SHAPES if s != reference.shape]))
+        if world.held_out(Scene(**{**reference.attributes(), "shape": shape})):
+            pairs.append(Pair(shape, reference))
+    return pairs
+
+
+def _prompt(pair: Pair) -> str:
+    return world.caption(Scene(**pair.truth()), ASKED_OF_TEXT)
+
+
+def score(pictures: list[Image], pairs: list[Pair]) -> dict[str, float]:
+    """Fraction of pictures that show each attribute as asked, by the oracle."""
+    from ip_adapter_trainer.pocket import oracle
+
+    return oracle.accuracy(np.stack([np.asarray(p.convert("RGB")) for p in pictures]), [p.truth() for p in pairs])
+
+
+def _train(config: DemoConfig, folder: Path) -> None:
+    from ip_adapter_trainer.config import parse_train, write_resolved
+    from ip_adapter_trainer.train.run import train
+
+    flags = {
+        "pretrained_model_name_or_path": folder / "base", "image_encoder_path": folder / "image_encoder",
+        "data_json_file": folder / "data.json", "data_root_path": folder / "images",
+        "output_dir": folder / "run", "resolution": world.SIZE_PX, "grid_rows": 0,
+        "train_batch_size": config.train_batch_size, "max_train_steps": config.max_train_steps,
+        "learning_rate": config.learning_rate, "seed": config.seed,
+    }  # fmt: skip
+    train(parse_train([f"--{name}={value}" for name, value in flags.items()]), write_resolved)
+
+
+def _export(folder: Path) -> Path:
+    from ip_adapter_trainer.export import ExportConfig, export
+
+    out = folder / ADAPTER_FILE
+    out.unlink(missing_ok=True)
+    print(export(ExportConfig(source=str(folder / "run"), output=str(out))))
+    return out
+
+
+def _draw(model: Model, pairs: list[Pair], references: list[Image], config: DemoConfig, scale: float) -> list[Image]:
+    from ip_adapter_trainer.evaluate.sample import Sampling, image_tokens, sample
+
+    how = Sampling(
+        world.SIZE_PX, world.SIZE_PX, steps=config.steps, guidance_scale=config.guidance_scale, scale=scale,
+        batch_images=50,
+    )  # fmt: skip
+    tokens = image_tokens(model, [[r] for r in references])
+    prompts = [_prompt(p) for p in pairs]
+    return sample(model, tokens, prompts, [config.seed + i for i in range(len(pairs))], how)
+
+
+def _load(adapter: Path, folder: Path) -> Model:
+    import torch
+
+    from ip_adapter_trainer.loading import load_model
+
+    return load_model(
+        str(adapter), str(folder / "base"), str(folder / "image_encoder"), dtype=torch.float32, device="cpu"
+    )
+
+
+def _grid(model: Model, pairs: list[Pair], references: list[Image], config: DemoConfig, folder: Path) -> Path:
+    from ip_adapter_trainer.evaluate.grid import grid
+    from ip_adapter_trainer.evaluate.sample import Sampling
+
+    how = Sampling(world.SIZE_PX, world.SIZE_PX, steps=config.steps, guidance_scale=config.guidance_scale)
+    rows = range(GRID_ROWS)
+    prompts = [_prompt(pairs[i]) for i in rows]
+    picture = grid(model, references[:GRID_ROWS], prompts, [config.seed + i for i in rows], how)
+    picture.save(folder / "grid.png")
+    return folder / "grid.png"
+
+
+def table(scores: dict[str, dict[str, float]]) -> str:
+    """Scores as text: a row for each attribute, a column for each condition."""
+    columns = list(scores)
+    lines = ["asked of  attribute   " + "".join(f"{c:>10}" for c in columns) + f"{'chance':>10}"]
+    for name, values in world.ATTRIBUTES.items():
+        source = "image" if name in ASKED_OF_IMAGE else "text"
+        cells = "".join(f"{scores[c][name]:>10.0%}" for c in columns)
+        lines.append(f"{source:<10}{name:<12}{cells}{1 / len(values):>10.0%}")
+    return "\n".join(lines)
+
+
+def summary(scores: dict[str, dict[str, float]], seconds: dict[str, float]) -> dict[str, dict[str, float]]:
+    """The content of `scores.json`: fractions, and seconds by part."""
+
+    def mean(condition: str, names: tuple[str, ...]) -> float:
+        return round(float(np.mean([scores[condition][name] for name in names])), 4)
+
+    return {
+        "image_attributes": {c: mean(c, ASKED_OF_IMAGE) for c in ("scale_1", "scale_0", "shuffled")},
+        "text_attribute": {c: mean(c, ASKED_OF_TEXT) for c in ("scale_1", "scale_0")},
+        "seconds": seconds,
+    }
+
+
+class _Clock:
+    """Seconds by part of the demo."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - began, 1)
+
+
+def demo(config: DemoConfig) -> str:
+    """Runs the main job; writes `scores.json` and `grid.png`; returns the table of scores and the picture's path."""
+    from PIL import Image
+
+    from ip_adapter_trainer.pocket import lay
+
+    folder, clock = Path(config.output_dir), _Clock()
+    with clock.part("write"):
+        lay.lay(folder, rows=config.rows, seed=config.seed)
+    with clock.part("train"):
+        _train(config, folder)
+    with clock.part("export"):
+        adapter = _export(folder)
+    with clock.part("generate"):
+        model = _load(adapter, folder)
+        pairs = held_out_pairs(config.pairs, config.seed)
+        references = [Image.fromarray(world.render(p.reference)) for p in pairs]
+        shuffled = references[1:] + references[:1]
+        pictures = {
+            "scale_1": _draw(model, pairs, references, config, 1.0),
+            "scale_0": _draw(model, pairs, references, config, 0.0),
+            "shuffled": _draw(model, pairs, shuffled, config, 1.0),
+        }
+        picture = _grid(model, pairs, references, config, folder)
+    scores = {name: score(drawn, pairs) for name, drawn in pictures.items()}
+    seconds = clock.seconds | {"total": round(sum(clock.seconds.values()), 1)}
+    (folder / "scores.json").write_text(json.dumps(summary(scores, seconds), indent=1) + "\n", encoding="utf-8")
+    spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    return f"{table(scores)}\n\n{spent}\nscores: {folder / 'scores.json'}\npicture: {picture}"

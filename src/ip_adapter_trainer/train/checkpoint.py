@@ -1,0 +1,148 @@
+"""Checkpoints: staged, hashed, renamed into place, rotated without ever losing the last good one.
+
+A `checkpoint-N/` folder, N optimizer steps, holds::
+
+    pytorch_model.bin          what to use: the adapter under its published training keys (the average, with EMA)
+    adapter.json               what it is: variant, base model, encoder, steps
+    training_state.safetensors optimizer moments; with EMA also the live weights
+    training_state.json        step, schedule, resolved settings, length of metrics.jsonl
+    manifest.json              SHA-256 and size of each of these, written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ip_adapter_trainer.adapters import AdapterCard
+from ip_adapter_trainer.core.errors import Problem, StorageProblem
+from ip_adapter_trainer.core.log import say
+from ip_adapter_trainer.core.staging import staged_folder
+from ip_adapter_trainer.train.tree import flatten, unflatten
+
+WEIGHTS, CARD, TENSORS, STATE, MANIFEST = (
+    "pytorch_model.bin", "adapter.json", "training_state.safetensors", "training_state.json", "manifest.json",
+)  # fmt: skip
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint read back: the published weights, and nested training state as `state_dict`s."""
+
+    step: int
+    weights: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def write(output: Path, step: int, weights: Mapping[str, Tensor], card: AdapterCard, state: Mapping[str, Any]) -> Path:
+    """Writes `checkpoint-<step>` so that it exists whole or not at all.
+
+    Args:
+        output: the run's folder.
+        step: optimizer steps done.
+        weights: the adapter's published state dict.
+        card: the adapter's description.
+        state: nested state of JSON values and tensors.
+
+    Raises:
+        StorageProblem: not enough room, or the disk refused; earlier checkpoints are untouched.
+    """
+    tensors, skeleton = flatten(dict(state), "state")
+    plain = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+    _check_room(output, [*plain.values(), *tensors.values()])
+    final = output / f"checkpoint-{step}"
+    try:
+        with staged_folder(final) as stage:
+            torch.save(plain, stage / WEIGHTS)
+            save_file(tensors, stage / TENSORS)
+            (stage / CARD).write_text(card.to_json(), encoding="utf-8")
+            (stage / STATE).write_text(json.dumps({"step": step, "state": skeleton}, indent=1), encoding="utf-8")
+            files = sorted(f for f in stage.iterdir() if f.is_file())
+            entries = {f.name: {"sha256": _hash(f), "bytes": f.stat().st_size} for f in files}
+            (stage / MANIFEST).write_text(json.dumps(entries, indent=1), encoding="utf-8")
+    except OSError as error:
+        what, remedy = (
+            f"the checkpoint was not saved: {error.strerror or error}",
+            "make room; the run goes on meanwhile",
+        )
+        raise StorageProblem(what, where=str(final), remedy=remedy) from error
+    return final
+
+
+def _check_room(output: Path, tensors: list[Tensor]) -> None:
+    need = int(1.05 * sum(t.numel() * t.element_size() for t in tensors)) + 1_000_000
+    free = shutil.disk_usage(output).free
+    if free < need:
+        what = f"a checkpoint needs {need / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB"
+        raise StorageProblem(what, where=str(output), remedy="make room, or lower --checkpoints_total_limit")
+
+
+def verified(folder: Path) -> bool:
+    """Whether every file of a checkpoint is there with the size and hash that its manifest says."""
+    try:
+        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return all(
+            (folder / name).stat().st_size == entry["bytes"] and _hash(folder / name) == entry["sha256"]
+            for name, entry in entries.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def all_checkpoints(output: Path) -> list[Path]:
+    """The run's checkpoint folders, oldest first."""
+    found = [(int(m.group(1)), p) for p in output.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
+    return [path for _, path in sorted(found)]
+
+
+def latest(output: Path) -> Path | None:
+    """The newest checkpoint whose manifest verifies; a damaged newer one is passed over with a line that says so."""
+    for folder in reversed(all_checkpoints(output)):
+        if verified(folder):
+            return folder
+        say(f"{folder.name} is incomplete or damaged and is passed over")
+    return None
+
+
+def prune(output: Path, keep: int | None) -> None:
+    """Removes the oldest checkpoints beyond `keep`, by renaming first, once the newest has verified."""
+    folders = all_checkpoints(output)
+    if keep is None or len(folders) <= keep or not verified(folders[-1]):
+        return
+    for folder in folders[:-keep]:
+        doomed = folder.with_name(f".{folder.name}.removing")
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def read(folder: Path) -> Saved:
+    """Reads a checkpoint for resuming, hashes verified, no pickle executed.
+
+    Raises:
+        Problem: no checkpoint there, or one that is damaged or was saved by the published script.
+    """
+    if not (folder / MANIFEST).exists():
+        what = "this folder is no checkpoint that can be resumed"
+        remedy = "give a checkpoint-N of this trainer; start from other weights with --pretrained_ip_adapter_path"
+        raise Problem(what, where=str(folder), remedy=remedy)
+    if not verified(folder):
+        raise Problem("the checkpoint is damaged", where=str(folder), remedy="resume from an older one, or from latest")
+    saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    weights = torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True)
+    return Saved(saved["step"], weights, unflatten(load_file(folder / TENSORS), saved["state"]))

@@ -1,0 +1,96 @@
+"""Settings of the training run, part by part. Field names are flag names; published and diffusers' names are kept."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import Field
+
+from ip_adapter_trainer.core.settings import Part, alias
+from ip_adapter_trainer.data.config import DataConfig
+from ip_adapter_trainer.diffusion import ObjectiveConfig
+from ip_adapter_trainer.evaluate.config import ValidationConfig
+
+P = TypeVar("P", bound=Part)
+
+
+class ModelConfig(Part):
+    """Which frozen models, which adapter."""
+
+    pretrained_model_name_or_path: str = Field(description="Base model: a diffusers pipeline folder or a hub id.")
+    image_encoder_path: str = Field(description="Image encoder: folder or hub id of a CLIPVisionModelWithProjection.")
+    family: str = Field("auto", description="Family of the base model; auto: read from its model_index.json.")
+    variant: str = Field("base", description="Adapter variant: base, plus or full.")
+    pretrained_ip_adapter_path: str | None = Field(
+        None, description="Adapter file (.bin or .safetensors) or checkpoint to start from; every shape is checked."
+    )
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = Field(
+        None, description="Precision of the frozen weights; the trained ones stay fp32. Default: as the launcher says."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute the denoiser's activations: less memory, slower."
+    )
+
+
+class OptimConfig(Part):
+    """How the adapter is optimised, and for how long."""
+
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(1e-2, ge=0, description="Decoupled weight decay.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the second moment.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
+    use_8bit_adam: bool = Field(False, description="8-bit AdamW of bitsandbytes (pip install ip_adapter_trainer[bnb]).")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Micro batches summed for one optimizer step.")
+    num_train_epochs: int = Field(100, ge=1, description="Passes over the rows, unless max_train_steps is given.")
+    max_train_steps: int | None = Field(None, ge=1, description="Optimizer steps to train, whatever the epochs.")
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = Field("constant", description="Shape of the learning rate over the run.")
+    lr_warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up; needs a schedule that warms up.")
+    lr_num_cycles: int = Field(1, ge=1, description="Restarts of cosine_with_restarts.")
+    lr_power: float = Field(1.0, gt=0, description="Power of the polynomial schedule.")
+    use_ema: bool = Field(False, description="Keep an exponential moving average; checkpoints then publish it.")
+    ema_decay: float = Field(0.9999, gt=0, lt=1, description="Decay of the average.")
+    seed: int = Field(0, description="Seed of every random draw: order, crops, drops, noise, timesteps, first weights.")
+
+
+class CheckpointConfig(Part):
+    """Where and how often the run is saved."""
+
+    output_dir: str = Field(
+        "sd-ip_adapter", description="Folder for checkpoints, metrics, grids and the resolved config."
+    )
+    save_steps: Annotated[int, alias("checkpointing_steps")] = Field(
+        2000, ge=1, description="Optimizer steps between checkpoints; one is always written at the end and on a stop."
+    )
+    checkpoints_total_limit: int | None = Field(
+        None, ge=1, description="Keep this many; the last good one always stays."
+    )
+    resume_from_checkpoint: Annotated[str | None, alias("resume")] = Field(
+        None, description="'latest' (start afresh if there is none) or the path of a checkpoint-N folder."
+    )
+
+
+class TrackConfig(Part):
+    """What is reported, and to whom."""
+
+    logging_dir: str = Field("logs", description="Folder for tracker files, under output_dir.")
+    report_to: str = Field(
+        "tensorboard", description="Tracker by accelerate's name (tensorboard, wandb, ...), or none."
+    )
+    tracker_project_name: str = Field("ip_adapter", description="Project name given to the tracker.")
+    logging_steps: int = Field(10, ge=1, description="Steps between reports to tracker, progress bar and metrics file.")
+    local_rank: int = Field(-1, description="Process number for launchers that pass a flag instead of LOCAL_RANK.")
+    dry_run: bool = Field(False, description="Print parameters, steps and sizes on disk; train nothing.")
+
+
+class TrainConfig(
+    ModelConfig, DataConfig, ObjectiveConfig, OptimConfig, CheckpointConfig, ValidationConfig, TrackConfig
+):
+    """Every setting of a run but those of its variant and family, which `config.compose` adds."""
+
+    def part(self, kind: type[P]) -> P:
+        """The settings of one part, such as a variant's own, out of the whole."""
+        return kind(**{name: getattr(self, name) for name in kind.model_fields})

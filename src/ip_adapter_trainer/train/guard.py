@@ -1,0 +1,80 @@
+"""What a resumed run may change. Every setting must match, may change and is told, or is free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.log import say
+
+# These may change between a run and its resumption, and the run says so.
+MAY_CHANGE = frozenset(
+    "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm lr_scheduler lr_warmup_steps "  # noqa: SIM905
+    "lr_num_cycles lr_power ema_decay num_train_epochs max_train_steps mixed_precision gradient_checkpointing "
+    "pretrained_model_name_or_path image_encoder_path data_json_file data_root_path image_column text_column "
+    "prompt_image_column train_batch_size gradient_accumulation_steps".split()
+)
+# These say nothing of what is trained.
+FREE = frozenset(
+    "output_dir save_steps checkpoints_total_limit resume_from_checkpoint logging_dir report_to tracker_project_name "  # noqa: SIM905
+    "logging_steps local_rank dry_run validation_steps num_validation_images validation_seed grid_rows grid_steps "
+    "grid_guidance_scale grid_prompt dataloader_num_workers prefetch_factor data_timeout_s max_fault_rate "
+    "pretrained_ip_adapter_path".split()
+)
+# All others must match, so that a new variant's settings are guarded without being listed here.
+
+
+def check_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Compares a checkpoint's settings with this run's; tells what changed.
+
+    Raises:
+        Problem: a setting that must match differs; each is named with both values.
+    """
+    changed = {k: (old.get(k), new[k]) for k in new if k not in FREE and old.get(k) != new[k]}
+    wrong = [f"{k} was {a!r}, is {b!r}" for k, (a, b) in changed.items() if k not in MAY_CHANGE]
+    if wrong:
+        remedy = "give the old values, or train on in a new --output_dir from --pretrained_ip_adapter_path"
+        raise Problem("this run cannot be resumed with other settings: " + "; ".join(wrong), remedy=remedy)
+    for key, (before, after) in changed.items():
+        say(f"resuming with {key} {after!r} (was {before!r})")
+
+
+def check_rows(old: str, new: str) -> None:
+    """Compares row fingerprints.
+
+    Raises:
+        Problem: the manifest has other rows than when the checkpoint was written.
+    """
+    if old != new:
+        remedy = "restore the manifest, or train on in a new --output_dir from --pretrained_ip_adapter_path"
+        raise Problem("the training rows changed since the checkpoint", where="--data_json_file", remedy=remedy)
+
+
+def check_batch(old: int, new: int) -> None:
+    """Compares images per optimizer step, which must survive any change of processes, batch or accumulation.
+
+    Raises:
+        Problem: the product differs.
+    """
+    if old != new:
+        remedy = f"choose train_batch_size x processes x gradient_accumulation_steps = {old}"
+        raise Problem(f"a step had {old} images and would have {new}", where="--train_batch_size", remedy=remedy)
+
+
+def lock(output: Path) -> FileLock:
+    """Claims the output folder for this run.
+
+    Raises:
+        Problem: another run holds it.
+    """
+    claimed = FileLock(output / ".lock")
+    try:
+        claimed.acquire(timeout=0)
+    except Timeout as error:
+        remedy = "wait for it, stop it, or give another --output_dir"
+        raise Problem("another run is writing this folder", where=str(output), remedy=remedy) from error
+    return claimed

@@ -1,0 +1,95 @@
+"""From launcher to runtime: processes, device, precision. One place that knows accelerate's launch conventions."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from ip_adapter_trainer.core.errors import Problem, did_you_mean
+from ip_adapter_trainer.core.log import say
+
+Precision = Literal["no", "fp16", "bf16"]
+DTYPES: dict[Precision, torch.dtype] = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process runs and with whom."""
+
+    accelerator: Any
+    rank: int
+    world: int
+    device: torch.device
+    precision: Precision
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the frozen weights."""
+        return DTYPES[self.precision]
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Waits for every process."""
+        if self.world > 1:
+            self.accelerator.wait_for_everyone()
+
+
+def choose_precision(asked: str | None, device: torch.device) -> Precision:
+    """The precision of the frozen weights: the flag, else what the launcher set, else none.
+
+    fp16 arithmetic does not exist on CPUs, so there it becomes bf16, with a line that says so.
+    """
+    name = asked or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if name not in DTYPES:
+        raise Problem(f"unknown precision {name!r}", where="--mixed_precision", remedy=did_you_mean(name, DTYPES))
+    if name == "fp16" and device.type == "cpu":
+        say("fp16 does not run on a CPU: bf16 instead")
+        return "bf16"
+    return name  # type: ignore[return-value]
+
+
+def _accelerator(report_to: str, output_dir: str, logging_dir: str) -> Any:
+    """An Accelerator whose group is real: without a GPU, several processes meet over gloo.
+
+    `accelerate launch --multi_gpu` on a machine without a GPU starts processes that each believe to be alone; the
+    launcher's own WORLD_SIZE tells the truth.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    project = ProjectConfiguration(project_dir=output_dir, logging_dir=os.path.join(output_dir, logging_dir))  # noqa: PTH118
+    log_with = None if report_to == "none" else report_to
+    cpu = not alone and not torch.cuda.is_available()
+    return Accelerator(mixed_precision="no", cpu=cpu, log_with=log_with, project_config=project)
+
+
+def start(
+    *, mixed_precision: str | None, local_rank: int, report_to: str, output_dir: str, logging_dir: str
+) -> Runtime:
+    """Joins the group that the launcher started, or runs alone.
+
+    Raises:
+        Problem: the launcher started several processes and they do not form one group, or an unknown tracker.
+    """
+    if local_rank >= 0:
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    try:
+        accelerator = _accelerator(report_to, output_dir, logging_dir)
+    except ValueError as error:
+        what = f"cannot start: {str(error).splitlines()[0]}"
+        raise Problem(what, where="--report_to", remedy="name an installed tracker, or none") from error
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != world:
+        what = f"{world} processes were launched but this one sees {accelerator.num_processes}"
+        raise Problem(what, where="accelerate launch", remedy="launch with --cpu, or with as many GPUs as processes")
+    device = accelerator.device
+    precision = choose_precision(mixed_precision, device)
+    return Runtime(accelerator, accelerator.process_index, accelerator.num_processes, device, precision)

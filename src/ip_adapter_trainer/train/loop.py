@@ -1,0 +1,214 @@
+"""The training loop: order to batches to gradients to steps, with saves, validations and stops between them.
+
+It knows the `Family` and `Variant` interfaces and no family or variant by name. Its whole state is the number of
+steps done, the adapter, the optimizer and (if asked for) the average: every random draw is a function of the seed and
+an image's index, so nothing else need be stored for a resumed run to end with the same bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ip_adapter_trainer.card import card_of
+from ip_adapter_trainer.core.errors import NotFiniteProblem, Stopped, StorageProblem
+from ip_adapter_trainer.core.log import say
+from ip_adapter_trainer.core.types import Batch
+from ip_adapter_trainer.model import Model
+from ip_adapter_trainer.train import checkpoint, guard, optim
+from ip_adapter_trainer.train.config import TrainConfig
+from ip_adapter_trainer.train.launch import Runtime
+from ip_adapter_trainer.train.plan import Plan
+from ip_adapter_trainer.train.signals import StopSignal
+from ip_adapter_trainer.train.source import Source
+from ip_adapter_trainer.train.step import Step
+from ip_adapter_trainer.train.track import Track
+from ip_adapter_trainer.train.validate import Validator
+
+MAX_BAD_STEPS = 5  # in a row; then something is wrong that waiting will not mend
+
+
+class Trainer:
+    """One run from its first or resumed step to its last."""
+
+    def __init__(
+        self, config: TrainConfig, runtime: Runtime, model: Model, source: Source, step: Step, plan: Plan
+    ) -> None:
+        self.config, self.runtime, self.model, self.source, self.plan = config, runtime, model, source, plan
+        self.output = Path(config.output_dir)
+        self.loss_of = step
+        parameters = list(model.adapter.parameters())
+        self.gradients = optim.Gradients(parameters)
+        self.optimizer = optim.make_optimizer(parameters, config)
+        self.schedule = optim.make_schedule(self.optimizer, config, plan.total_steps)
+        self.ema = optim.make_ema(model.adapter, config)
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
+        self.validator = Validator(config, model, source, step)
+        self.done = 0  # optimizer steps
+        self.validated = -1  # the step of the last validation
+        self.saved = -1  # the step of the last checkpoint
+        self.bad_steps = 0
+        self._metrics_bytes = 0
+
+    # state ------------------------------------------------------------------------------------------------------
+
+    def restore(self, folder: Path) -> None:
+        """Takes up the run where a checkpoint left it.
+
+        Raises:
+            Problem: a damaged checkpoint, or rows, batch or settings that do not belong to it.
+        """
+        saved = checkpoint.read(folder)
+        state = saved.state
+        guard.check_settings(state["config"], self.config.model_dump(mode="json"))
+        guard.check_rows(state["rows"], self.source.fingerprint)
+        guard.check_batch(state["images_per_step"], self.plan.images_per_step)
+        self.model.adapter.load_state_dict(state["live"] if self.ema else saved.weights)
+        merged = self.optimizer.state_dict() | {"state": state["optimizer"]}
+        self.optimizer.load_state_dict(merged)
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.done = self.saved = saved.step
+        self.validated, self._metrics_bytes = state["validated"], state["metrics_bytes"]
+        optim.wind(self.schedule, self.done)
+        say(f"resuming from {folder.name}")
+
+    def _state(self, metrics_bytes: int) -> dict[str, Any]:
+        state: dict[str, Any] = {
+            "config": self.config.model_dump(mode="json"),
+            "rows": self.source.fingerprint,
+            "images_per_step": self.plan.images_per_step,
+            "optimizer": self.optimizer.state_dict()["state"],
+            "scaler": self.scaler.state_dict(),
+            "validated": self.validated,
+            "metrics_bytes": metrics_bytes,
+        }
+        if self.ema:
+            state |= {"ema": self.ema.state_dict(), "live": self.model.adapter.state_dict()}
+        return state
+
+    def save(self, track: Track) -> None:
+        """Writes a checkpoint of this very step unless there is one; a full disk is reported and training goes on."""
+        if self.saved == self.done:
+            return
+        metrics_bytes = track.metrics_bytes()
+        if self.runtime.is_main:
+            base, seen = self.config.pretrained_model_name_or_path, self.done * self.plan.images_per_step
+            card = card_of(self.model, base=base, step=self.done, images_seen=seen)
+            try:
+                with self.published_weights() as weights:
+                    checkpoint.write(self.output, self.done, weights, card, self._state(metrics_bytes))
+                checkpoint.prune(self.output, self.config.checkpoints_total_limit)
+                self.saved = self.done
+            except StorageProblem as problem:
+                say(str(problem))
+                if self.done >= self.plan.total_steps:
+                    raise
+        else:
+            self.saved = self.done
+        self.runtime.barrier()
+
+    def published_weights(self) -> Any:
+        """A context that gives the state dict to publish: the average where one is kept, else the live weights."""
+        return optim.averaged(self.model.adapter, self.ema)
+
+    # the loop ---------------------------------------------------------------------------------------------------
+
+    def run(self, stop: StopSignal) -> None:
+        """Trains to the last step.
+
+        Raises:
+            Stopped: asked to stop, after saving.
+            NotFiniteProblem: loss or gradients were not finite for five steps in a row.
+        """
+        track = Track(self.runtime, self.output, self.plan.total_steps, self.done, self._metrics_bytes)
+        self.runtime.accelerator.init_trackers(self.config.tracker_project_name, config=self._tracker_config())
+        batches = self.source.batches(self.done)
+        with self.model.attached():
+            try:
+                self._run(batches, track, stop)
+            finally:
+                track.close()
+
+    def _run(self, batches: Iterator[Batch], track: Track, stop: StopSignal) -> None:
+        stopping = False
+        if self.done:
+            stopping = self._between_steps(track, stop, resumed=True)
+        while self.done < self.plan.total_steps and not stopping:
+            self._optimize(batches, track, stop)
+            stopping = float(self.gradients.stop_requested) > 0
+            stopping = self._between_steps(track, stop) or stopping
+        self.save(track)
+        if stopping:
+            raise Stopped(128 + (stop.received or 15))
+
+    def _between_steps(self, track: Track, stop: StopSignal, resumed: bool = False) -> bool:
+        """Validation, then the checkpoint that remembers it; returns whether a stop came meanwhile."""
+        last = self.done >= self.plan.total_steps
+        if self.validator.due(self.done, last) and self.validated != self.done:
+            try:
+                self._validate(track, stop)
+            except Stopped:
+                return True
+        if not resumed and (last or self.done % self.config.save_steps == 0):
+            self.save(track)
+        return False
+
+    def _validate(self, track: Track, stop: StopSignal) -> None:
+        if self.runtime.is_main:
+            with self.published_weights():
+                self.validator(self.done, self.output, track, stop.poll)
+        self.runtime.barrier()
+        self.validated = self.done
+
+    def _optimize(self, batches: Iterator[Batch], track: Track, stop: StopSignal) -> None:
+        """One optimizer step over all its micro batches on all processes."""
+        self.gradients.zero()
+        for _ in range(self.config.gradient_accumulation_steps):
+            began = time.monotonic()
+            batch = next(batches)
+            track.stopwatch.waited(time.monotonic() - began)
+            loss = self.loss_of(batch) / self.config.gradient_accumulation_steps
+            self.scaler.scale(loss).backward()
+            self.gradients.add_loss(loss.detach())
+        if stop.received is not None:
+            self.gradients.request_stop()
+        self.gradients.average(self.runtime.world)
+        norm, rate = self._apply(), self.schedule.get_last_lr()[0]
+        self.schedule.step()
+        self.done += 1
+        track.stopwatch.trained(self.plan.images_per_step)
+        track.step(self.done, {"loss": self.gradients.loss, "lr": rate, "grad_norm": norm})
+        if self.done % self.config.logging_steps == 0:
+            track.flush()
+
+    def _apply(self) -> torch.Tensor:
+        """Unscales, clips and steps; a step whose gradients are not finite is skipped on every process alike."""
+        self.scaler.unscale_(self.optimizer)
+        norm = self.gradients.clip(self.config.max_grad_norm)
+        if self.scaler.is_enabled() or bool(torch.isfinite(norm)):
+            self.scaler.step(self.optimizer)  # an enabled scaler skips by itself and lowers its scale
+            self.bad_steps = 0
+            if self.ema:
+                self.ema.step(self.model.adapter.parameters())
+        else:
+            self._skip()
+        self.scaler.update()
+        return norm
+
+    def _skip(self) -> None:
+        self.bad_steps += 1
+        say(f"step {self.done + 1}: gradients are not finite, step skipped ({self.bad_steps} in a row)")
+        if self.bad_steps >= MAX_BAD_STEPS:
+            what = f"gradients were not finite for {MAX_BAD_STEPS} steps in a row"
+            remedy = "lower --learning_rate, or train with --mixed_precision bf16; the last checkpoint is good"
+            raise NotFiniteProblem(what, where=f"step {self.done + 1}", remedy=remedy)
+
+    def _tracker_config(self) -> dict[str, Any]:
+        simple = (int, float, str, bool)
+        return {k: v if isinstance(v, simple) else str(v) for k, v in self.config.model_dump(mode="json").items()}

@@ -1,0 +1,140 @@
+"""Optimizer, schedule, average, and gradients that live in one flat buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.train.config import OptimConfig
+
+
+class Gradients:
+    """All gradients as views of one buffer, with room for a loss and a stop request at its end.
+
+    One collective a step averages everything over the processes: gradients, the loss to report, and whether any
+    process was asked to stop. One kernel measures the norm.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        params = list(parameters)
+        size = sum(p.numel() for p in params)
+        self._buffer = torch.zeros(size + 2, dtype=torch.float32, device=params[0].device)
+        self.flat = self._buffer[:size]  # [P]
+        start = 0
+        for p in params:
+            p.grad = self.flat[start : start + p.numel()].view_as(p)
+            start += p.numel()
+
+    def zero(self) -> None:
+        """Clears gradients, loss and request before a step."""
+        self._buffer.zero_()
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Adds a micro batch's share of the loss to report."""
+        self._buffer[-2] += loss
+
+    def request_stop(self) -> None:
+        """Notes that this process was asked to stop."""
+        self._buffer[-1] = 1.0
+
+    def average(self, world: int) -> None:
+        """Means over all processes; afterwards every one holds the same buffer."""
+        if world > 1:
+            torch.distributed.all_reduce(self._buffer)
+            self._buffer /= world
+
+    def clip(self, max_norm: float | None) -> Tensor:
+        """Scales gradients down to a norm; returns the norm before, a scalar on the device."""
+        norm = torch.linalg.vector_norm(self.flat)
+        if max_norm is not None:
+            self.flat *= (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        return norm
+
+    @property
+    def loss(self) -> Tensor:
+        """The mean loss of the step, a scalar on the device."""
+        return self._buffer[-2].clone()
+
+    @property
+    def stop_requested(self) -> Tensor:
+        """Above zero when any process was asked to stop."""
+        return self._buffer[-1]
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW over the adapter alone: fused, or bitsandbytes' 8-bit one.
+
+    Raises:
+        Problem: 8-bit asked for and bitsandbytes not installed.
+    """
+    options: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "weight_decay": config.weight_decay,
+    }
+    if not config.use_8bit_adam:
+        return torch.optim.AdamW(parameters, fused=True, **options)
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        remedy = "pip install 'ip_adapter_trainer[bnb]', or leave --use_8bit_adam out"
+        raise Problem("the 8-bit optimizer needs bitsandbytes", where="--use_8bit_adam", remedy=remedy) from error
+    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(parameters, **options)
+    return optimizer
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int) -> Any:
+    """diffusers' learning-rate schedule over optimizer steps.
+
+    Raises:
+        Problem: warm-up asked of a schedule that has none.
+    """
+    from diffusers.optimization import get_scheduler
+
+    if config.lr_warmup_steps and config.lr_scheduler == "constant":
+        remedy = "take --lr_scheduler constant_with_warmup"
+        raise Problem("the constant schedule has no warm-up", where="--lr_warmup_steps", remedy=remedy)
+    return get_scheduler(
+        config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=total_steps,
+        num_cycles=config.lr_num_cycles,
+        power=config.lr_power,
+    )
+
+
+def make_ema(adapter: nn.Module, config: OptimConfig) -> Any:
+    """diffusers' EMAModel over the adapter, or None."""
+    from diffusers.training_utils import EMAModel
+
+    return EMAModel(adapter.parameters(), decay=config.ema_decay) if config.use_ema else None
+
+
+@contextmanager
+def averaged(adapter: nn.Module, ema: Any) -> Iterator[dict[str, Tensor]]:
+    """The averaged weights in the adapter for a while, as a state dict; without an average, the live ones."""
+    if ema is None:
+        yield adapter.state_dict()
+        return
+    ema.store(adapter.parameters())
+    ema.copy_to(adapter.parameters())
+    try:
+        yield adapter.state_dict()
+    finally:
+        ema.restore(adapter.parameters())
+
+
+def wind(schedule: Any, steps: int) -> None:
+    """Sets a fresh schedule to where `steps` steps leave it, with the settings of now."""
+    schedule.last_epoch = steps
+    rates = [base * factor(steps) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates

@@ -1,0 +1,68 @@
+"""What a run will do, in numbers, before it does it: printed at every start, and all that `--dry_run` does."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from ip_adapter_trainer.model import Model
+from ip_adapter_trainer.train.config import OptimConfig
+
+
+def parameters(module: nn.Module) -> int:
+    """Number of parameters of a module."""
+    return sum(p.numel() for p in module.parameters())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The derived numbers of a run."""
+
+    trained: dict[str, int]  # parameters by part
+    frozen: dict[str, int]
+    rows: int
+    images_per_step: int
+    total_steps: int
+    weights_bytes: int
+    checkpoint_bytes: int
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the rows."""
+        return self.total_steps * self.images_per_step / self.rows
+
+    def lines(self) -> list[str]:
+        """The plan as aligned lines."""
+        total = sum(self.trained.values())
+        out = ["trained parameters"]
+        out += [f"  {name:<24}{count:>15,}" for name, count in [*self.trained.items(), ("total", total)]]
+        out += ["frozen parameters"] + [f"  {name:<24}{count:>15,}" for name, count in self.frozen.items()]
+        out += ["run"]
+        for name, value in (
+            ("rows", f"{self.rows:,}"),
+            ("images per step", f"{self.images_per_step:,}"),
+            ("steps", f"{self.total_steps:,}"),
+            ("epochs", f"{self.epochs:,.2f}"),
+            ("weights on disk", f"{self.weights_bytes / 1e6:,.1f} MB"),
+            ("checkpoint on disk", f"{self.checkpoint_bytes / 1e6:,.1f} MB"),
+        ):
+            out.append(f"  {name:<24}{value:>15}")
+        return out
+
+
+def make_plan(model: Model, config: OptimConfig, rows: int, images_per_step: int) -> Plan:
+    """Derives a run's numbers from its model and settings."""
+    pairs = model.adapter.adapter_modules
+    trained = {
+        "projector": parameters(model.adapter.image_proj_model),
+        f"{len(pairs)} key/value pairs": parameters(pairs),
+    }
+    frozen = {"image encoder": parameters(model.encoder.model)}
+    frozen |= {n: parameters(m) for n, m in model.family.pipeline.components.items() if isinstance(m, nn.Module)}
+    total_steps = config.max_train_steps or math.ceil(config.num_train_epochs * rows / images_per_step)
+    weights_bytes = 4 * sum(trained.values())
+    moments = 2 / 4 if config.use_8bit_adam else 2
+    copies = 1 + moments + (1 if config.use_ema else 0)
+    return Plan(trained, frozen, rows, images_per_step, total_steps, weights_bytes, int(copies * weights_bytes))

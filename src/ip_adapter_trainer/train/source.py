@@ -1,0 +1,68 @@
+"""Where batches come from: the rows of a manifest, read, ordered and loaded for this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ip_adapter_trainer.core.rng import stream
+from ip_adapter_trainer.core.types import Batch
+from ip_adapter_trainer.data.dataset import TrainingSet, collate
+from ip_adapter_trainer.data.faults import FaultLog
+from ip_adapter_trainer.data.layout import lay_out
+from ip_adapter_trainer.data.loader import Loader
+from ip_adapter_trainer.data.manifest import read_manifest
+from ip_adapter_trainer.data.order import Order
+from ip_adapter_trainer.train.config import TrainConfig
+from ip_adapter_trainer.train.launch import Runtime
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+_NO_CHANCE = {
+    "random_flip": False, "center_crop": True, "prompt_flip": False, "prompt_crop_min_share": 1.0,
+    "text_drop_rate": 0.0, "image_drop_rate": 0.0, "both_drop_rate": 0.0,
+}  # fmt: skip
+
+
+class Source:
+    """The training rows of a run.
+
+    Attributes:
+        rows: usable rows.
+        images_per_step: images of one optimizer step over all processes and micro batches.
+        fingerprint: hash of the rows, by which a resumed run knows them again.
+    """
+
+    def __init__(self, config: TrainConfig, runtime: Runtime, preprocess: Callable[[Image], Tensor]) -> None:
+        manifest = read_manifest(config)
+        self._config, self._runtime, self._manifest = config, runtime, manifest
+        layout = lay_out(manifest, config)
+        self._samples = TrainingSet(manifest, config, layout, seed=config.seed, preprocess=preprocess)
+        self._early_faults = (*manifest.faults, *layout.faults)
+        self.rows, self.fingerprint = len(manifest.rows), manifest.fingerprint
+        self.images_per_step = config.train_batch_size * runtime.world * config.gradient_accumulation_steps
+        self._order = Order(layout.bucket_of_row, seed=config.seed, batch_images=self.images_per_step)
+
+    def batches(self, first_step: int) -> Iterator[Batch]:
+        """This process's micro batches from a step on, without end.
+
+        Raises:
+            DataProblem: more rows are faulty than the settings allow.
+        """
+        log = FaultLog(Path(self._config.output_dir), self._manifest.entries, self._config.max_fault_rate)
+        log.add(self._early_faults)
+        rank, world, pin = self._runtime.rank, self._runtime.world, self._runtime.device.type == "cuda"
+        return Loader(self._samples, self._order, log, rank=rank, world=world, pin=pin).from_step(first_step)
+
+    def fixed(self, count: int, seed: int) -> list[Batch]:
+        """The same few rows at every validation, one a batch, nothing drawn by chance; a row's index is its number."""
+        rows = stream(seed, "validation-rows").permutation(self.rows)[:count].tolist()
+        plain = self._config.model_copy(update=_NO_CHANCE)
+        layout, preprocess = self._samples.layout, self._samples.preprocess
+        samples = TrainingSet(self._manifest, plain, layout, seed=seed, preprocess=preprocess)
+        return [collate([samples[row, row]]) for row in rows]

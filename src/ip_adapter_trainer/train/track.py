@@ -1,0 +1,111 @@
+"""Where numbers go: metrics.jsonl always, any accelerate tracker by name, a progress bar for people.
+
+metrics.jsonl holds only what the training determines, so that a resumed run ends with the same bytes; speeds go to
+the tracker and the bar.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from ip_adapter_trainer.train.launch import Runtime
+
+
+class Stopwatch:
+    """Share of time spent waiting for data, and images per second, since the last reading."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._waited_s = 0.0
+        self._images = 0
+
+    def waited(self, seconds: float) -> None:
+        """Adds time in which the step had no data."""
+        self._waited_s += seconds
+
+    def trained(self, images: int) -> None:
+        """Adds images that went through a step."""
+        self._images += images
+
+    def read(self) -> dict[str, float]:
+        """`images_per_s` and `data_wait_share` since the last call, which begin anew."""
+        now = time.monotonic()
+        spent_s = max(now - self._began, 1e-9)
+        speeds = {"images_per_s": self._images / spent_s, "data_wait_share": self._waited_s / spent_s}
+        self._began, self._waited_s, self._images = now, 0.0, 0
+        return speeds
+
+
+class Track:
+    """Reports of one run; only the main process writes.
+
+    Losses stay on the device until `flush`, so that reporting costs no synchronisation of its own.
+    """
+
+    def __init__(self, runtime: Runtime, folder: Path, total_steps: int, first_step: int, metrics_bytes: int) -> None:
+        self._runtime, self._file = runtime, folder / "metrics.jsonl"
+        self._pending: list[tuple[int, dict[str, Tensor | float]]] = []
+        self.stopwatch = Stopwatch()
+        self._bar: Any = tqdm(
+            total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not runtime.is_main
+        )
+        if runtime.is_main:
+            self._file.touch()
+            with self._file.open("r+b") as file:  # what a killed run wrote after its last checkpoint is written again
+                file.truncate(metrics_bytes)
+
+    def step(self, step: int, values: Mapping[str, Tensor | float]) -> None:
+        """Notes the numbers of one optimizer step."""
+        self._pending.append((step, dict(values)))
+        self._bar.update(1)
+
+    def flush(self) -> None:
+        """Writes what is pending; the last step also goes to the tracker and the bar, with the speeds."""
+        if not self._pending or not self._runtime.is_main:
+            self._pending.clear()
+            return
+        rows = [{"step": step, **{k: float(v) for k, v in values.items()}} for step, values in self._pending]
+        self._pending.clear()
+        self._append(rows)
+        speeds = self.stopwatch.read()
+        last = {k: v for k, v in rows[-1].items() if k != "step"}
+        self._runtime.accelerator.log({**last, **speeds}, step=int(rows[-1]["step"]))
+        wait = f"{100 * speeds['data_wait_share']:.0f}%"
+        self._bar.set_postfix(loss=f"{last['loss']:.4f}", img_s=f"{speeds['images_per_s']:.1f}", wait=wait)
+
+    def event(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes numbers that do not come every step, such as a validation's, at once."""
+        self.flush()
+        if self._runtime.is_main:
+            self._append([{"step": step, **values}])
+            self._runtime.accelerator.log(dict(values), step=step)
+
+    def picture(self, step: int, name: str, picture: Any) -> None:
+        """Hands a picture to trackers that take pictures."""
+        import numpy as np
+
+        for tracker in self._runtime.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                tracker.log_images({name: np.asarray(picture)[None]}, step=step)
+
+    def _append(self, rows: list[dict[str, float]]) -> None:
+        with self._file.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def metrics_bytes(self) -> int:
+        """Length of metrics.jsonl with everything flushed: what a checkpoint remembers of it."""
+        self.flush()
+        return self._file.stat().st_size if self._runtime.is_main else 0
+
+    def close(self) -> None:
+        """Ends the bar and the trackers."""
+        self.flush()
+        self._bar.close()
+        self._runtime.accelerator.end_training()

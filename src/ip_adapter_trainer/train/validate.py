@@ -1,0 +1,45 @@
+"""Validation inside a run: losses on fixed rows under three image conditions, and a picture grid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ip_adapter_trainer.core.log import say
+from ip_adapter_trainer.evaluate.grid import validation_grid
+from ip_adapter_trainer.evaluate.lend import Poll
+from ip_adapter_trainer.evaluate.losses import validation_losses
+from ip_adapter_trainer.model import Model
+from ip_adapter_trainer.train.config import TrainConfig
+from ip_adapter_trainer.train.source import Source
+from ip_adapter_trainer.train.step import Step
+from ip_adapter_trainer.train.track import Track
+
+
+class Validator:
+    """Answers at intervals whether the adapter is learning to use the picture."""
+
+    def __init__(self, config: TrainConfig, model: Model, source: Source, step: Step) -> None:
+        self.config, self.model, self.source, self.step = config, model, source, step
+
+    def due(self, done: int, last: bool) -> bool:
+        """Whether a validation belongs after `done` steps."""
+        every = self.config.validation_steps
+        return last or (every is not None and done > 0 and done % every == 0)
+
+    def __call__(self, done: int, output: Path, track: Track, poll: Poll) -> None:
+        """Measures, draws, writes and reports; raises what `poll` raises."""
+        config = self.config
+        count = max(config.num_validation_images, config.grid_rows)
+        batches = [batch.to(self.step.device) for batch in self.source.fixed(count, config.validation_seed)]
+        if config.num_validation_images:
+            measured = batches[: config.num_validation_images]
+            report = validation_losses(self.model, self.step.process, measured, config.validation_seed, poll)
+            track.event(done, report.as_metrics())
+            say(f"step {done}: {report.summary()}")
+        if config.grid_rows:
+            picture = validation_grid(self.model, batches, config, poll)
+            file = output / "grids" / f"step-{done:07d}.png"
+            file.parent.mkdir(exist_ok=True)
+            picture.save(file)
+            track.picture(done, "validation/grid", picture)
+            say(f"step {done}: grid {file}")

@@ -1,0 +1,93 @@
+"""Counter streams, the registry, errors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ip_adapter_trainer.core.errors import Problem, did_you_mean
+from ip_adapter_trainer.core.registry import Registry
+from ip_adapter_trainer.core.rng import key, stream
+
+
+@given(st.integers(0, 2**31), st.text(max_size=8), st.lists(st.integers(0, 2**40), max_size=3))
+def test_a_stream_is_a_function_of_its_key(seed: int, purpose: str, counters: list[int]) -> None:
+    a, b = (stream(seed, purpose, *counters).random(4) for _ in range(2))
+    assert np.array_equal(a, b)
+
+
+@given(st.integers(0, 1000), st.integers(0, 1000))
+def test_neighbouring_keys_differ(i: int, j: int) -> None:
+    assert (key(0, "noise", i) == key(0, "noise", j)) == (i == j)
+    assert key(0, "noise", i, j) != key(0, "noise", i)
+
+
+def test_streams_are_standard_normal_and_independent() -> None:
+    draws = np.stack([stream(0, "noise", i).standard_normal(256) for i in range(400)])
+    assert abs(draws.mean()) < 0.01 and abs(draws.std() - 1) < 0.01
+    assert abs(np.corrcoef(draws[:-1].ravel(), draws[1:].ravel())[0, 1]) < 0.01
+
+
+def test_golden_values_keep_old_runs_resumable() -> None:
+    assert key(0, "noise", 7) == 209750461367713416406844722377396588376
+    assert stream(1, "order", 0).permutation(6).tolist() == [5, 2, 0, 1, 4, 3]
+
+
+def test_unknown_names_get_a_hint() -> None:
+    registry: Registry[object] = Registry("things", "ip_adapter_trainer.nn")
+    registry.register("plus")(type("Plus", (), {}))
+    with pytest.raises(Problem, match="did you mean 'plus'"):
+        registry["pluss"]
+    assert did_you_mean("zzz", ["a", "b"]) == "known: a, b"
+
+
+def test_a_problem_says_what_where_and_what_to_do() -> None:
+    assert str(Problem("broken", where="here", remedy="mend it")) == "broken\n  where: here\n  to do: mend it"
+
+
+PLUGIN = '''
+"""A variant and a family from another package, each one file."""
+from ip_adapter_trainer.adapters import VARIANTS
+from ip_adapter_trainer.adapters.base import Base, BaseConfig
+from ip_adapter_trainer.families import FAMILIES
+from ip_adapter_trainer.families.sd import StableDiffusion
+from pydantic import Field
+
+class TallConfig(BaseConfig):
+    tallness: int = Field(3, description="How tall.")
+
+@VARIANTS.register("tall")
+class Tall(Base):
+    Config = TallConfig
+
+@FAMILIES.register("other")
+class Other(StableDiffusion):
+    name = "other"
+    @classmethod
+    def matches(cls, model_index):
+        return model_index.get("_class_name") == "OtherPipeline"
+'''
+
+
+def test_a_new_family_and_a_new_variant_are_one_file_in_any_installed_package(tmp_path: Path) -> None:
+    (tmp_path / "extra_adapters.py").write_text(PLUGIN)
+    info = tmp_path / "extra_adapters-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: extra-adapters\nVersion: 1.0\n")
+    points = "".join(f"[ip_adapter_trainer.{kind}]\nextra = extra_adapters\n\n" for kind in ("variants", "families"))
+    (info / "entry_points.txt").write_text(points)
+    code = (
+        "from ip_adapter_trainer.adapters import VARIANTS\n"
+        "from ip_adapter_trainer.families import FAMILIES\n"
+        "from ip_adapter_trainer.config import compose\n"
+        "print(list(VARIANTS), list(FAMILIES), 'tallness' in compose('tall', 'other').model_fields)"
+    )
+    path = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+    out = subprocess.run([sys.executable, "-c", path + code], capture_output=True, text=True)
+    assert out.stdout.split("\n")[0] == "['base', 'full', 'plus', 'tall'] ['other', 'sd', 'sdxl'] True", out.stderr

@@ -1,0 +1,53 @@
+"""Faults are counted by rows, written down once, and stop the run above the limit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ip_adapter_trainer.core.errors import DataProblem
+from ip_adapter_trainer.core.types import Fault
+from ip_adapter_trainer.data.faults import FILE_NAME, FaultLog, allowed_rows
+
+
+def _fault(row: int, kind: str = "damaged") -> Fault:
+    return Fault(kind, "it is broken", f"data.json, element {row}", "mend it")
+
+
+@pytest.mark.parametrize(
+    ("rows", "rate", "allowed"), [(1000, 0.01, 10), (10, 0.01, 1), (100, 0.29, 29), (10**6, 0.0, 0), (5, 1.0, 5)]
+)
+def test_the_limit(rows: int, rate: float, allowed: int) -> None:
+    assert allowed_rows(rows, rate) == allowed
+
+
+def test_distinct_rows_count_and_are_written_once(tmp_path: Path) -> None:
+    log = FaultLog(tmp_path / "run", 300, 0.01)
+    log.add(())
+    assert not (tmp_path / "run").exists()
+    log.add([_fault(1), _fault(1), _fault(1, "unsafe_path")])
+    log.add([_fault(1), _fault(2), _fault(3)])
+    assert log.faulty_rows == 3 and log.by_kind == {"damaged": 3, "unsafe_path": 1}
+    lines = (tmp_path / "run" / FILE_NAME).read_text().splitlines()
+    assert len(lines) == 4 and json.loads(lines[0])["where"] == "data.json, element 1"
+    with pytest.raises(DataProblem, match=r"4 of 300 rows are faulty, over the limit of 1\.00%") as caught:
+        log.add([_fault(4)])
+    assert caught.value.exit_code == 3 and "element 4" in caught.value.where and FILE_NAME in caught.value.remedy
+
+
+def test_rate_zero_stops_at_the_first(tmp_path: Path) -> None:
+    with pytest.raises(DataProblem):
+        FaultLog(tmp_path, 10**6, 0.0).add([_fault(1)])
+
+
+def test_a_resumed_run_counts_on(tmp_path: Path) -> None:
+    FaultLog(tmp_path, 200, 0.01).add([_fault(1), _fault(2)])
+    with (tmp_path / FILE_NAME).open("a") as file:
+        file.write('{"kind": "dam')
+    log = FaultLog(tmp_path, 200, 0.01)
+    log.add([_fault(2)])
+    assert log.faulty_rows == 2
+    with pytest.raises(DataProblem):
+        log.add([_fault(3)])

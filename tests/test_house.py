@@ -1,0 +1,109 @@
+"""The house keeps its own rules: ranks of imports, lengths of files and functions, no setting that nothing reads."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ip_adapter_trainer.export import ExportConfig
+from ip_adapter_trainer.inspection import InspectConfig
+
+from ip_adapter_trainer.adapters import VARIANTS
+from ip_adapter_trainer.config import compose
+from ip_adapter_trainer.data.config import CheckConfig
+from ip_adapter_trainer.demo import DemoConfig
+from ip_adapter_trainer.evaluate.generate import GenerateConfig
+from ip_adapter_trainer.evaluate.scores import EvaluateConfig
+from ip_adapter_trainer.pocket.config import PocketConfig
+from ip_adapter_trainer.train import guard
+
+PACKAGE = Path(__file__).parents[1] / "src" / "ip_adapter_trainer"
+RANKS = {
+    "core": 0, "nn": 1, "diffusion": 1, "images": 1, "encoders": 1, "adapters": 2, "families": 2, "data": 2,
+    "model": 3, "card": 3, "loading": 3, "evaluate": 4, "export": 4, "inspection": 4, "pocket": 4, "train": 5,
+    "config": 6, "demo": 7, "cli": 8, "__main__": 9, "__init__": 9,
+}  # fmt: skip
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def unit(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        yield from (n.split(".")[1] for n in names if n.startswith("ip_adapter_trainer."))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_imports_go_to_a_lower_rank_only(file: Path) -> None:
+    own = unit(file)
+    wrong = [name for name in imports(file) if name != own and RANKS[name] >= RANKS[own]]
+    assert not wrong, f"{own} (rank {RANKS[own]}) imports {wrong}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_files_and_functions_keep_their_length(file: Path) -> None:
+    text = file.read_text()
+    assert text.count("\n") <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 60, node.name
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_public_names_are_documented(file: Path) -> None:
+    tree = ast.parse(file.read_text())
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    missing = [
+        n.name for n in tree.body if isinstance(n, kinds) and not n.name.startswith("_") and not ast.get_docstring(n)
+    ]
+    assert not missing and (ast.get_docstring(tree) or not tree.body)
+
+
+def read_names() -> set[str]:
+    """Every attribute that some line of the package reads, and every setting named in a string."""
+    found: set[str] = set()
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                found.add(node.attr)
+            elif isinstance(node, ast.JoinedStr) and "resampler_" in ast.unparse(node):
+                found |= {f"resampler_{n}" for n in ("depth", "head_dim", "ff_mult")}
+    return found
+
+
+def settings() -> set[str]:
+    commands = [CheckConfig, DemoConfig, EvaluateConfig, ExportConfig, GenerateConfig, InspectConfig, PocketConfig]
+    kinds = [compose(variant, "sd") for variant in VARIANTS] + commands
+    return {name for kind in kinds for name in kind.model_fields}
+
+
+def test_every_setting_is_read_by_something() -> None:
+    assert not settings() - read_names()
+
+
+def test_every_setting_has_a_help_text() -> None:
+    kinds = [compose(v, "sd") for v in VARIANTS] + [GenerateConfig, EvaluateConfig, ExportConfig, CheckConfig]
+    assert not [f"{k.__name__}.{n}" for k in kinds for n, f in k.model_fields.items() if not f.description]
+
+
+def test_the_resume_lists_name_real_settings_and_do_not_overlap() -> None:
+    names = {n for v in VARIANTS for n in compose(v, "sd").model_fields}
+    assert names >= guard.MAY_CHANGE | guard.FREE
+    assert not guard.MAY_CHANGE & guard.FREE
+
+
+def test_help_comes_in_half_a_second_without_heavy_imports() -> None:
+    code = "import sys; from ip_adapter_trainer import cli; cli.usage(); print([m for m in sys.modules if m in ('torch', 'diffusers', 'transformers')])"
+    began = time.monotonic()
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
+    assert time.monotonic() - began < 5, "generous on a busy machine; 0.1 s on a quiet one"

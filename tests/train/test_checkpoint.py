@@ -1,0 +1,91 @@
+"""Checkpoints exist whole or not at all, and the last good one is never removed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ip_adapter_trainer.core.errors import Problem, StorageProblem
+from ip_adapter_trainer.train import checkpoint, guard
+from ip_adapter_trainer.train.tree import flatten, unflatten
+
+
+def test_only_what_was_trained_is_saved_under_the_published_keys(run: Callable, tmp_path: Path) -> None:
+    output = run(tmp_path / "out", max_train_steps=1)
+    state = torch.load(output / "checkpoint-1" / checkpoint.WEIGHTS, weights_only=True)
+    prefixes = {key.split(".")[0] for key in state}
+    assert prefixes == {"image_proj_model", "adapter_modules"}
+    assert {"image_proj_model.proj.weight", "adapter_modules.1.to_k_ip.weight"} <= state.keys()
+    assert all(value.dtype == torch.float32 for value in state.values())
+
+
+def test_rotation_keeps_the_newest(run: Callable, tmp_path: Path) -> None:
+    output = run(tmp_path / "out", max_train_steps=5, save_steps=1, checkpoints_total_limit=2)
+    assert [p.name for p in checkpoint.all_checkpoints(output)] == ["checkpoint-4", "checkpoint-5"]
+    assert not list(output.glob(".*removing*"))
+
+
+def test_rotation_removes_nothing_while_the_newest_is_damaged(tmp_path: Path) -> None:
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    checkpoint.prune(tmp_path, 1)
+    assert len(checkpoint.all_checkpoints(tmp_path)) == 2
+
+
+def test_a_full_disk_is_reported_and_training_goes_on(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    real, calls = shutil.disk_usage, []
+
+    def full_at_first(path: object) -> object:
+        calls.append(path)
+        return usage(10, 10, 0) if len(calls) == 1 else real(str(path))
+
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", full_at_first)
+    output = run(tmp_path / "out")
+    assert [p.name for p in checkpoint.all_checkpoints(output)] == ["checkpoint-4"]
+    assert "a checkpoint needs" in capsys.readouterr().err
+
+
+def test_a_full_disk_at_the_last_step_is_an_error(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage(10, 10, 0))
+    with pytest.raises(StorageProblem, match="a checkpoint needs"):
+        run(tmp_path / "out", max_train_steps=1)
+
+
+def test_a_save_that_breaks_off_leaves_no_checkpoint(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(checkpoint, "save_file", refuse)
+    with pytest.raises(StorageProblem, match="No space left"):
+        run(tmp_path / "out", max_train_steps=1)
+    assert not checkpoint.all_checkpoints(tmp_path / "out")
+
+
+def test_two_runs_do_not_write_one_folder(tmp_path: Path) -> None:
+    held = guard.lock(tmp_path)
+    with pytest.raises(Problem, match="another run"):
+        guard.lock(tmp_path)
+    held.release()
+    guard.lock(tmp_path).release()
+
+
+def test_nested_state_survives_flattening() -> None:
+    tree = {"state": {0: {"exp_avg": torch.arange(3.0), "step": torch.tensor(2.0)}, 1: {"x": None}}, "lr": [1e-4, 2]}
+    tensors, skeleton = flatten(tree, "t")
+    back = unflatten(tensors, skeleton)
+    assert back["state"][1] == {"x": None} and back["lr"] == [1e-4, 2]
+    assert torch.equal(back["state"][0]["exp_avg"], tree["state"][0]["exp_avg"])

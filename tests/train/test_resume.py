@@ -1,0 +1,146 @@
+"""A run that is stopped, killed or resumed ends with the same bytes as one that never was."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.train import checkpoint
+
+COMPARED = (checkpoint.WEIGHTS, checkpoint.TENSORS)
+
+
+def same_bytes(a: Path, b: Path) -> bool:
+    return a.read_bytes() == b.read_bytes()
+
+
+def assert_same_run(a: Path, b: Path, last: int) -> None:
+    for name in COMPARED:
+        assert same_bytes(a / f"checkpoint-{last}" / name, b / f"checkpoint-{last}" / name), name
+    assert same_bytes(a / "metrics.jsonl", b / "metrics.jsonl")
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "ip_adapter_trainer", "train", *arguments]
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("extra", [{}, {"use_ema": True, "gradient_accumulation_steps": 2, "lr_scheduler": "cosine"}])
+def test_resuming_gives_the_same_bytes(run: Callable, tmp_path: Path, extra: dict[str, object]) -> None:
+    whole = run(tmp_path / "whole", validation_steps=2, **extra)
+    broken = tmp_path / "broken"
+    shutil.copytree(whole, broken)
+    shutil.rmtree(broken / "checkpoint-4")
+    run(broken, validation_steps=2, resume_from_checkpoint="latest", **extra)
+    assert_same_run(whole, broken, 4)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(run: Callable, flags: Callable, tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", max_train_steps=30, save_steps=5)
+    killed = tmp_path / "killed"
+    arguments = flags(killed, max_train_steps=30, save_steps=5)
+    process = start(arguments)
+    wait_for(killed / "checkpoint-10", process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    run(killed, max_train_steps=30, save_steps=5, resume_from_checkpoint="latest")
+    assert_same_run(whole, killed, 30)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_exits(
+    run: Callable, flags: Callable, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    output = tmp_path / "out"
+    process = start(flags(output, max_train_steps=100_000, save_steps=5))
+    wait_for(output / "checkpoint-5", process)
+    process.send_signal(number)
+    assert process.wait(timeout=30) == code
+    newest = checkpoint.latest(output)
+    assert newest is not None
+    steps = len((output / "metrics.jsonl").read_text().splitlines())
+    assert newest.name == f"checkpoint-{steps}", "the step at which it stopped was saved"
+
+
+def test_two_processes_train_what_one_does_with_the_doubled_batch(
+    run: Callable, flags: Callable, tmp_path: Path
+) -> None:
+    one = run(tmp_path / "one", train_batch_size=4)
+    two = tmp_path / "two"
+    script = Path(__file__).parents[2] / "examples" / "ip_adapter" / "tutorial_train_ip-adapter.py"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu"]
+    launch += ["--mixed_precision", "no", "--main_process_port", "0"]
+    arguments = flags(two, train_batch_size=2)
+    done = subprocess.run([*launch, str(script), *arguments], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    a, b = (torch.load(p / "checkpoint-4" / checkpoint.WEIGHTS, weights_only=True) for p in (one, two))
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=2e-5)
+
+    broken = tmp_path / "broken"
+    shutil.copytree(two, broken)
+    shutil.rmtree(broken / "checkpoint-4")
+    resumed = flags(broken, train_batch_size=2, resume_from_checkpoint="latest")
+    done = subprocess.run([*launch, str(script), *resumed], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_run(two, broken, 4)
+
+
+def test_settings_that_would_make_it_another_run_are_named(run: Callable, tmp_path: Path) -> None:
+    output = run(tmp_path / "out")
+    with pytest.raises(Problem, match=r"seed was 0, is 7"):
+        run(output, seed=7, resume_from_checkpoint="latest")
+    with pytest.raises(Problem, match="a step had 2 images and would have 4"):
+        run(output, train_batch_size=4, resume_from_checkpoint="latest")
+
+
+def test_changed_rows_are_refused(run: Callable, rows_folder: Path, tmp_path: Path) -> None:
+    output = run(tmp_path / "out")
+    rows = json.loads((rows_folder / "data.json").read_text())
+    rows[3]["text"] = "a moon"
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(rows))
+    with pytest.raises(Problem, match="rows changed"):
+        run(output, data_json_file=other, resume_from_checkpoint="latest")
+
+
+def test_an_output_folder_with_checkpoints_is_not_overwritten(run: Callable, tmp_path: Path) -> None:
+    output = run(tmp_path / "out", max_train_steps=2)
+    with pytest.raises(Problem, match="another run's checkpoints"):
+        run(output, max_train_steps=2)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(run: Callable, tmp_path: Path) -> None:
+    output = run(tmp_path / "out")
+    file = output / "checkpoint-4" / checkpoint.TENSORS
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    newest = checkpoint.latest(output)
+    assert newest is not None and newest.name == "checkpoint-2"
+    with pytest.raises(Problem, match="damaged"):
+        checkpoint.read(output / "checkpoint-4")

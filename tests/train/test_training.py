@@ -1,0 +1,168 @@
+"""Training itself: every family and variant learns, settings act, plans tell the truth."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from ip_adapter_trainer.config import parse_train
+from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.train import checkpoint
+from ip_adapter_trainer.train.optim import Gradients
+from tests import tiny
+
+
+def weights(output: Path, step: int) -> dict[str, torch.Tensor]:
+    return torch.load(output / f"checkpoint-{step}" / checkpoint.WEIGHTS, weights_only=True)
+
+
+def losses(output: Path) -> list[float]:
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+@pytest.mark.parametrize("variant", ["base", "plus", "full"])
+@pytest.mark.parametrize("base", tiny.BASES)
+def test_every_family_and_variant_trains(run: Callable, tmp_path: Path, base: str, variant: str) -> None:
+    output = run(tmp_path / "out", base=base, variant=variant, max_train_steps=2, num_validation_images=0)
+    before, after = losses(output)
+    assert before > 0 and after > 0 and before != after
+    card = json.loads((output / "checkpoint-2" / "adapter.json").read_text())
+    assert card["variant"] == variant and card["step"] == 2 and card["images_seen"] == 4
+
+
+def test_overfitting_a_few_rows_lowers_the_validation_loss_and_opens_a_gap(run: Callable, tmp_path: Path) -> None:
+    output = run(tmp_path / "out", max_train_steps=60, save_steps=100, validation_steps=30, learning_rate=3e-3,
+                 num_validation_images=8, train_batch_size=6)  # fmt: skip
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    first, last = [row for row in rows if "validation/loss" in row]
+    assert last["validation/loss"] < first["validation/loss"]
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(run: Callable, tmp_path: Path) -> None:
+    a, b, c = (run(tmp_path / n, seed=s, max_train_steps=2) for n, s in (("a", 0), ("b", 0), ("c", 1)))
+    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+    assert losses(a) != losses(c)
+
+
+def test_accumulation_equals_the_larger_batch(run: Callable, tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", train_batch_size=4, max_train_steps=2)
+    split = run(tmp_path / "split", train_batch_size=2, gradient_accumulation_steps=2, max_train_steps=2)
+    for key, value in weights(whole, 2).items():
+        torch.testing.assert_close(weights(split, 2)[key], value, rtol=1e-3, atol=2e-5)
+
+
+def test_half_precision_keeps_fp32_masters_and_says_what_a_cpu_cannot(
+    run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = run(tmp_path / "out", mixed_precision="fp16", max_train_steps=2)
+    assert "bf16 instead" in capsys.readouterr().err
+    assert all(v.dtype == torch.float32 for v in weights(output, 2).values())
+
+
+def test_recomputation_changes_memory_not_results(run: Callable, tmp_path: Path) -> None:
+    plain = run(tmp_path / "plain", max_train_steps=2, variant="plus")
+    again = run(tmp_path / "again", max_train_steps=2, variant="plus", gradient_checkpointing=True)
+    for key, value in weights(plain, 2).items():
+        torch.testing.assert_close(weights(again, 2)[key], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("extra", [
+    {"use_ema": True}, {"snr_gamma": 5.0}, {"noise_offset": 0.1}, {"lr_scheduler": "cosine"}, {"weight_decay": 0.5},
+    {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 2}, {"max_grad_norm": 1e-3}, {"adam_beta1": 0.5},
+    {"adam_beta2": 0.5}, {"adam_epsilon": 1e-3}, {"image_drop_rate": 0.9}, {"text_drop_rate": 0.9},
+    {"both_drop_rate": 0.9}, {"random_flip": True}, {"prompt_flip": True}, {"prompt_crop_min_share": 0.3},
+    {"prediction_type": "v_prediction"}, {"num_tokens": 3, "variant": "plus"}, {"resampler_dim": 128, "variant": "plus"},
+    {"lr_scheduler": "polynomial", "lr_power": 3.0}, {"lr_scheduler": "cosine_with_restarts", "lr_num_cycles": 2},
+], ids=lambda e: "-".join(e))  # fmt: skip
+def test_every_setting_of_the_training_changes_it(run: Callable, tmp_path: Path, extra: dict[str, object]) -> None:
+    plain = run(tmp_path / "plain", max_train_steps=3, num_validation_images=0,
+                **({"variant": extra["variant"]} if "variant" in extra else {}))  # fmt: skip
+    other = run(tmp_path / "other", max_train_steps=3, num_validation_images=0, **extra)
+    a, b = weights(plain, 3), weights(other, 3)
+    assert any(a[k].shape != b[k].shape or not torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
+    run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = run(tmp_path / "out", dry_run=True)
+    said = capsys.readouterr().err
+    assert "projector" in said and "images per step" in said and "checkpoint on disk" in said
+    assert not output.exists()
+
+
+def test_the_resolved_settings_run_again_from_yaml_and_give_the_same_run(run: Callable, tmp_path: Path) -> None:
+    from ip_adapter_trainer.config import write_resolved
+    from ip_adapter_trainer.train.run import train
+
+    first = run(tmp_path / "first", max_train_steps=2, variant="plus")
+    second = tmp_path / "second"
+    train(parse_train(["--config", str(first / "config.yaml"), f"--output_dir={second}"]), write_resolved)
+    assert (first / "metrics.jsonl").read_bytes() == (second / "metrics.jsonl").read_bytes()
+
+
+def test_published_and_diffusers_names_are_taken(flags: Callable, tmp_path: Path) -> None:
+    published = flags(tmp_path, mixed_precision="fp16", num_train_epochs=3, dataloader_num_workers=4, weight_decay=0.01,
+                      local_rank=0, noise_offset=0.1, logging_dir="logs", pretrained_ip_adapter_path="x.bin")  # fmt: skip
+    config = parse_train([*published, "--num_tokens=4", "--checkpointing_steps=7"])
+    assert config.save_steps == 7 and config.noise_offset == 0.1
+
+
+def test_a_mistyped_setting_in_yaml_gets_a_hint(flags: Callable, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({"save_stpes": 3}))
+    with pytest.raises(Problem, match="did you mean 'save_steps'"):
+        parse_train([*flags(tmp_path), "--config", str(file)])
+
+
+def test_values_out_of_range_are_told_with_their_flag(flags: Callable, tmp_path: Path) -> None:
+    with pytest.raises(Problem, match="resolution"):
+        parse_train(flags(tmp_path, resolution=33))
+    with pytest.raises(Problem, match="has no warm-up"):
+        from ip_adapter_trainer.train.optim import make_optimizer, make_schedule
+
+        config = parse_train(flags(tmp_path, lr_warmup_steps=5))
+        parameter = torch.nn.Parameter(torch.zeros(1))
+        make_schedule(make_optimizer([parameter], config), config, 10)
+
+
+def test_starting_from_a_published_file_takes_its_weights(run: Callable, tmp_path: Path) -> None:
+    first = run(tmp_path / "first", max_train_steps=2)
+    file = first / "checkpoint-2" / checkpoint.WEIGHTS
+    second = run(tmp_path / "second", max_train_steps=1, learning_rate=1e-12, pretrained_ip_adapter_path=file)
+    for key, value in weights(first, 2).items():
+        torch.testing.assert_close(weights(second, 1)[key], value, rtol=0, atol=1e-6)
+
+
+def test_gradients_are_views_of_one_buffer() -> None:
+    layer = torch.nn.Linear(3, 2)
+    gradients = Gradients(layer.parameters())
+    layer(torch.ones(1, 3)).sum().backward()
+    expected = torch.cat([torch.ones(6), torch.ones(2)])
+    assert torch.equal(gradients.flat, expected)
+    norm = gradients.clip(1.0)
+    assert float(norm) == pytest.approx(8**0.5)
+    assert layer.weight.grad is not None and float(
+        layer.weight.grad.norm() ** 2 + layer.bias.grad.norm() ** 2
+    ) == pytest.approx(1, 1e-4)
+    gradients.zero()
+    assert not layer.weight.grad.any()
+
+
+def test_not_finite_gradients_stop_the_run_with_its_own_code(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ip_adapter_trainer.core.errors import NotFiniteProblem
+    from ip_adapter_trainer.train.step import Step
+
+    honest = Step.__call__
+    monkeypatch.setattr(Step, "__call__", lambda self, batch: honest(self, batch) * float("nan"))
+    with pytest.raises(NotFiniteProblem) as caught:
+        run(tmp_path / "out", max_train_steps=9, save_steps=100)
+    assert caught.value.exit_code == 5

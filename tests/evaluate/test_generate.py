@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -85,10 +86,15 @@ def test_names_of_outputs(tmp_path: Path) -> None:
         output_files(tmp_path / "0041-x.png" / "below", [3])
 
 
-def test_a_disk_that_takes_nothing_is_told(asked: list[tuple[object, ...]], tmp_path: Path) -> None:
-    (tmp_path / "a.png").symlink_to("/dev/full")
-    with pytest.raises(StorageProblem, match="cannot write the picture"):
-        generate(settings(tmp_path, num_images=1, output=str(tmp_path / "a.png")))
+def test_a_full_disk_is_told(asked: list[tuple[object, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(tmp_path, num_images=1)
+
+    def no_room(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", no_room)
+    with pytest.raises(StorageProblem, match="No space left"):
+        generate(config)
 
 
 def test_a_picture_that_cannot_be_read_is_told_before_anything_is_loaded(

@@ -38,7 +38,7 @@ def to_rgb(image: Image.Image, ground: Colour) -> Image.Image:
         return _deep_to_rgb(image, ground)
     if not image.has_transparency_data:
         return image.convert("RGB")
-    above = image.convert("RGBA")
+    above = image if image.mode == "RGBA" else image.convert("RGBA")
     below = Image.new("RGB", image.size, ground)
     below.paste(above, mask=above)
     return below
@@ -79,4 +79,7 @@ def _stretch(samples: Samples) -> NDArray[np.uint8]:
     low, high = float(samples.min()), float(samples.max())
     if low == high:
         return np.full(samples.shape, 128, np.uint8)
-    return np.rint((samples - np.float64(low)) * (255 / (high - low))).astype(np.uint8)
+    levels = samples.astype(np.float64)  # in place from here on: large pictures are why
+    levels -= low
+    levels *= 255 / (high - low)
+    return np.rint(levels, out=levels).astype(np.uint8)

@@ -64,7 +64,7 @@ class PictureFault(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a picture may be; the defaults bound the memory of one decoded picture at about 0.5 GB."""
+    """What a picture may be; the defaults bound the memory of decoding one picture at about 1 GB."""
 
     max_pixels: int = 64_000_000
     max_file_bytes: int = 128 * 2**20

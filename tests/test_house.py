@@ -102,8 +102,8 @@ def test_the_resume_lists_name_real_settings_and_do_not_overlap() -> None:
 
 
 def test_help_comes_in_half_a_second_without_heavy_imports() -> None:
-    code = "import sys; from ip_adapter_trainer import cli; cli.usage(); print([m for m in sys.modules if m in ('torch', 'diffusers', 'transformers')])"
+    code = "import sys; from ip_adapter_trainer import cli; cli.usage(); print({'torch', 'numpy'} & sys.modules.keys())"
     began = time.monotonic()
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.strip() == "[]"
+    assert out.strip() == "set()"
     assert time.monotonic() - began < 5, "generous on a busy machine; 0.1 s on a quiet one"

@@ -7,9 +7,10 @@ and a family's settings are flags too: the two are looked up first, then their `
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 import yaml
@@ -17,7 +18,7 @@ from pydantic import ValidationError, create_model
 
 from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.core.errors import Problem, did_you_mean
-from ip_adapter_trainer.core.settings import Part
+from ip_adapter_trainer.core.settings import Alias, Part
 from ip_adapter_trainer.families import FAMILIES, family_of
 from ip_adapter_trainer.train.config import TrainConfig
 
@@ -44,13 +45,34 @@ def parse(kind: type[P], argv: Sequence[str], *, prog: str) -> P:
     Raises:
         Problem: a value that a part's own rules refuse; each with its flag.
     """
+    flags = tyro.cli(_flags_of(kind), args=list(argv), prog=prog, use_underscores=True)
     try:
-        return tyro.cli(
-            kind, args=list(argv), prog=prog, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,), add_help=True
-        )
+        return kind(**dataclasses.asdict(flags))
     except ValidationError as error:
-        faults = [f"--{'.'.join(map(str, e['loc'])) or 'flags'}: {e['msg']}" for e in error.errors()]
-        raise Problem("; ".join(faults), where=prog, remedy=f"see {prog} --help") from error
+        faults = [(e["loc"][0] if e["loc"] else "", e["msg"].removeprefix("Value error, ")) for e in error.errors()]
+        what = "; ".join(f"{name}: {message}" if name else message for name, message in faults)
+        where = " ".join(f"--{name}" for name, _ in faults if name) or prog
+        raise Problem(what, where=where, remedy=f"see {prog} --help") from error
+
+
+def _flags_of(kind: type[Part]) -> Any:
+    """A plain dataclass with a settings class's fields, so that values are read first and judged by us after."""
+    fields = []
+    for name, info in kind.model_fields.items():
+        arg = tyro.conf.arg(help=info.description, aliases=_aliases(info.metadata))
+        extra = [mark for mark in info.metadata if not isinstance(mark, Alias)]
+        note = Annotated[(info.annotation, arg, *extra)]  # type: ignore[misc]
+        fields.append(
+            (name, note, dataclasses.field())
+            if info.is_required()
+            else (name, note, dataclasses.field(default=info.default))
+        )
+    fields.sort(key=lambda f: f[2].default is not dataclasses.MISSING)
+    return dataclasses.make_dataclass(kind.__name__, fields, namespace={"__doc__": kind.__doc__})
+
+
+def _aliases(metadata: Sequence[Any]) -> list[str]:
+    return [f"--{name}" for mark in metadata if isinstance(mark, Alias) for name in mark.names]
 
 
 def parse_train(argv: Sequence[str], *, prog: str = "ip-adapter train", variant: str = "base") -> TrainConfig:

@@ -77,7 +77,8 @@ def test_recomputation_changes_memory_not_results(run: Callable, tmp_path: Path)
     {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 2}, {"max_grad_norm": 1e-3}, {"adam_beta1": 0.5},
     {"adam_beta2": 0.5}, {"adam_epsilon": 1e-3}, {"image_drop_rate": 0.9}, {"text_drop_rate": 0.9},
     {"both_drop_rate": 0.9}, {"random_flip": True}, {"prompt_flip": True}, {"prompt_crop_min_share": 0.3},
-    {"prediction_type": "v_prediction"}, {"num_tokens": 3, "variant": "plus"}, {"resampler_dim": 128, "variant": "plus"},
+    {"prediction_type": "v_prediction"}, {"num_tokens": 3, "variant": "plus"},
+    {"resampler_dim": 128, "variant": "plus"},
     {"lr_scheduler": "polynomial", "lr_power": 3.0}, {"lr_scheduler": "cosine_with_restarts", "lr_num_cycles": 2},
 ], ids=lambda e: "-".join(e))  # fmt: skip
 def test_every_setting_of_the_training_changes_it(run: Callable, tmp_path: Path, extra: dict[str, object]) -> None:
@@ -108,8 +109,10 @@ def test_the_resolved_settings_run_again_from_yaml_and_give_the_same_run(run: Ca
 
 
 def test_published_and_diffusers_names_are_taken(flags: Callable, tmp_path: Path) -> None:
-    published = flags(tmp_path, mixed_precision="fp16", num_train_epochs=3, dataloader_num_workers=4, weight_decay=0.01,
-                      local_rank=0, noise_offset=0.1, logging_dir="logs", pretrained_ip_adapter_path="x.bin")  # fmt: skip
+    given: dict[str, object] = {"mixed_precision": "fp16", "num_train_epochs": 3, "dataloader_num_workers": 4}
+    given |= {"weight_decay": 0.01, "local_rank": 0, "noise_offset": 0.1, "logging_dir": "logs"}
+    given |= {"pretrained_ip_adapter_path": "x.bin"}
+    published = flags(tmp_path, **given)
     config = parse_train([*published, "--num_tokens=4", "--checkpointing_steps=7"])
     assert config.save_steps == 7 and config.noise_offset == 0.1
 
@@ -122,8 +125,10 @@ def test_a_mistyped_setting_in_yaml_gets_a_hint(flags: Callable, tmp_path: Path)
 
 
 def test_values_out_of_range_are_told_with_their_flag(flags: Callable, tmp_path: Path) -> None:
-    with pytest.raises(Problem, match="resolution"):
+    with pytest.raises(Problem, match=r"33 is no multiple of 8.*\n.*--resolution"):
         parse_train(flags(tmp_path, resolution=33))
+    with pytest.raises(Problem, match="sum to 1"):
+        parse_train(flags(tmp_path, image_drop_rate=0.7, text_drop_rate=0.65))
     with pytest.raises(Problem, match="has no warm-up"):
         from ip_adapter_trainer.train.optim import make_optimizer, make_schedule
 

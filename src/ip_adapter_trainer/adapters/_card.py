@@ -1,9 +1,10 @@
-"""What a trained adapter is: the description that lies beside its weights as `adapter.json`."""
+"""What a trained adapter is: the description beside its weights, in `adapter.json` or in an exported file's metadata."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -11,6 +12,8 @@ from ip_adapter_trainer.core.errors import Problem, did_you_mean
 from ip_adapter_trainer.core.settings import Part
 
 FORMAT_VERSION = 1
+CARD = "adapter.json"
+PACKAGE = "ip_adapter_trainer"
 
 
 class AdapterCard(Part):
@@ -23,11 +26,11 @@ class AdapterCard(Part):
     num_tokens: int
     pretrained_model_name_or_path: str
     image_encoder_path: str
-    feature: str  # image_embeds or penultimate
+    feature: Literal["image_embeds", "penultimate"]
     feature_dim: int
     context_dim: int
-    step: int
-    images_seen: int
+    step: int | None  # None: converted from a file that does not say
+    images_seen: int | None
     package_version: str
 
     def to_json(self) -> str:
@@ -44,17 +47,53 @@ class AdapterCard(Part):
         try:
             content = json.loads(text)
         except ValueError as error:
-            raise Problem(f"the adapter card is no JSON: {error}", where=where) from error
+            raise _unreadable(f"no JSON ({error})", where) from error
         if not isinstance(content, dict):
-            raise Problem("the adapter card is no JSON object", where=where)
-        version = content.get("format_version", FORMAT_VERSION)
-        if isinstance(version, int) and version > FORMAT_VERSION:
-            what = f"the adapter card has format {version}, this package knows {FORMAT_VERSION}"
-            raise Problem(what, where=where, remedy="upgrade ip_adapter_trainer")
+            raise _unreadable("no JSON object", where)
+        _check_version(content.get("format_version"), where)
         for key in content.keys() - cls.model_fields.keys():
             raise Problem(f"unknown key {key!r} in the card", where=where, remedy=did_you_mean(key, cls.model_fields))
+        return cls._of(content, where)
+
+    def to_metadata(self) -> dict[str, str]:
+        """The card as a .safetensors header's strings; what is not known is left out."""
+        fields = {key: value for key, value in self.model_dump().items() if value is not None}
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in fields.items()}
+        return {"package": PACKAGE, **texts}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str], where: str) -> AdapterCard | None:
+        """Reads a header's strings; None where this package did not write them. Other programs may have added some.
+
+        Raises:
+            Problem: missing entries, or a format newer than this package knows.
+        """
+        if metadata.get("package") != PACKAGE:
+            return None
+        numbers = {"step": None, "images_seen": None}
+        content = numbers | {key: metadata[key] for key in cls.model_fields if key in metadata}
+        _check_version(content.get("format_version"), where)
+        try:
+            content["variant_config"] = json.loads(content.get("variant_config") or "{}")
+        except ValueError as error:
+            raise _unreadable(f"variant_config is no JSON ({error})", where) from error
+        return cls._of(content, where)
+
+    @classmethod
+    def _of(cls, content: Mapping[str, Any], where: str) -> AdapterCard:
         try:
             return cls(**content)
         except ValidationError as error:
             first = error.errors()[0]
-            raise Problem(f"adapter card: {first['loc'][0]}: {first['msg']}", where=where) from error
+            raise _unreadable(f"{first['loc'][0]}: {first['msg']}", where) from error
+
+
+def _check_version(version: object, where: str) -> None:
+    if str(version).isdecimal() and int(str(version)) > FORMAT_VERSION:
+        what = f"the adapter card has format {version}, this package knows {FORMAT_VERSION}"
+        raise Problem(what, where=where, remedy="upgrade ip_adapter_trainer")
+
+
+def _unreadable(why: str, where: str) -> Problem:
+    remedy = f"restore the {CARD} that was saved with the weights, or read the weights file itself"
+    return Problem(f"the adapter card cannot be read: {why}", where=where, remedy=remedy)

@@ -5,9 +5,8 @@ Each part of the house owns a subclass of `Part`; field names are the flag names
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
-import tyro
 from pydantic import BaseModel, ConfigDict
 
 
@@ -24,6 +23,13 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-def alias(*names: str) -> Any:
+@dataclass(frozen=True)
+class Alias:
+    """Marks other flag names of a field."""
+
+    names: tuple[str, ...]
+
+
+def alias(*names: str) -> Alias:
     """Other flag names under which a field may be given, without dashes; for use inside `Annotated`."""
-    return tyro.conf.arg(aliases=[f"--{name}" for name in names])
+    return Alias(names)

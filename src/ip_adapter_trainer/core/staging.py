@@ -11,18 +11,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_SUFFIX = ".staged"
+_STAGED = ".staged"
+_REPLACED = ".replaced"  # an older folder, out of the way while the newer one takes its name
 
 
 def _stage_of(final: Path) -> Path:
-    return final.with_name(f".{final.name}.{os.getpid()}{_SUFFIX}")
+    """Hidden, of this process, and with the same suffix: writers and loaders go by the suffix."""
+    return final.with_name(f".{final.name}.{os.getpid()}{_STAGED}{final.suffix}")
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file's or folder's content is on the disk; not every system can open a folder for that."""
+    """Waits until a file's or folder's content is on the disk; Windows cannot open a folder, nor sync what it reads."""
     if path.is_dir() and os.name == "nt":
         return
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:
@@ -39,7 +41,7 @@ def staged_file(final: Path) -> Iterator[Path]:
             save_file(tensors, stage)
             check(stage)
     """
-    stage = _stage_of(final).with_suffix(_SUFFIX + final.suffix)  # writers look at the suffix
+    stage = _stage_of(final)
     try:
         yield stage
         _sync(stage)
@@ -52,7 +54,7 @@ def staged_file(final: Path) -> Iterator[Path]:
 @contextmanager
 def staged_folder(final: Path) -> Iterator[Path]:
     """Gives an empty folder to fill; renames it to `final`, replacing an older one, when the block ends well."""
-    stage = _stage_of(final)
+    stage, replaced = _stage_of(final), final.with_name(f".{final.name}{_REPLACED}")
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir()
     try:
@@ -60,22 +62,27 @@ def staged_folder(final: Path) -> Iterator[Path]:
         for path in [*stage.rglob("*"), stage]:
             _sync(path)
         if final.exists():
-            final.rename(doomed := final.with_name(f".{final.name}.old{_SUFFIX}"))
-            stage.rename(final)
-            shutil.rmtree(doomed, ignore_errors=True)
-        else:
-            stage.rename(final)
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
+        stage.rename(final)
         _sync(final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
 
 def sweep(parent: Path) -> None:
-    """Removes what died half written in a folder; call it while no one else writes there."""
-    for path in parent.glob(f".*{_SUFFIX}*"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-    for path in parent.glob(".*.removing"):
-        shutil.rmtree(path, ignore_errors=True)
+    """Removes what died half written or half removed in a folder; call it while no one else writes there.
+
+    A folder that was being replaced when the process died gets its name back if no newer one has taken it.
+    """
+    for path in parent.glob(f".*{_REPLACED}"):
+        final = path.with_name(path.name.removeprefix(".").removesuffix(_REPLACED))
+        if not final.exists():
+            path.rename(final)
+    for pattern in (f".*{_STAGED}*", f".*{_REPLACED}", ".*.removing"):
+        for path in parent.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)

@@ -66,7 +66,7 @@ class Family(ABC):
 
     @abstractmethod
     def encode_latents(self, pixels: Tensor, noise: Tensor) -> Tensor:
-        """Scaled latents [B, C, h, w] of pixels [B, 3, H, W], sampled from the posterior with the given normal noise."""
+        """Scaled latents [B, C, h, w] of pixels [B, 3, H, W], sampled from the posterior with given normal noise."""
 
     @abstractmethod
     def latent_shape(self, height_px: int, width_px: int) -> tuple[int, int, int]:
@@ -82,19 +82,22 @@ FAMILIES: Registry[Family] = Registry("families", "ip_adapter_trainer.families")
 
 def _model_index(path: str) -> dict[str, Any]:
     local = Path(path)
+    if not local.exists() and path.count("/") != 1:
+        raise Problem("no such folder", where=path, remedy="give a diffusers pipeline folder, or a hub id owner/name")
     try:
-        if local.exists():
-            file = local / "model_index.json"
-        else:
-            from huggingface_hub import hf_hub_download
-
-            file = Path(hf_hub_download(path, "model_index.json"))
+        file = local / "model_index.json" if local.exists() else _from_hub(path)
         index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return index
     except Exception as error:
         what = "cannot read model_index.json of the base model"
         remedy = "give a diffusers pipeline folder, or a hub id while the hub can be reached"
         raise Problem(what, where=f"{path} ({type(error).__name__})", remedy=remedy) from error
+
+
+def _from_hub(path: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(path, "model_index.json"))
 
 
 def family_of(path: str, name: str = "auto") -> str:

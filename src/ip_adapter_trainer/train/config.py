@@ -87,9 +87,12 @@ class TrackConfig(Part):
 
 
 class TrainConfig(
-    ModelConfig, DataConfig, ObjectiveConfig, OptimConfig, CheckpointConfig, ValidationConfig, TrackConfig
+    TrackConfig, ValidationConfig, CheckpointConfig, OptimConfig, ObjectiveConfig, DataConfig, ModelConfig
 ):
-    """Every setting of a run but those of its variant and family, which `config.compose` adds."""
+    """Every setting of a run but those of its variant and family, which `config.compose` adds.
+
+    Fields come in the order of the bases from the last to the first: in the help, what a user must give stands first.
+    """
 
     def part(self, kind: type[P]) -> P:
         """The settings of one part, such as a variant's own, out of the whole."""

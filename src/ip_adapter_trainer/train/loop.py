@@ -89,7 +89,8 @@ class Trainer:
             "metrics_bytes": metrics_bytes,
         }
         if self.ema:
-            state |= {"ema": self.ema.state_dict(), "live": self.model.adapter.state_dict()}
+            live = {key: value.clone() for key, value in self.model.adapter.state_dict().items()}
+            state |= {"ema": self.ema.state_dict(), "live": live}
         return state
 
     def save(self, track: Track) -> None:
@@ -100,9 +101,10 @@ class Trainer:
         if self.runtime.is_main:
             base, seen = self.config.pretrained_model_name_or_path, self.done * self.plan.images_per_step
             card = card_of(self.model, base=base, step=self.done, images_seen=seen)
+            state = self._state(metrics_bytes)  # before the average takes the live weights' place
             try:
                 with self.published_weights() as weights:
-                    checkpoint.write(self.output, self.done, weights, card, self._state(metrics_bytes))
+                    checkpoint.write(self.output, self.done, weights, card, state)
                 checkpoint.prune(self.output, self.config.checkpoints_total_limit)
                 self.saved = self.done
             except StorageProblem as problem:

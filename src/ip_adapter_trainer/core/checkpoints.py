@@ -1,0 +1,52 @@
+"""Where a run's checkpoints lie, and whether their files are still what was written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+MANIFEST = "manifest.json"  # {file name: {"sha256": hexadecimal, "bytes": size}}, written last
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def step_of(folder: Path) -> int | None:
+    """N of a folder named `checkpoint-N`.
+
+    >>> step_of(Path("run/checkpoint-500")), step_of(Path("run"))
+    (500, None)
+    """
+    match = _NAME.fullmatch(folder.name)
+    return int(match.group(1)) if match else None
+
+
+def all_checkpoints(output: Path) -> list[Path]:
+    """The `checkpoint-N` folders in a run's folder, oldest first."""
+    found = [(step, p) for p in output.glob("checkpoint-*") if (step := step_of(p)) is not None and p.is_dir()]
+    return [path for _, path in sorted(found)]
+
+
+def sha256_of(file: Path) -> str:
+    """Hash of a file's bytes, hexadecimal."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def verified(folder: Path, names: Iterable[str] | None = None) -> bool:
+    """Whether a checkpoint's files have the size and hash that its manifest says.
+
+    Args:
+        folder: a checkpoint.
+        names: the files to look at; all of the manifest's by default.
+    """
+    try:
+        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        chosen = {name: entries[name] for name in (entries if names is None else names)}
+        return all(
+            (folder / name).stat().st_size == entry["bytes"] and sha256_of(folder / name) == entry["sha256"]
+            for name, entry in chosen.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False

@@ -1,6 +1,26 @@
-"""Variants of the adapter: one file each. A variant is a projector from image features to tokens, and its config."""
+"""Variants of the adapter, one file each (a projector from image features to tokens, and its config); adapter files."""
 
-from ip_adapter_trainer.adapters._card import AdapterCard
+from ip_adapter_trainer.adapters._card import CARD, AdapterCard
+from ip_adapter_trainer.adapters._file import (
+    AdapterFile,
+    check_suffix,
+    find_weights,
+    read_adapter,
+    weights_sha256,
+    write_adapter,
+)
 from ip_adapter_trainer.adapters._variant import VARIANTS, Reader, Variant
 
-__all__ = ["VARIANTS", "AdapterCard", "Reader", "Variant"]
+__all__ = [
+    "CARD",
+    "VARIANTS",
+    "AdapterCard",
+    "AdapterFile",
+    "Reader",
+    "Variant",
+    "check_suffix",
+    "find_weights",
+    "read_adapter",
+    "weights_sha256",
+    "write_adapter",
+]

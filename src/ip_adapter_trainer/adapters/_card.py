@@ -1,4 +1,4 @@
-"""What a trained adapter is: the description beside its weights, in `adapter.json` or in an exported file's metadata."""
+"""What a trained adapter is: the description beside its weights, or in an exported file's metadata."""
 
 from __future__ import annotations
 
@@ -95,5 +95,5 @@ def _check_version(version: object, where: str) -> None:
 
 
 def _unreadable(why: str, where: str) -> Problem:
-    remedy = f"restore the {CARD} that was saved with the weights, or read the weights file itself"
+    remedy = f"restore the {CARD} saved with the weights, or remove it and name base model and image encoder by flags"
     return Problem(f"the adapter card cannot be read: {why}", where=where, remedy=remedy)

@@ -10,7 +10,7 @@ from ip_adapter_trainer.core.registry import Registry
 from ip_adapter_trainer.core.settings import Part
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 Reader = Literal["diffusers", "original", "comfy"]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -52,3 +52,8 @@ class Variant(ABC):
 
 
 VARIANTS: Registry[Variant] = Registry("variants", "ip_adapter_trainer.adapters")
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
+    """Shapes by name."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -1,0 +1,224 @@
+"""Adapter files: read in every layout that is about, written in the published one.
+
+Read: a published .safetensors or .bin; ComfyUI's `adapter_modules`; our `checkpoint-N/`; a run's folder (its newest
+whole checkpoint); a checkpoint of the published script, even one whose `adapter_modules` were dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ip_adapter_trainer.adapters._card import CARD, AdapterCard
+from ip_adapter_trainer.adapters._layout import Origin, tables_of
+from ip_adapter_trainer.adapters._raw import Container, RawFile, read_raw
+from ip_adapter_trainer.adapters._variant import VARIANTS, Shapes, Variant, shapes_of
+from ip_adapter_trainer.core.checkpoints import MANIFEST, all_checkpoints, step_of, verified
+from ip_adapter_trainer.core.errors import Problem, StorageProblem
+from ip_adapter_trainer.core.log import say
+from ip_adapter_trainer.core.settings import Part
+
+AdapterTables = Mapping[str, Mapping[str, Tensor]]  # "image_proj" and "ip_adapter"
+
+WEIGHTS = ("pytorch_model.bin", "model.safetensors")  # of a checkpoint: ours, and the published script's
+SUFFIXES = (".safetensors", ".bin")
+SHA256 = "weights_sha256"
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter as it was found, under the published names."""
+
+    path: Path
+    origin: Origin
+    container: Container
+    image_proj: dict[str, Tensor]
+    ip_adapter: dict[str, Tensor]
+    metadata: dict[str, str]
+    card: AdapterCard | None  # None: the file does not say what it was trained with
+    layers: dict[int, str]  # N to the UNet's layer, where the file names layers
+
+    @property
+    def tables(self) -> dict[str, dict[str, Tensor]]:
+        """Both tables by their published names."""
+        return {"image_proj": self.image_proj, "ip_adapter": self.ip_adapter}
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        """The projector's shapes, by which variants are told apart."""
+        return shapes_of(self.image_proj)
+
+    @cached_property
+    def numbers(self) -> list[int]:
+        """N of every adapted layer, ascending."""
+        return sorted({int(name.split(".")[0]) for name in self.ip_adapter})
+
+    @property
+    def step(self) -> int | None:
+        """Optimizer steps behind the weights, where the file or its folder's name says so."""
+        return self.card.step if self.card else step_of(self.path.parent)
+
+    @cached_property
+    def variant(self) -> type[Variant]:
+        """The variant whose projector this is.
+
+        Raises:
+            Problem: of no variant here, or of several.
+        """
+        owners = [entry for _, entry in VARIANTS.items() if entry.owns(self.shapes)]
+        if len(owners) != 1:
+            what = f"the projector belongs to {'several' if owners else 'none'} of the variants {', '.join(VARIANTS)}"
+            raise Problem(what, where=str(self.path), remedy="`ip-adapter inspect` tells what kind of file it is")
+        return owners[0]
+
+    @cached_property
+    def facts(self) -> dict[str, int]:
+        """What the shapes tell: `num_tokens` (not for every variant), `feature_dim`, `context_dim` and others.
+
+        Raises:
+            Problem: shapes that contradict the names.
+        """
+        try:
+            return self.variant.facts(self.shapes)
+        except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+            name = VARIANTS.name_of(self.variant)
+            what = f"the projector has the names of the {name} variant and not its shapes ({type(error).__name__})"
+            raise Problem(what, where=str(self.path), remedy="copy or download the file again") from error
+
+    def config(self) -> Part:
+        """The variant's settings: as the card says, else as the shapes imply.
+
+        Raises:
+            Problem: settings that the variant does not take.
+        """
+        kind, values = self.variant.Config, dict[str, object](self.facts)
+        if self.card and self.card.variant == VARIANTS.name_of(self.variant):
+            values = self.card.variant_config
+        else:
+            values = {name: value for name, value in values.items() if name in kind.model_fields}
+        try:
+            return kind(**values)
+        except ValueError as error:
+            what = f"the variant's settings are not valid: {str(error).splitlines()[0]}"
+            raise Problem(what, where=str(self.path), remedy="copy or download the file again") from error
+
+
+def read_adapter(path: str | Path) -> AdapterFile:
+    """Reads an adapter from a file, a checkpoint's folder or a run's folder; every name, number and hash is checked.
+
+    Raises:
+        Problem: nothing there that is an adapter, or a damaged one.
+    """
+    raw = read_raw(find_weights(Path(path)))
+    tables = tables_of(raw)
+    adapter = AdapterFile(
+        path=raw.path,
+        origin=tables.origin,
+        container=raw.container,
+        image_proj=tables.image_proj,
+        ip_adapter=tables.ip_adapter,
+        metadata=raw.metadata,
+        card=_card(raw),
+        layers=tables.layers,
+    )
+    written = raw.metadata.get(SHA256)
+    if written is not None and written != weights_sha256(adapter.tables):
+        remedy = f"copy or export it again; if it was changed on purpose, drop {SHA256} from its metadata"
+        raise Problem("the weights are not the ones that were written", where=str(raw.path), remedy=remedy)
+    return adapter
+
+
+def _card(raw: RawFile) -> AdapterCard | None:
+    beside = raw.path.with_name(CARD)
+    if raw.path.name in WEIGHTS and beside.is_file():
+        return AdapterCard.from_json(beside.read_text(encoding="utf-8"), str(beside))
+    return AdapterCard.from_metadata(raw.metadata, str(raw.path))
+
+
+def find_weights(path: Path) -> Path:
+    """The weights file meant by a path: itself, a checkpoint's, or the newest whole checkpoint's of a run.
+
+    Raises:
+        Problem: a folder without any, or a file that is not what its checkpoint's manifest says.
+    """
+    direct = _weights_in(path) if path.is_dir() else path
+    if direct is not None:
+        if not _whole(direct):
+            raise Problem("the checkpoint is damaged", where=str(direct), remedy="take an older checkpoint")
+        return direct
+    for folder in reversed(all_checkpoints(path)):
+        file = _weights_in(folder)
+        if file is not None and _whole(file):
+            return file
+        say(f"{folder.name} is incomplete or damaged and is passed over")
+    what, remedy = "the folder holds no checkpoint", "give a checkpoint-N, a run's output folder or an adapter file"
+    raise Problem(what, where=str(path), remedy=remedy)
+
+
+def _weights_in(folder: Path) -> Path | None:
+    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+
+
+def _whole(file: Path) -> bool:
+    """Only our checkpoints have a manifest to compare with."""
+    is_ours = file.name in WEIGHTS and (file.parent / MANIFEST).exists()
+    return not is_ours or verified(file.parent, [file.name])
+
+
+def weights_sha256(tables: AdapterTables) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of an adapter's tensors, whatever file they are in."""
+    digest = hashlib.sha256()
+    for table, tensors in sorted(tables.items()):
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{table}.{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write_adapter(path: Path, tables: AdapterTables, metadata: Mapping[str, str]) -> None:
+    """Writes an adapter in the published layout; the suffix decides the container. A .bin holds no metadata.
+
+    The bytes depend on tables and metadata alone. Write to a `staged_file`, whose name comes after it was checked.
+
+    Raises:
+        Problem: another suffix.
+        StorageProblem: a disk that is full or read-only.
+    """
+    check_suffix(path)
+    plain = {t: {name: _alone(tensor) for name, tensor in tables[t].items()} for t in ("image_proj", "ip_adapter")}
+    try:
+        if path.suffix == ".safetensors":
+            flat = {f"{table}.{name}": tensor for table, tensors in plain.items() for name, tensor in tensors.items()}
+            save_file(flat, path, metadata={"format": "pt", **metadata, SHA256: weights_sha256(plain)})
+        else:
+            with path.open("wb") as opened:  # given a path, torch would write the file's name into the file
+                torch.save(plain, opened)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        what = f"the adapter file was not written: {str(error).splitlines()[0]}"
+        raise StorageProblem(what, where=str(path.parent), remedy="make room, or choose another folder") from error
+
+
+def check_suffix(path: Path) -> None:
+    """Refuses names whose suffix is no container's.
+
+    Raises:
+        Problem: neither .safetensors nor .bin.
+    """
+    if path.suffix not in SUFFIXES:
+        what = f"adapters are written as {' or '.join(SUFFIXES)}, not {path.suffix or 'without a suffix'}"
+        raise Problem(what, where=str(path), remedy=f"name the file {path.stem}.safetensors")
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """Contiguous, on the CPU, in a storage of its own: torch saves whole storages, and two names could share one."""
+    tensor = tensor.detach().cpu().contiguous()
+    is_alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if is_alone else tensor.clone()

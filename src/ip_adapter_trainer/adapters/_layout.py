@@ -1,0 +1,130 @@
+"""The layouts in which an adapter's two tables are found, and what their pairs must be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from ip_adapter_trainer.adapters._raw import RawFile
+from ip_adapter_trainer.core.errors import Problem
+
+Origin = Literal["published", "comfy", "checkpoint", "rescued"]
+
+# Where the projector and the pairs stand in each layout, by prefix.
+_PREFIXES: dict[Origin, tuple[str, str]] = {
+    "published": ("image_proj.", "ip_adapter."),
+    "comfy": ("image_proj.", "adapter_modules."),
+    "checkpoint": ("image_proj_model.", "adapter_modules."),
+    # Saved by the published script: its pairs were dropped as duplicates of the ones registered in the UNet.
+    "rescued": ("image_proj_model.", "unet."),
+}
+_PAIR = re.compile(r"(\d+)\.to_[kv]_ip\.weight")
+_PROCESSOR = re.compile(r"(?P<layer>.+)\.processor\.(?P<weight>.+)")
+_LAYER = re.compile(
+    r"(down_blocks|up_blocks|mid_block)\.(?:(\d+)\.)?attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn2"
+)
+_ORDER = {"down_blocks": 0, "up_blocks": 1, "mid_block": 2}  # module order of diffusers' UNet
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The projector's and the pairs' tensors under their published names."""
+
+    origin: Origin
+    image_proj: dict[str, Tensor]
+    ip_adapter: dict[str, Tensor]
+    layers: dict[int, str] = field(default_factory=dict)  # N to the UNet's layer, where the file names layers
+
+
+def tables_of(raw: RawFile) -> Tables:
+    """Finds the two tables, whatever the layout, and checks the pairs' numbering.
+
+    Raises:
+        Problem: no known layout, with what was found; or pairs that no reader could place.
+    """
+    for origin, (projector, pairs) in _PREFIXES.items():
+        image_proj, ip_adapter = (_under(prefix, raw.tensors) for prefix in (projector, pairs))
+        if not image_proj or not ip_adapter:
+            continue
+        layers: dict[int, str] = {}
+        if origin == "rescued":
+            ip_adapter, layers = _renumber(ip_adapter, raw.path)
+        _check_pairs(ip_adapter, raw.path)
+        _check_floating({**image_proj, **ip_adapter}, raw.path)
+        return Tables(origin, image_proj, ip_adapter, layers)
+    what = f"this is no adapter file that this trainer knows: {found(raw.tensors)}"
+    raise Problem(what, where=str(raw.path), remedy="`ip-adapter inspect` tells more")
+
+
+def found(names: Iterable[str]) -> str:
+    """A short list of what a file holds: the first parts of its tensors' names, with counts."""
+    counts: dict[str, int] = {}
+    for name in names:
+        head = name.split(".")[0]
+        counts[head] = counts.get(head, 0) + 1
+    shown = [f"{head} ({count})" for head, count in counts.items()]
+    more = [f"and {len(shown) - 6} more"] if len(shown) > 6 else []
+    return "it holds " + (", ".join(shown[:6] + more) or "no tensors")
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _renumber(processors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor], dict[int, str]]:
+    """Pairs under the UNet's own layer names, to pairs under the numbers of the contract.
+
+    Names are sorted by the numbers in them: a .safetensors file lists block 10 before block 2.
+    """
+    weights: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in processors.items():
+        match = _PROCESSOR.fullmatch(name)
+        if match and match["weight"] in ("to_k_ip.weight", "to_v_ip.weight"):
+            weights.setdefault(match["layer"], {})[match["weight"]] = tensor
+        else:
+            what = f"unet.{name} is no part of an adapter that this trainer trains"
+            raise Problem(what, where=str(path), remedy="FaceID's LoRA layers, for one, cannot be converted here")
+    layers = dict(zip(range(1, 2 * len(weights), 2), sorted(weights, key=lambda n: _place(n, path)), strict=True))
+    pairs = {f"{n}.{weight}": tensor for n, layer in layers.items() for weight, tensor in weights[layer].items()}
+    return pairs, layers
+
+
+def _place(layer: str, path: Path) -> tuple[int, ...]:
+    """A layer's place among all layers: down, up, mid, then block, attention, transformer block."""
+    match = _LAYER.fullmatch(layer)
+    if match is None:
+        what = f"the place of unet.{layer} among the layers cannot be told from its name"
+        raise Problem(what, where=str(path), remedy="only adapters of diffusers' UNet2DConditionModel can be rescued")
+    part, *numbers = match.groups()
+    return (_ORDER[part], *(int(n or 0) for n in numbers))
+
+
+def _check_pairs(pairs: Mapping[str, Tensor], path: Path) -> None:
+    """Every name a pair's, every N odd, every pair whole and its two shapes equal."""
+    where, remedy = str(path), "`ip-adapter inspect` tells what kind of file it is"
+    for name, tensor in pairs.items():
+        match = _PAIR.fullmatch(name)
+        if match is None:
+            what = f"ip_adapter.{name} is no part of an adapter that this trainer trains"
+            raise Problem(what, where=where, remedy=remedy)
+        if int(match[1]) % 2 == 0:
+            what = f"ip_adapter.{name}: cross-attention layers have odd numbers in a UNet's adapter"
+            raise Problem(what, where=where, remedy=remedy)
+        other = name.replace("to_k_ip", "to_?_ip").replace("to_v_ip", "to_k_ip").replace("to_?_ip", "to_v_ip")
+        if other not in pairs:
+            raise Problem(f"ip_adapter.{other} is missing", where=where, remedy="copy or download the file again")
+        if tensor.ndim != 2 or tensor.shape != pairs[other].shape:
+            shapes = f"{list(tensor.shape)} and {list(pairs[other].shape)}"
+            raise Problem(f"ip_adapter.{name} and its other half have shapes {shapes}", where=where, remedy=remedy)
+
+
+def _check_floating(tensors: Mapping[str, Tensor], path: Path) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            what = f"{name} is {str(tensor.dtype).removeprefix('torch.')}, not floating point"
+            raise Problem(what, where=str(path), remedy="take a file that was not quantised")

@@ -1,0 +1,111 @@
+"""The tensors of a weights file under flat names, whatever its container. Nothing that a file holds is executed."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ip_adapter_trainer.core.errors import Problem
+
+Container = Literal["safetensors", "bin"]
+
+# What data-parallel, compiled and DeepSpeed wrappers put before every name.
+_WRAPPERS = re.compile(r"^(?:(?:module|state_dict|_orig_mod)\.)+")
+# A published script's checkpoint also holds gigabytes of the frozen UNet.
+_FROZEN = re.compile(r"unet\.(?!.*\.processor\.)")
+
+
+@dataclass(frozen=True)
+class RawFile:
+    """A weights file as it is. Tables of a .bin are flattened: its `t["ip_adapter"]["1.x"]` is `ip_adapter.1.x`."""
+
+    path: Path
+    container: Container
+    tensors: dict[str, Tensor]  # mapped from the file: nothing is read before it is used
+    metadata: dict[str, str]
+
+
+def read_raw(path: Path) -> RawFile:
+    """Reads a .safetensors file, or anything else as a .bin; a frozen UNet in it is passed over.
+
+    Raises:
+        Problem: missing, truncated, not of its kind, pickled code in it, or a tensor that is none to train with.
+    """
+    with _legible(path):
+        if path.suffix == ".safetensors":
+            tensors, metadata = _read_safetensors(path)
+            raw = RawFile(path, "safetensors", tensors, metadata)
+        else:
+            raw = RawFile(path, "bin", dict(_flatten(_read_bin(path))), {})
+    for name, tensor in raw.tensors.items():
+        _demand_plain(name, tensor, path)
+    return raw
+
+
+@contextmanager
+def _legible(path: Path) -> Iterator[None]:
+    """Turns whatever a container's library raises into one problem."""
+    where = str(path)
+    if not path.is_file():
+        raise Problem("there is no such file", where=where, remedy="give an adapter file or a checkpoint")
+    try:
+        yield
+    except Problem:
+        raise
+    except pickle.UnpicklingError as error:
+        what = "the file holds something else than tensors, and was not opened further"
+        raise Problem(what, where=where, remedy="ask its maker for a .safetensors file") from error
+    except Exception as error:
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        remedy = "copy or download it again; where git fetched it, `git lfs pull`"
+        raise Problem(f"the file cannot be read: {first}", where=where, remedy=remedy) from error
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt", device="cpu") as opened:
+        names = {_bare(name): name for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
+        tensors = {bare: opened.get_tensor(name) for bare, name in names.items() if not _FROZEN.match(bare)}
+        return tensors, dict(opened.metadata() or {})
+
+
+def _read_bin(path: Path) -> Mapping[str, Any]:
+    mapped = zipfile.is_zipfile(path)  # files of torch before 1.6 are not, and are read whole
+    if mapped:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("its archive is compressed, which nothing that saves weights does")
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"it holds a {type(content).__name__}, not tables of tensors")
+    return content
+
+
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Tensors only: a step count or a config among them belongs to no adapter."""
+    for key, value in content.items():
+        name = _bare(f"{prefix}{key}")
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{name}." if name else "")
+        elif isinstance(value, Tensor) and not _FROZEN.match(name):
+            yield name, value
+
+
+def _bare(name: str) -> str:
+    return _WRAPPERS.sub("", name)
+
+
+def _demand_plain(name: str, tensor: Tensor, path: Path) -> None:
+    """Refuses what a pickle can claim without holding it: no storage, or more elements than its storage has."""
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise Problem(f"{name} is no plain tensor", where=str(path), remedy="ask its maker for a .safetensors file")

@@ -16,8 +16,8 @@ def package_version() -> str:
         return "unknown"
 
 
-def card_of(model: Model, *, base: str, step: int, images_seen: int) -> AdapterCard:
-    """Describes a model's adapter after `step` optimizer steps over `images_seen` images."""
+def card_of(model: Model, *, base: str, step: int | None, images_seen: int | None) -> AdapterCard:
+    """Describes a model's adapter after `step` optimizer steps over `images_seen` images, None where not known."""
     kind = model.variant.feature
     return AdapterCard(
         variant=VARIANTS.name_of(model.variant),

@@ -9,10 +9,12 @@ from ip_adapter_trainer.adapters._file import (
     weights_sha256,
     write_adapter,
 )
+from ip_adapter_trainer.adapters._readers import READERS, refusals
 from ip_adapter_trainer.adapters._variant import VARIANTS, Reader, Variant
 
 __all__ = [
     "CARD",
+    "READERS",
     "VARIANTS",
     "AdapterCard",
     "AdapterFile",
@@ -21,6 +23,7 @@ __all__ = [
     "check_suffix",
     "find_weights",
     "read_adapter",
+    "refusals",
     "weights_sha256",
     "write_adapter",
 ]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Reader = Literal["diffusers", "original", "comfy"]
 Shapes = Mapping[str, tuple[int, ...]]
+SDXL_CONTEXT = 2048  # by this width of the tokens the readers tell SDXL from all else
 
 
 class Variant(ABC):

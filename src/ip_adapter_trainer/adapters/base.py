@@ -29,7 +29,8 @@ class ImageProjection(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, E] to [B, N, D]."""
-        return self.norm(self.proj(features).unflatten(-1, (self.num_tokens, -1)))
+        tokens: Tensor = self.norm(self.proj(features).unflatten(-1, (self.num_tokens, -1)))
+        return tokens
 
 
 @VARIANTS.register("base")

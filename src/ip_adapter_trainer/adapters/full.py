@@ -5,11 +5,9 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor, nn
 
-from ip_adapter_trainer.adapters._variant import VARIANTS, Reader, Shapes, Variant
+from ip_adapter_trainer.adapters._variant import SDXL_CONTEXT, VARIANTS, Reader, Shapes, Variant
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.settings import Part
-
-LENGTH = 257  # diffusers notes this many tokens for every Full file; CLS and 16 x 16 patches
 
 
 class FullConfig(Part):
@@ -32,7 +30,8 @@ class FullProjection(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, T, E] to [B, T, D]."""
-        return self.proj(features)
+        tokens: Tensor = self.proj(features)
+        return tokens
 
 
 @VARIANTS.register("full")
@@ -66,5 +65,7 @@ class Full(Variant):
 
     @classmethod
     def refusals(cls, shapes: Shapes) -> dict[Reader, str]:
-        """All readers take it."""
-        return {}
+        """Only diffusers has it for SDXL; the number of tokens is nowhere fixed."""
+        if cls.facts(shapes)["context_dim"] != SDXL_CONTEXT:
+            return {}
+        return {"original": "has no Full adapter for SDXL", "comfy": "builds SDXL's Full projector 1280 wide, not 2048"}

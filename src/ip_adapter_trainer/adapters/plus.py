@@ -8,20 +8,27 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ip_adapter_trainer.adapters._variant import VARIANTS, Reader, Shapes, Variant
+from ip_adapter_trainer.adapters._variant import SDXL_CONTEXT, VARIANTS, Reader, Shapes, Variant
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.settings import Part
 
 DEPTH, HEAD_DIM, EXPANSION = 4, 64, 4  # fixed by diffusers' loader, which would compute something else
-MAX_WIDTH = 1280  # the width published for SDXL; smaller models use their own context width
+HEADS = 12  # of every base model but SDXL, in the original code and ComfyUI
+TOKENS = 16  # in ComfyUI
+SDXL_WIDTH, SDXL_HEADS = 1280, 20
+KOLORS = (2048, 12)  # width and heads; on SDXL's layers, for ComfyUI alone
+EXTRAS = ("pos_emb.", "to_latents_from_mean_pooled_seq.")  # options of the original resampler that no reader turns on
 
 
 class PlusConfig(Part):
     """Settings of the Plus variant; depth, head width and expansion exist to be refused with a reason."""
 
-    num_tokens: int = Field(16, gt=0, description="Image tokens (learned queries of the resampler).")
+    num_tokens: int = Field(TOKENS, gt=0, description="Image tokens (learned queries of the resampler).")
     resampler_dim: int | None = Field(
-        None, gt=0, description="Width of the resampler; default: the context width, at most 1280."
+        None, gt=0, description="Width of the resampler; default: 1280 for SDXL, else the context width."
+    )
+    resampler_heads: int | None = Field(
+        None, gt=0, description="Attention heads of the resampler; default: 20 for SDXL, else 12, as readers build it."
     )
     resampler_depth: int = Field(DEPTH, description="Layers of the resampler; every loader computes 4.")
     resampler_head_dim: int = Field(HEAD_DIM, description="Width of one attention head; diffusers infers heads by 64.")
@@ -47,19 +54,20 @@ class PerceiverAttention(nn.Module):
         key, value = self.to_kv(torch.cat([features, latents], 1)).chunk(2, -1)
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, key, value))
         out = nn.functional.scaled_dot_product_attention(q, k, v)
-        return self.to_out(out.transpose(1, 2).flatten(2))
+        update: Tensor = self.to_out(out.transpose(1, 2).flatten(2))
+        return update
 
 
 class Resampler(nn.Module):
     """Learned queries that read the features through `depth` perceiver layers; published keys, in published order."""
 
-    def __init__(self, config: PlusConfig, feature_dim: int, context_dim: int, width: int) -> None:
+    def __init__(self, config: PlusConfig, feature_dim: int, context_dim: int, width: int, heads: int) -> None:
         super().__init__()
         self.latents = nn.Parameter(torch.randn(1, config.num_tokens, width) / math.sqrt(width))
         self.proj_in = nn.Linear(feature_dim, width)
         self.proj_out = nn.Linear(width, context_dim)
         self.norm_out = nn.LayerNorm(context_dim)
-        heads, inner = max(1, width // config.resampler_head_dim), width * config.resampler_ff_mult
+        inner = width * config.resampler_ff_mult
         self.layers = nn.ModuleList(
             nn.ModuleList(
                 [
@@ -79,10 +87,13 @@ class Resampler(nn.Module):
         """[B, T, E] to [B, N, D]."""
         latents = self.latents.expand(len(features), -1, -1)
         features = self.proj_in(features)
-        for attention, feed_forward in self.layers:  # type: ignore[misc]
+        for layer in self.layers:
+            assert isinstance(layer, nn.ModuleList)
+            attention, feed_forward = layer
             latents = latents + attention(features, latents)
             latents = latents + feed_forward(latents)
-        return self.norm_out(self.proj_out(latents))
+        tokens: Tensor = self.norm_out(self.proj_out(latents))
+        return tokens
 
 
 @VARIANTS.register("plus")
@@ -104,11 +115,10 @@ class Plus(Variant):
                     where=f"--resampler_{name}",
                     remedy=f"leave it at {fixed}",
                 )
-        width = config.resampler_dim or max(HEAD_DIM, min(context_dim, MAX_WIDTH) // HEAD_DIM * HEAD_DIM)
-        if width % HEAD_DIM:
-            remedy = f"take a multiple of {HEAD_DIM}"
-            raise Problem(f"resampler_dim {width} does not divide into heads", where="--resampler_dim", remedy=remedy)
-        return Resampler(config, feature_dim, context_dim, width)
+        width, heads = _built(context_dim)
+        return Resampler(
+            config, feature_dim, context_dim, config.resampler_dim or width, config.resampler_heads or heads
+        )
 
     @classmethod
     def owns(cls, shapes: Shapes) -> bool:
@@ -131,16 +141,28 @@ class Plus(Variant):
 
     @classmethod
     def refusals(cls, shapes: Shapes) -> dict[Reader, str]:
-        """diffusers fixes depth and expansion; ComfyUI also fixes the tokens, and the heads by family."""
-        facts, why = cls.facts(shapes), {}
-        if "pos_emb.weight" in shapes:
-            why["diffusers"] = "ignores the position embedding and computes something else"
+        """All fix depth and expansion; the original code and ComfyUI width and heads too, and ComfyUI the tokens."""
+        facts = cls.facts(shapes)
+        why: dict[Reader, str] = {}
+        if any(name.startswith(EXTRAS) for name in shapes):
+            reason = "has no position embedding or pooled latents in its resampler"
+            why |= {"diffusers": f"{reason}, and would leave them out", "original": reason, "comfy": reason}
         for name, fixed in (("depth", DEPTH), ("ff_mult", EXPANSION)):
-            if facts[f"resampler_{name}"] != fixed:
-                why["diffusers"] = why["comfy"] = f"computes a resampler of {name} {fixed}, the file has another"
-        if facts["num_tokens"] != 16:
-            why.setdefault("comfy", f"builds 16 tokens, the file has {facts['num_tokens']}")
-        heads = 20 if facts["context_dim"] == 2048 else 12
-        if facts["resampler_heads"] != heads:
-            why.setdefault("comfy", f"builds {heads} heads, the file has {facts['resampler_heads']}")
+            if (value := facts[f"resampler_{name}"]) != fixed:
+                reason = f"computes a resampler of {name} {fixed}, the file has {value}"
+                why |= {"diffusers": reason, "original": reason, "comfy": reason}
+        own = facts["resampler_dim"], facts["resampler_heads"]
+        built = _built(facts["context_dim"])
+        if own != built:
+            reason = f"builds a resampler {built[0]} wide of {built[1]} heads, the file's is {own[0]} wide of {own[1]}"
+            why.setdefault("original", reason)
+            if facts["context_dim"] != SDXL_CONTEXT or own != KOLORS:
+                why.setdefault("comfy", reason)
+        if facts["num_tokens"] != TOKENS:
+            why.setdefault("comfy", f"builds {TOKENS} tokens, the file has {facts['num_tokens']}")
         return why
+
+
+def _built(context_dim: int) -> tuple[int, int]:
+    """Width and heads with which the original code and ComfyUI build the resampler."""
+    return (SDXL_WIDTH, SDXL_HEADS) if context_dim == SDXL_CONTEXT else (context_dim, HEADS)

@@ -1,0 +1,235 @@
+"""A checkpoint, or an adapter in any other layout, becomes a published file, verified before it gets its name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+import tyro
+from pydantic import Field
+from torch import Tensor
+
+from ip_adapter_trainer.adapters import (
+    READERS,
+    VARIANTS,
+    AdapterFile,
+    check_suffix,
+    read_adapter,
+    refusals,
+    write_adapter,
+)
+from ip_adapter_trainer.card import card_of, package_version
+from ip_adapter_trainer.core.errors import Problem, StorageProblem
+from ip_adapter_trainer.core.rng import stream
+from ip_adapter_trainer.core.settings import Part
+from ip_adapter_trainer.core.staging import staged_file
+from ip_adapter_trainer.core.types import Geometry, TextCondition
+from ip_adapter_trainer.loading import build_model
+
+if TYPE_CHECKING:
+    from ip_adapter_trainer.adapters import AdapterCard
+    from ip_adapter_trainer.model import Model
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+TOLERANCE = 1e-5  # largest difference over largest output, in fp32
+PROBE_PX = 128  # side of the picture whose latents are denoised: every layer takes part, and it takes seconds
+
+
+class ExportConfig(Part):
+    """Turn a checkpoint into an adapter file, verified by reloading it."""
+
+    source: Annotated[str, tyro.conf.Positional] = Field(
+        description="A checkpoint-N folder, a run's output folder, an adapter file, or a published script's checkpoint."
+    )
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = Field(description="File to write: .safetensors or .bin.")
+    pretrained_model_name_or_path: str | None = Field(
+        None, description="Base model to verify on: folder or hub id; None: the one that the checkpoint names."
+    )
+    image_encoder_path: str | None = Field(
+        None, description="Image encoder to verify with: folder or hub id; None: the one that the checkpoint names."
+    )
+    dtype: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="Type of the written weights.")
+    overwrite: bool = Field(False, description="Replace a file of the same name.")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written, reloaded and compared."""
+
+    path: Path
+    variant: str
+    parameters: int
+    dtype: str
+    difference: float  # of the denoiser's output, relative; see `verify`
+    refusals: dict[str, str]  # by a reader's name, why it cannot take the file
+
+    def __str__(self) -> str:
+        size = f"{self.path.stat().st_size / 1e6:.1f} MB"
+        lines = [f"{self.path}: {self.variant}, {self.parameters:,} parameters in {self.dtype}, {size}"]
+        lines.append(f"reloaded by diffusers: differs from the live adapter by {self.difference:.1e} of the output")
+        lines += [f"notice: {reader} {why}" for reader, why in self.refusals.items()]
+        return "\n".join(lines)
+
+
+def export(config: ExportConfig) -> Exported:
+    """Exports as configured. Where anything fails, no file is left, and one that was there stays.
+
+    Raises:
+        Problem: an unreadable source, an output that exists, models that do not fit, or a file that diffusers refuses
+            or computes something else with.
+        StorageProblem: the file could not be written.
+    """
+    out = Path(config.output)
+    _check_output(out, config.overwrite)
+    file = read_adapter(config.source)
+    unreadable = file.variant.refusals(file.shapes).get("diffusers")
+    if unreadable:
+        remedy = "such an adapter cannot be used or verified; train one with the default settings"
+        raise Problem(f"diffusers {unreadable}", where=str(file.path), remedy=remedy)
+    model = build_model(file, config.pretrained_model_name_or_path, config.image_encoder_path, torch.float32, "cpu")
+    tables = _rounded(model.adapter.published(), config.dtype)
+    model.adapter.load_published(tables, str(file.path))
+    card = _card(model, file, config.pretrained_model_name_or_path)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with staged_file(out) as stage:
+            write_adapter(stage, tables, card.to_metadata())
+            written = _reread(stage, tables)
+            difference = verify(model, stage)
+    except OSError as error:
+        what, remedy = f"the file was not written: {error.strerror or error}", "make room, or choose another --output"
+        raise StorageProblem(what, where=str(out), remedy=remedy) from error
+    return Exported(
+        path=out,
+        variant=VARIANTS.name_of(file.variant),
+        parameters=sum(tensor.numel() for table in tables.values() for tensor in table.values()),
+        dtype=config.dtype,
+        difference=difference,
+        refusals={READERS[reader]: why for reader, why in refusals(written).items()},
+    )
+
+
+def _check_output(out: Path, overwrite: bool) -> None:
+    check_suffix(out)
+    if out.is_dir() or (out.exists() and not overwrite):
+        remedy = "give another name with --output" + ("" if out.is_dir() else ", or --overwrite")
+        raise Problem("the output exists", where=str(out), remedy=remedy)
+
+
+def _rounded(tables: dict[str, dict[str, Tensor]], dtype: str) -> dict[str, dict[str, Tensor]]:
+    """The tables in the type of the file.
+
+    Raises:
+        Problem: weights that are not finite, or are not any more.
+    """
+    rounded = {table: {k: v.to(DTYPES[dtype]) for k, v in tensors.items()} for table, tensors in tables.items()}
+    for table, tensors in rounded.items():
+        for name, tensor in tensors.items():
+            if not bool(tensor.isfinite().all()):
+                was_finite = bool(tables[table][name].isfinite().all())
+                what = f"{table}.{name} does not fit into {dtype}" if was_finite else f"{table}.{name} is not finite"
+                remedy = "export with --dtype fp32" if was_finite else "take an older checkpoint"
+                raise Problem(what, remedy=remedy)
+    return rounded
+
+
+def _card(model: Model, file: AdapterFile, base: str | None) -> AdapterCard:
+    """The source's own card with the models verified on; else one of what is known."""
+    if file.card is None:
+        assert base is not None, "loading demands it"
+        return card_of(model, base=base, step=file.step, images_seen=None)
+    named = {"image_encoder_path": model.encoder.name, "package_version": package_version()}
+    return file.card.model_copy(update=named | ({"pretrained_model_name_or_path": base} if base else {}))
+
+
+def _reread(stage: Path, tables: dict[str, dict[str, Tensor]]) -> AdapterFile:
+    """Reads the written file and compares every bit: a denoiser's output would not show a small fault.
+
+    Raises:
+        Problem: any tensor is not what was meant.
+    """
+    written = read_adapter(stage)
+    for table, tensors in tables.items():
+        found = written.tables[table]
+        for name, tensor in tensors.items():
+            if name not in found or found[name].dtype != tensor.dtype or not torch.equal(found[name], tensor.cpu()):
+                what = f"{table}.{name} was not written as it is"
+                raise Problem(what, where=str(stage.parent), remedy="check the disk and export again")
+    return written
+
+
+@torch.no_grad()
+def verify(model: Model, file: Path) -> float:
+    """Loads a file with diffusers' `load_ip_adapter` and compares the denoiser's output with the live adapter's.
+
+    One picture is given and one is not, so what the loader feeds for "no picture" is compared as well. The model must
+    hold the file's weights; its pipeline is given back without an adapter.
+
+    Returns:
+        The largest difference, over the largest output.
+
+    Raises:
+        Problem: diffusers refuses the file, or computes something else with it.
+    """
+    probe = _Probe.of(model)
+    live = probe.live(model)
+    try:
+        reloaded = probe.reloaded(model, file)
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        what = f"diffusers does not load what was written: {str(error).splitlines()[0]}"
+        raise Problem(what, where=str(file.parent), remedy="report this with --debug; no file was left") from error
+    difference = float((reloaded - live).abs().max() / live.abs().max())
+    if not difference <= TOLERANCE:
+        what = f"diffusers computes something else with the file: largest difference {difference:.1e} of the output"
+        raise Problem(what, where=str(file.parent), remedy="report this with --debug; no file was left")
+    return difference
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """Fixed inputs, for "no picture" first and a picture second, as guided pipelines order them."""
+
+    noisy: Tensor  # [2, C, h, w]
+    timesteps: Tensor  # [2]
+    text: TextCondition
+    pixels: Tensor  # [1, 3, S, S], preprocessed for the image encoder
+
+    @classmethod
+    def of(cls, model: Model) -> _Probe:
+        def noise(purpose: str, *shape: int) -> Tensor:
+            return torch.from_numpy(stream(0, f"export-{purpose}").standard_normal(shape, dtype="float32"))
+
+        side, size = model.encoder.side_px, (PROBE_PX, PROBE_PX)
+        return cls(
+            noise("latents", 2, *model.family.latent_shape(*size)),
+            torch.tensor([100, 800]),
+            model.family.encode_text(["a picture", ""], [Geometry(size, (0, 0), size)] * 2),
+            noise("pixels", 1, 3, side, side),
+        )
+
+    def live(self, model: Model) -> Tensor:
+        """The denoiser's output with our own layers."""
+        null = model.encoder.null(model.variant.feature)
+        features = torch.cat([null, model.features(self.pixels)])
+        with model.attached():
+            return model.predict(self.noisy, self.timesteps, self.text, model.project(features))
+
+    def reloaded(self, model: Model, file: Path) -> Tensor:
+        """The denoiser's output with diffusers' layers, its projector and its own "no picture"."""
+        from diffusers.utils import logging
+
+        pipeline = model.family.pipeline
+        pipeline.register_modules(image_encoder=model.encoder.model)
+        logged = logging.get_verbosity()
+        logging.set_verbosity_error()  # loading an adapter warns of casts that change nothing here
+        try:
+            pipeline.load_ip_adapter(str(file.parent), subfolder="", weight_name=file.name, image_encoder_folder=None)
+            pipeline.set_ip_adapter_scale(1.0)
+            embeds = pipeline.prepare_ip_adapter_image_embeds(self.pixels, None, pipeline.device, 1, True)
+            condition: dict[str, Any] = {**self.text.extra, "image_embeds": embeds}
+            return model.family.predict(self.noisy, self.timesteps, TextCondition(self.text.context, condition))
+        finally:
+            pipeline.unload_ip_adapter()
+            logging.set_verbosity(logged)

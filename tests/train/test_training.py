@@ -171,3 +171,29 @@ def test_not_finite_gradients_stop_the_run_with_its_own_code(
     with pytest.raises(NotFiniteProblem) as caught:
         run(tmp_path / "out", max_train_steps=9, save_steps=100)
     assert caught.value.exit_code == 5
+
+
+def test_an_error_in_the_middle_loses_no_steps(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ip_adapter_trainer.train.step import Step
+
+    honest, calls = Step.__call__, []
+
+    def fail_at_the_fourth(self: Step, batch: object) -> torch.Tensor:
+        calls.append(batch)
+        if len(calls) == 4:
+            raise RuntimeError("out of memory")
+        return honest(self, batch)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Step, "__call__", fail_at_the_fourth)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(tmp_path / "out", max_train_steps=9, save_steps=100)
+    assert [p.name for p in checkpoint.all_checkpoints(tmp_path / "out")] == ["checkpoint-3"]
+
+
+def test_the_grid_reaches_its_file_and_tensorboard(run: Callable, tmp_path: Path) -> None:
+    from PIL import Image
+
+    output = run(tmp_path / "out", max_train_steps=2, grid_rows=2, grid_steps=2, report_to="tensorboard")
+    picture = Image.open(output / "grids" / "step-0000002.png")
+    assert picture.width > 4 * 160 > picture.height > 2 * 160 - 1 or picture.height > 320
+    assert list((output / "logs").rglob("events.out.tfevents.*"))

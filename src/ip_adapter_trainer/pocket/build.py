@@ -78,7 +78,7 @@ def build_clip(seed: int, folder: Path) -> None:
 
 def build_vision(seed: int, folder: Path) -> None:
     """Trains the image tower on and gates it."""
-    stage = train.vision_stage(seed, train.make_pool(seed), finished("clip", models.clip(), folder).train())
+    stage = train.vision_stage(seed, finished("clip", models.clip(), folder).train())
     train_to_gate(stage, folder, lambda: gates.probe(stage.net, seed), gates.ENCODER_GATE)
 
 

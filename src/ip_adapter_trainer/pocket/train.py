@@ -31,7 +31,11 @@ _SAVE_EVERY_S = 120.0
 
 @dataclass
 class Stage:
-    """One training: `loss(step)` over `net`'s parameters for `steps` optimizer steps at peak rate `lr`."""
+    """One training: `loss(step)` over `net`'s parameters for `steps` optimizer steps at peak rate `lr`.
+
+    The rate follows a cosine over `horizon` steps (default: `steps`); a stage that needs only a part of it cools down
+    linearly over its last `cooldown` steps.
+    """
 
     name: str
     net: nn.Module
@@ -39,6 +43,8 @@ class Stage:
     steps: int
     lr: float
     ema_decay: float | None = None
+    horizon: int | None = None
+    cooldown: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,17 +72,20 @@ def total_steps(stage: Stage, cycles: int) -> int:
 
 
 def rate(step: int, stage: Stage) -> float:
-    """Linear warm-up over 2 % of a cycle, then a cosine to zero; later cycles begin at half the rate.
+    """Linear warm-up over 2 % of a cycle, a cosine to zero over its horizon, a linear cool-down at its end.
 
-    A stage that misses its gate goes on with another cycle, so its first one is the same however many follow.
+    A stage that misses its gate goes on with another cycle at half the rate, so its first one is the same however many
+    follow.
     """
-    length, peak = stage.steps, stage.lr
+    length, horizon, peak = stage.steps, stage.horizon or stage.steps, stage.lr
     while step >= length:
         step, length, peak = step - length, stage.steps // 2, stage.lr / 2
-    warm = max(1, length // 50)
+        horizon = length
+    warm = max(1, horizon // 50)
     if step < warm:
         return peak * (step + 1) / warm
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, length - warm)))
+    cool = min(1.0, (length - step) / stage.cooldown) if stage.cooldown else 1.0
+    return peak * cool * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, horizon - warm)))
 
 
 def run(stage: Stage, folder: Path, cycles: int, log: Callable[[str], None]) -> None:
@@ -157,11 +166,11 @@ def _partial_caption(scene: Scene, rng: np.random.Generator, full: float) -> tup
     return tuple(name for name in world.ATTRIBUTES if rng.random() < 0.5)
 
 
-def _normalised(pool: Pool, index: np.ndarray) -> Tensor:
-    """The chosen pictures as the image encoder sees them, [B, 3, S, S]."""
+def _normalised(pixels: Tensor) -> Tensor:
+    """Pixels [B, 3, S, S] in -1..1 as the image encoder wants them."""
     processor = models.image_processor()
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
-    return ((pool.pixels(index) + 1) / 2 - mean) / std
+    return ((pixels + 1) / 2 - mean) / std
 
 
 def _tokens(texts: list[str]) -> Tensor:
@@ -201,34 +210,30 @@ def clip_stage(seed: int, pool: Pool, steps: int = 1500, batch: int = 128) -> St
         asked = np.array([[name in n for name in world.ATTRIBUTES] for n in named])  # [B, 4]
         differs = codes[index][:, None, :] != codes[index][None, :, :]  # [caption, picture, 4]
         match = torch.from_numpy(~(differs & asked[:, None, :]).any(-1)).float()
-        out = net(input_ids=_tokens(texts), attention_mask=None, pixel_values=_normalised(pool, index))
+        out = net(input_ids=_tokens(texts), attention_mask=None, pixel_values=_normalised(pool.pixels(index)))
         return _contrast(out.logits_per_text, match)
 
     return Stage("clip", net, loss, steps, lr=1e-3)
 
 
-def vision_stage(seed: int, pool: Pool, clip: CLIPModel, steps: int = 2000, groups: int = 22) -> Stage:
+def vision_stage(seed: int, clip: CLIPModel, steps: int = 2000, groups: int = 22) -> Stage:
     """The image tower goes on alone against the locked text tower (LiT, arXiv 2111.07991), on hard batches.
 
     A batch holds groups of pictures that differ in nothing named but the shape, the attribute that a small ViT learns
-    last; among random pictures colour alone tells most pairs apart.
+    last; among random pictures colour alone tells most pairs apart. Every picture is new.
     """
     clip.text_model.requires_grad_(False)
     clip.text_projection.requires_grad_(False)
-    codes = _codes(pool.scenes)
-    by_combination: dict[tuple[int, ...], list[int]] = {}
-    for place, code in enumerate(codes):
-        by_combination.setdefault(tuple(code), []).append(place)
-    rests = sorted({key[1:] for key in by_combination})
 
     def loss(step: int) -> Tensor:
         rng = stream(seed, "pocket-vision", step)
-        chosen = [rests[i] for i in rng.choice(len(rests), groups, replace=False)]
-        keys = [(s, *rest) for rest in chosen for s in range(len(world.SHAPES)) if (s, *rest) in by_combination]
-        index = np.array([rng.choice(by_combination[key]) for key in keys])
-        texts = [world.caption(pool.scenes[i]) for i in index]
-        out = clip(input_ids=_tokens(texts), attention_mask=None, pixel_values=_normalised(pool, index))
-        return _contrast(out.logits_per_text, torch.eye(len(index)))
+        rests = {tuple(world.random_scene(rng).attributes().values())[1:] for _ in range(groups)}
+        scenes = [Scene(shape, *rest) for rest in sorted(rests) for shape in world.SHAPES]
+        scenes = [world.random_pose(scene, rng) for scene in scenes if not world.held_out(scene)]
+        pixels = Pool(scenes, np.stack([world.render(scene) for scene in scenes])).pixels(np.arange(len(scenes)))
+        texts = [world.caption(scene) for scene in scenes]
+        out = clip(input_ids=_tokens(texts), attention_mask=None, pixel_values=_normalised(pixels))
+        return _contrast(out.logits_per_text, torch.eye(len(scenes)))
 
     return Stage("vision", clip, loss, steps, lr=6e-4)
 
@@ -254,7 +259,7 @@ def encode_texts(clip: CLIPModel, texts: list[str]) -> Tensor:
 
 
 def denoiser_stage(
-    seed: int, pool: Pool, vae: AutoencoderKL, clip: CLIPModel, steps: int = 6000, batch: int = 48
+    seed: int, pool: Pool, vae: AutoencoderKL, clip: CLIPModel, steps: int = 3500, batch: int = 48
 ) -> Stage:
     """Noise prediction with min-SNR weights (gamma 5, Hang et al. 2303.09556) over cached latents and texts.
 
@@ -289,4 +294,4 @@ def denoiser_stage(
         snr = compute_snr(noise_process, t)
         return (error * snr.clamp(max=5.0) / snr).mean()
 
-    return Stage("denoiser", net, loss, steps, lr=1e-3, ema_decay=0.999)
+    return Stage("denoiser", net, loss, steps, lr=1e-3, ema_decay=0.999, horizon=6000, cooldown=1500)

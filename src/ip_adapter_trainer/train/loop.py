@@ -94,26 +94,40 @@ class Trainer:
         return state
 
     def save(self, track: Track) -> None:
-        """Writes a checkpoint of this very step unless there is one; a full disk is reported and training goes on."""
+        """Writes a checkpoint of this very step unless there is one; a full disk is reported and training goes on.
+
+        Raises:
+            StorageProblem: the disk refused the last step's checkpoint, and there will be no later one.
+        """
         if self.saved == self.done:
             return
         metrics_bytes = track.metrics_bytes()
         if self.runtime.is_main:
-            base, seen = self.config.pretrained_model_name_or_path, self.done * self.plan.images_per_step
-            card = card_of(self.model, base=base, step=self.done, images_seen=seen)
-            state = self._state(metrics_bytes)  # before the average takes the live weights' place
             try:
-                with self.published_weights() as weights:
-                    checkpoint.write(self.output, self.done, weights, card, state)
-                checkpoint.prune(self.output, self.config.checkpoints_total_limit)
-                self.saved = self.done
+                self._write(metrics_bytes)
             except StorageProblem as problem:
-                say(str(problem))
                 if self.done >= self.plan.total_steps:
                     raise
-        else:
-            self.saved = self.done
+                say(str(problem))
         self.runtime.barrier()
+
+    def _write(self, metrics_bytes: int) -> None:
+        base, seen = self.config.pretrained_model_name_or_path, self.done * self.plan.images_per_step
+        card = card_of(self.model, base=base, step=self.done, images_seen=seen)
+        state = self._state(metrics_bytes)  # before the average takes the live weights' place
+        with self.published_weights() as weights:
+            checkpoint.write(self.output, self.done, weights, card, state)
+        checkpoint.prune(self.output, self.config.checkpoints_total_limit)
+        self.saved = self.done
+
+    def _rescue(self, track: Track) -> None:
+        """After an error of any kind, keeps what was trained; the others are not waited for, they may be gone."""
+        if self.runtime.is_main and self.saved != self.done > 0:
+            try:
+                self._write(track.metrics_bytes())
+                say(f"saved checkpoint-{self.done} before stopping")
+            except StorageProblem as problem:
+                say(str(problem))
 
     def published_weights(self) -> Any:
         """A context that gives the state dict to publish: the average where one is kept, else the live weights."""
@@ -134,6 +148,10 @@ class Trainer:
         with self.model.attached():
             try:
                 self._run(batches, track, stop)
+            except Exception as error:
+                if not isinstance(error, (Stopped, StorageProblem)):
+                    self._rescue(track)
+                raise
             finally:
                 track.close()
 

@@ -93,7 +93,8 @@ class Track:
 
         for tracker in self._runtime.accelerator.trackers:
             if hasattr(tracker, "log_images"):
-                tracker.log_images({name: np.asarray(picture)[None]}, step=step)
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({name: np.asarray(picture)[None]}, step=step, **layout)
 
     def _append(self, rows: list[dict[str, float]]) -> None:
         with self._file.open("a", encoding="utf-8") as file:

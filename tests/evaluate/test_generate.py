@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from ip_adapter_trainer.evaluate.config import GenerateConfig
 from ip_adapter_trainer.evaluate.generate import adapter_hash, generate, output_files
 from ip_adapter_trainer.evaluate.sample import Sampling, image_tokens, sample
 from ip_adapter_trainer.model import Model
+from tests import tiny
+from tests.evaluate.conftest import Make
 from tests.evaluate.things import picture
 
 
@@ -105,6 +108,19 @@ def test_a_picture_that_cannot_be_read_is_told_before_anything_is_loaded(
         with pytest.raises(Problem, match=name):
             generate(settings(tmp_path, image=(str(tmp_path / name),)))
     assert asked == []
+
+
+def test_an_adapter_file_is_loaded_and_draws_as_the_live_one(
+    make: Make, base_folder: Callable[[tiny.Base], Path], encoder_folder: Path, tmp_path: Path
+) -> None:
+    live, config = make("sdxl", "plus"), settings(tmp_path, num_images=1)
+    torch.save(live.adapter.published(), tmp_path / "adapter.bin")
+    frozen = {"pretrained_model_name_or_path": str(base_folder("sdxl")), "image_encoder_path": str(encoder_folder)}
+    (file,) = generate(config.model_copy(update={"adapter": str(tmp_path / "adapter.bin"), **frozen}))
+    tokens = image_tokens(live, [[picture(1), picture(2)]])
+    (expected,) = sample(live, tokens, [config.prompt], [config.seed], Sampling(32, 32, steps=2))
+    with Image.open(file) as drawn:
+        assert np.array_equal(np.asarray(drawn), np.asarray(expected))
 
 
 def test_the_hash_is_of_the_weights(sd1: Model) -> None:

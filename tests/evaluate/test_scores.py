@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ip_adapter_trainer.core.errors import DataProblem, Problem
+from ip_adapter_trainer.core.errors import DataProblem, Problem, StorageProblem
 from ip_adapter_trainer.evaluate import scores, start
 from ip_adapter_trainer.evaluate.clip import ClipScorer, clip_i, clip_t
 from ip_adapter_trainer.evaluate.config import EvaluateConfig
@@ -143,6 +144,20 @@ def test_faults_of_the_surroundings_are_told_first(rows: Path, clip_folder: Path
         evaluate(settings(rows, clip_folder, output=str(tmp_path)))
     with pytest.raises(Problem, match="CLIP model that scores"):
         evaluate(settings(rows, clip_folder, clip_model=str(tmp_path / "nothing")))
+
+
+def test_a_full_disk_at_the_end_still_shows_the_scores(
+    sd1: Model, clip_folder: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_room(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(start, "load_model", lambda *_: sd1)
+    monkeypatch.setattr(Path, "write_text", no_room)
+    config = settings(rows, clip_folder, num_rows=2)
+    with pytest.raises(StorageProblem, match="No space left"):
+        evaluate(config)
+    assert "image prompt over scale 0" in capsys.readouterr().err and not Path(config.output).exists()
 
 
 def test_measures_and_pairs() -> None:

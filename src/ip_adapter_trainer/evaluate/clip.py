@@ -29,7 +29,9 @@ class ClipScorer:
             Problem: no CLIP model, tokenizer and preprocessing there.
         """
         from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         try:
             model: Any = CLIPModel.from_pretrained(path, dtype=torch.float32)
             tokenizer, processor = CLIPTokenizer.from_pretrained(path), CLIPImageProcessorPil.from_pretrained(path)

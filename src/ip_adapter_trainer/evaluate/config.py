@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import Field
 
-from ip_adapter_trainer.core.settings import Part, alias
+from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.data.config import ReadConfig
 
 Scheduler = Literal["auto", "ddim", "euler", "dpm++"]  # auto: the base model's own
@@ -40,9 +40,7 @@ class ValidationConfig(Part):
 class DrawConfig(Part):
     """Which adapter on which frozen models, and how it draws."""
 
-    adapter: Annotated[str, alias("pretrained_ip_adapter_path")] = Field(
-        description="Adapter file (.safetensors or .bin) or checkpoint folder."
-    )
+    adapter: str = Field(description="Adapter file (.safetensors or .bin) or checkpoint folder.")
     pretrained_model_name_or_path: str | None = Field(
         None, description="Base model: a diffusers pipeline folder or a hub id; None: the one the adapter names."
     )
@@ -66,7 +64,7 @@ class DrawConfig(Part):
     batch_size: int = Field(4, gt=0, description="Pictures drawn at once: more is faster and takes more memory.")
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto: a GPU if there is one.")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = Field(
-        None, description="Precision of all weights; None: fp16 on a CUDA GPU, full precision elsewhere."
+        None, description="Precision of the frozen weights; None: fp16 on a CUDA GPU, full precision elsewhere."
     )
 
 

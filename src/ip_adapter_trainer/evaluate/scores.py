@@ -21,7 +21,8 @@ from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.errors import Problem, StorageProblem
+from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.rng import key
 from ip_adapter_trainer.evaluate.clip import ClipScorer, clip_i, clip_t
 from ip_adapter_trainer.evaluate.config import EvaluateConfig
@@ -64,7 +65,7 @@ def evaluate(config: EvaluateConfig, poll: Poll = no_poll) -> Evaluation:
     protocol: dict[str, Any] = {"adapter": Path(config.adapter).name, "adapter_sha256": adapter_hash(model.adapter)}
     protocol |= {"clip_model": config.clip_model, "rows": len(prompts)} | asdict(plan)
     found = Evaluation.of(values, protocol, [str(fault) for fault in faults], round(time.monotonic() - began, 1))
-    output.write_text(json.dumps(found.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write(found, output)
     return found
 
 
@@ -72,11 +73,23 @@ def _writable(output: Path) -> Path:
     """The file, tried now: hours of drawing should not end at a folder that is not there."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("a"):
-            return output
+        is_new = not output.exists()
+        output.open("a").close()
+        if is_new:
+            output.unlink()
     except OSError as error:
         what = f"cannot write the scores: {error.strerror}"
         raise Problem(what, where=str(output), remedy="choose another file with --output") from error
+    return output
+
+
+def _write(found: Evaluation, output: Path) -> None:
+    try:
+        output.write_text(json.dumps(found.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        say(str(found))  # what took hours is at least shown
+        what = f"cannot write the scores: {error.strerror}"
+        raise StorageProblem(what, where=str(output), remedy="they are printed above; make room") from error
 
 
 def score(model: Model, clip: ClipScorer, prompts: Sequence[Prompt], plan: Plan, poll: Poll = no_poll) -> Values:

@@ -33,7 +33,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(mixed_precision: str | None, device: torch.device) -> torch.dtype:
-    """The dtype of all weights. fp16 does not run on a CPU, so there it becomes bf16, with a line that says so."""
+    """The dtype of the frozen weights; fp16 does not run on a CPU and becomes bf16 there, with a line that says so."""
     if mixed_precision is None:
         return torch.float16 if device.type == "cuda" else torch.float32
     if mixed_precision == "fp16" and device.type == "cpu":

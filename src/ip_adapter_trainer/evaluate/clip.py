@@ -31,7 +31,7 @@ class ClipScorer:
         from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
         from transformers.utils import logging
 
-        logging.disable_progress_bar()
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             model: Any = CLIPModel.from_pretrained(path, dtype=torch.float32)
             tokenizer, processor = CLIPTokenizer.from_pretrained(path), CLIPImageProcessorPil.from_pretrained(path)

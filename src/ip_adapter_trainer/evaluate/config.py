@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import tyro
 from pydantic import Field
 
-from ip_adapter_trainer.core.settings import Part
+from ip_adapter_trainer.core.settings import Part, alias
 from ip_adapter_trainer.data.config import ReadConfig
 
 Scheduler = Literal["auto", "ddim", "euler", "dpm++"]  # auto: the base model's own
@@ -73,7 +72,7 @@ class GenerateConfig(DrawConfig):
 
     image: tuple[str, ...] = Field(min_length=1, description="Picture to prompt with; several are one prompt together.")
     num_images: int = Field(1, gt=0, description="Pictures to draw; their seeds count up from --seed.")
-    output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = Field(
+    output: Annotated[str, alias("-o")] = Field(
         "generated", description="PNG file, or a folder, in which nothing is overwritten."
     )
 
@@ -86,4 +85,4 @@ class EvaluateConfig(DrawConfig, ReadConfig):
     clip_model: str = Field(
         "openai/clip-vit-large-patch14", description="CLIPModel that scores: folder or hub id; the paper: ViT-L/14."
     )
-    output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = Field("evaluation.json", description="JSON file of scores.")
+    output: Annotated[str, alias("-o")] = Field("evaluation.json", description="JSON file of scores.")

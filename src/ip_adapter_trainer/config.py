@@ -72,7 +72,7 @@ def _flags_of(kind: type[Part]) -> Any:
 
 
 def _aliases(metadata: Sequence[Any]) -> list[str]:
-    return [f"--{name}" for mark in metadata if isinstance(mark, Alias) for name in mark.names]
+    return [n if n.startswith("-") else f"--{n}" for mark in metadata if isinstance(mark, Alias) for n in mark.names]
 
 
 def parse_train(argv: Sequence[str], *, prog: str = "ip-adapter train", variant: str = "base") -> TrainConfig:

@@ -23,7 +23,7 @@ from ip_adapter_trainer.adapters import (
 from ip_adapter_trainer.card import card_of, package_version
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.core.rng import stream
-from ip_adapter_trainer.core.settings import Part
+from ip_adapter_trainer.core.settings import Part, alias
 from ip_adapter_trainer.core.staging import staged_file
 from ip_adapter_trainer.core.types import Geometry, TextCondition
 from ip_adapter_trainer.loading import build_model
@@ -43,7 +43,7 @@ class ExportConfig(Part):
     source: Annotated[str, tyro.conf.Positional] = Field(
         description="A checkpoint-N folder, a run's output folder, an adapter file, or a published script's checkpoint."
     )
-    output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = Field(description="File to write: .safetensors or .bin.")
+    output: Annotated[str, alias("-o")] = Field(description="File to write: .safetensors or .bin.")
     pretrained_model_name_or_path: str | None = Field(
         None, description="Base model to verify on: folder or hub id; None: the one that the checkpoint names."
     )

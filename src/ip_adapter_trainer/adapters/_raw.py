@@ -105,7 +105,11 @@ def _bare(name: str) -> str:
 
 
 def _demand_plain(name: str, tensor: Tensor, path: Path) -> None:
-    """Refuses what a pickle can claim without holding it: no storage, or more elements than its storage has."""
+    """Refuses names that no one prints, and what a pickle can claim without holding it: more elements than bytes."""
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
-    if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise Problem(f"{name} is no plain tensor", where=str(path), remedy="ask its maker for a .safetensors file")
+    if (
+        not plain
+        or not name.isprintable()
+        or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
+    ):
+        raise Problem(f"{name!r} is no plain tensor", where=str(path), remedy="ask its maker for a .safetensors file")

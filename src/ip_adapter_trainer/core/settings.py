@@ -31,5 +31,5 @@ class Alias:
 
 
 def alias(*names: str) -> Alias:
-    """Other flag names under which a field may be given, without dashes; for use inside `Annotated`."""
+    """Other flags of a field, for use inside `Annotated`: long names without dashes, or a short one as `-o`."""
     return Alias(names)

@@ -1,0 +1,118 @@
+"""What shapes alone suggest: base model, image encoder, and kinds of adapter that this trainer does not train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ip_adapter_trainer.adapters._variant import SDXL_CONTEXT, Reader, Shapes
+
+_SD_WIDTHS = [320] * 2 + [640] * 2 + [1280] * 2 + [1280] * 3 + [640] * 3 + [320] * 3 + [1280]
+_SDXL_WIDTHS = [640] * 4 + [1280] * 20 + [1280] * 30 + [640] * 6 + [1280] * 10
+_BASES = {768: ("SD1.x", _SD_WIDTHS), 1024: ("SD2.x", _SD_WIDTHS), SDXL_CONTEXT: ("SDXL", _SDXL_WIDTHS)}
+
+_ENCODERS = {
+    "image_embeds": {
+        512: "CLIP ViT-B", 768: "CLIP ViT-L/14", 1024: "CLIP ViT-H/14 (laion2B-s32B-b79K)",
+        1280: "CLIP ViT-bigG/14 (laion2B-39B-b160k)",
+    },
+    "penultimate": {
+        768: "CLIP ViT-B", 1024: "CLIP ViT-L/14", 1280: "CLIP ViT-H/14 (laion2B-s32B-b79K)",
+        1664: "CLIP ViT-bigG/14 (laion2B-39B-b160k)",
+    },
+}  # fmt: skip
+_FACE_WIDTH = 512  # of an ArcFace embedding
+
+
+def base_guess(context_dim: int, widths: Sequence[int]) -> str:
+    """The base model that an adapter was made for, and how certain that is.
+
+    Args:
+        context_dim: width of the tokens.
+        widths: output width of each adapted layer, in the order of their numbers.
+    """
+    name, known = _BASES.get(context_dim, ("", []))
+    if name and list(widths) == known:
+        return f"{name} (certain: {len(known)} layers of its widths, tokens {context_dim} wide)"
+    if name and len(widths) == len(known):
+        return f"{name} (likely: {len(known)} layers, tokens {context_dim} wide, but other widths)"
+    return f"unknown ({len(widths)} layers, tokens {context_dim} wide)"
+
+
+def encoder_guess(feature: str, feature_dim: int) -> str:
+    """The image encoder whose feature has this width, among those that published adapters use."""
+    name = _ENCODERS.get(feature, {}).get(feature_dim)
+    return f"{f'likely {name}' if name else 'unknown'} ({feature}, {feature_dim} wide)"
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A kind of adapter that is recognised and not trained here."""
+
+    name: str
+    refusals: Mapping[Reader, str] = field(default_factory=dict)
+    remark: str = ""
+
+
+_FLUX_ONLY: Mapping[Reader, str] = {"original": "has no FLUX adapter", "comfy": "has no FLUX adapter"}
+_SD3_ONLY: Mapping[Reader, str] = {"original": "has no SD3 adapter", "comfy": "has no SD3 adapter"}
+_KOLORS_FACE = Foreign(
+    "Kolors FaceID-Plus",
+    {"diffusers": "computes 4 tokens, the file makes 6", "original": "has no Kolors adapter"},
+)
+
+
+def _has(shapes: Shapes, part: str) -> bool:
+    return any(part in name for name in shapes)
+
+
+def _is_face_mlp(shapes: Shapes) -> bool:
+    return {"image_proj.proj.2.weight", "image_proj.norm.weight"} <= shapes.keys()
+
+
+def _reads_face(shapes: Shapes) -> bool:
+    return "image_proj.latents" in shapes and shapes.get("image_proj.proj_in.weight", (0, 0))[-1] == _FACE_WIDTH
+
+
+_KINDS: tuple[tuple[Callable[[Shapes], bool], Foreign], ...] = (
+    (lambda s: _has(s, "ip_adapter_double_stream_"), Foreign("FLUX, XLabs", _FLUX_ONLY)),
+    (lambda s: "ip_adapter.0.to_k_ip.bias" in s, Foreign("FLUX, XLabs in diffusers' layout", _FLUX_ONLY)),
+    (lambda s: "image_proj.time_embedding.linear_1.weight" in s, Foreign("SD3.5, InstantX", _SD3_ONLY)),
+    (
+        lambda s: "ip_adapter.0.to_k_ip.weight" in s,
+        Foreign("FLUX, InstantX", {**_FLUX_ONLY, "diffusers": "wants biases, and 4 or 16 tokens of one layer"}),
+    ),
+    (lambda s: s.get("image_proj.perceiver_resampler.layers.0.0.to_out.weight", (0,))[0] == 4096, _KOLORS_FACE),
+    (
+        lambda s: _has(s, "image_proj.perceiver_resampler."),
+        Foreign("FaceID-Plus", remark="PlusV2 has the same tensors: ComfyUI tells it by 'plusv2' in the file's name"),
+    ),
+    (
+        lambda s: _has(s, ".to_q_lora."),
+        Foreign("FaceID", remark="diffusers needs peft for its LoRA, ComfyUI wants the LoRA in a file of its own"),
+    ),
+    (_is_face_mlp, Foreign("FaceID-Portrait")),
+    (
+        _reads_face,
+        Foreign(
+            "InstantID, or Portrait of un-normalised embeddings",
+            {"original": "has no such class"},
+            "ComfyUI takes it with 'unnorm' in the file's name only",
+        ),
+    ),
+)
+
+
+def foreign_kind(shapes: Shapes) -> Foreign | None:
+    """The kind of a file that this trainer does not train; None for all others. Shapes by published names."""
+    return next((kind for matches, kind in _KINDS if matches(shapes)), None)
+
+
+def tokens_guess(shapes: Shapes) -> int | None:
+    """Number of tokens that a projector makes, where a shape tells it. Shapes by published names."""
+    if "image_proj.latents" in shapes:
+        return shapes["image_proj.latents"][-2]
+    for projection in ("image_proj.proj.weight", "image_proj.proj.2.weight"):
+        if projection in shapes and "image_proj.norm.weight" in shapes:
+            return shapes[projection][0] // shapes["image_proj.norm.weight"][0]
+    return None

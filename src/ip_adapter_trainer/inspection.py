@@ -1,0 +1,191 @@
+"""`ip-adapter inspect`: what an adapter file holds, what it was made for, and which readers can take it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from pydantic import Field
+from torch import Tensor
+
+from ip_adapter_trainer.adapters import READERS, VARIANTS, AdapterFile, Reader, find_weights, read_adapter, refusals
+from ip_adapter_trainer.adapters._guess import Foreign, base_guess, encoder_guess, foreign_kind, tokens_guess
+from ip_adapter_trainer.adapters._raw import RawFile, read_raw
+from ip_adapter_trainer.adapters._variant import shapes_of
+from ip_adapter_trainer.adapters.plus import KOLORS
+from ip_adapter_trainer.core.settings import Part, alias
+
+LAYOUTS = {
+    "published": "published",
+    "comfy": "ComfyUI's, pairs under adapter_modules",
+    "checkpoint": "training checkpoint",
+    "rescued": "published script's checkpoint that lost its adapter_modules; `ip-adapter export` rescues it",
+}
+# Names by which ComfyUI's unified loader finds a file, by variant, kind of base model and width of the feature.
+_UNIFIED = {
+    ("base", 768, 1024): "ip-adapter_sd15",
+    ("base", 768, 1280): "ip-adapter_sd15_vit-G",
+    ("base", 2048, 1024): "ip-adapter_sdxl_vit-h",
+    ("base", 2048, 1280): "ip-adapter_sdxl",
+    ("plus", 768, 1280): "ip-adapter-plus_sd15",
+    ("plus", 2048, 1280): "ip-adapter-plus_sdxl_vit-h",
+    ("full", 768, 1280): "ip-adapter-full-face_sd15",
+}
+
+
+class InspectConfig(Part):
+    """Tell what an adapter file holds and who can read it."""
+
+    path: Annotated[str, tyro.conf.Positional] = Field(
+        description="Adapter file, checkpoint-N folder or a run's output folder."
+    )
+    as_json: Annotated[bool, alias("json")] = Field(False, description="Print JSON.")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is known of a file; guesses say that they are."""
+
+    file: str
+    container: str
+    layout: str
+    variant: str
+    base_model: str
+    tokens: int | None  # None: one a feature of the image encoder
+    layers: list[int]  # N of each
+    parameters: dict[str, int]  # by part
+    dtypes: list[str]
+    image_encoder: str
+    steps: int | None
+    metadata: dict[str, str]
+    readers: dict[str, str | None]  # None: takes it; else why not
+    remarks: list[str]
+
+    def __str__(self) -> str:
+        total = sum(self.parameters.values())
+        parts = " + ".join(f"{name} {count:,}" for name, count in self.parameters.items())
+        rows = [
+            ("container", f"{self.container}, {self.layout}"),
+            ("variant", self.variant),
+            ("base model", self.base_model),
+            ("tokens", "one a feature of the image encoder" if self.tokens is None else str(self.tokens)),
+            ("layers", f"{len(self.layers)}: N = {_numbers(self.layers)}"),
+            ("parameters", f"{total:,} = {parts}"),
+            ("dtypes", ", ".join(self.dtypes)),
+            ("image encoder", self.image_encoder),
+            *([("steps", f"{self.steps:,}")] if self.steps is not None else []),
+            *((f"  {_plain(key)}", _plain(value)) for key, value in sorted(self.metadata.items())),
+            *((reader, "takes it" if why is None else f"no: {why}") for reader, why in self.readers.items()),
+            *(("note", remark) for remark in self.remarks),
+        ]
+        width = max(len(name) for name, _ in rows) + 2
+        return "\n".join([self.file, *(f"{name:<{width}}{text}" for name, text in rows)])
+
+    def to_json(self) -> str:
+        """The report as one JSON object."""
+        return json.dumps(asdict(self), indent=1)
+
+
+def inspect(config: InspectConfig) -> str:
+    """The text that the command prints.
+
+    Raises:
+        Problem: unreadable, or nothing that is known to be an adapter.
+    """
+    report = examine(config.path)
+    return report.to_json() if config.as_json else str(report)
+
+
+def examine(path: str | Path) -> Report:
+    """Looks at a file without any model.
+
+    Raises:
+        Problem: unreadable, or nothing that is known to be an adapter.
+    """
+    raw = read_raw(find_weights(Path(path)))
+    published = {_published(name): tensor for name, tensor in raw.tensors.items() if tensor.numel() and tensor.ndim}
+    foreign = foreign_kind(shapes_of(published))
+    return _of_foreign(raw, published, foreign) if foreign else _of_adapter(read_adapter(raw.path))
+
+
+def _published(name: str) -> str:
+    return name.replace("adapter_modules.", "ip_adapter.", 1).replace("image_proj_model.", "image_proj.", 1)
+
+
+def _of_adapter(file: AdapterFile) -> Report:
+    variant, facts, kind = VARIANTS.name_of(file.variant), file.facts, file.variant.feature
+    context_dim, feature_dim = facts["context_dim"], facts["feature_dim"]
+    why = refusals(file)
+    widths = [file.ip_adapter[f"{number}.to_k_ip.weight"].shape[0] for number in file.numbers]
+    return Report(
+        file=str(file.path),
+        container=file.container,
+        layout=LAYOUTS[file.origin],
+        variant=variant,
+        base_model=base_guess(context_dim, widths),
+        tokens=facts.get("num_tokens"),
+        layers=file.numbers,
+        parameters={table: sum(t.numel() for t in tensors.values()) for table, tensors in file.tables.items()},
+        dtypes=_dtypes([*file.image_proj.values(), *file.ip_adapter.values()]),
+        image_encoder=encoder_guess(kind, feature_dim),
+        steps=file.step,
+        metadata=file.metadata or ({k: str(v) for k, v in file.card.model_dump().items()} if file.card else {}),
+        readers={label: why.get(reader) for reader, label in READERS.items()},
+        remarks=_remarks(file, why),
+    )
+
+
+def _remarks(file: AdapterFile, why: Mapping[Reader, str]) -> list[str]:
+    """What a reader must be told that the file does not say."""
+    facts, remarks = file.facts, []
+    tokens = facts.get("num_tokens", "the number of the encoder's features (257 for ViT-H/14)")
+    if "original" not in why and tokens != 4:
+        remarks.append(f"in the original code, give num_tokens={tokens}")
+    name = _UNIFIED.get((VARIANTS.name_of(file.variant), facts["context_dim"], facts["feature_dim"]))
+    if name and "comfy" not in why:
+        remarks.append(f"ComfyUI's unified loader finds it as {name}.safetensors or .bin")
+    if (facts.get("resampler_dim"), facts.get("resampler_heads")) == KOLORS:
+        remarks.append("its resampler has the shape of Kolors', whose layers are SDXL's: likely made for Kolors")
+    return remarks
+
+
+def _of_foreign(raw: RawFile, published: Mapping[str, Tensor], kind: Foreign) -> Report:
+    parameters: dict[str, int] = {}
+    for name, tensor in published.items():
+        table = name.split(".")[0]
+        parameters[table] = parameters.get(table, 0) + tensor.numel()
+    numbers = {name.split(".")[1] for name in published if name.startswith(("ip_adapter.", "double_blocks."))}
+    return Report(
+        file=str(raw.path),
+        container=raw.container,
+        layout="that of its kind",
+        variant=f"{kind.name}: recognised, this trainer does not train it yet",
+        base_model="see the variant",
+        tokens=tokens_guess(shapes_of(published)),
+        layers=sorted(int(number) for number in numbers if number.isdecimal()),
+        parameters=parameters,
+        dtypes=_dtypes(list(published.values())),
+        image_encoder="see the variant",
+        steps=None,
+        metadata=raw.metadata,
+        readers={label: kind.refusals.get(reader) for reader, label in READERS.items()},
+        remarks=[kind.remark] if kind.remark else [],
+    )
+
+
+def _plain(text: str) -> str:
+    """One line of bounded length: a file's strings are whatever its maker wrote."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:200]) + "..." * (len(text) > 200)
+
+
+def _dtypes(tensors: Sequence[Tensor]) -> list[str]:
+    return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    shown = list(map(str, numbers))
+    return ", ".join(shown if len(shown) <= 6 else [*shown[:3], "...", shown[-1]])

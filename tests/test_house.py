@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ip_adapter_trainer.export import ExportConfig
-from ip_adapter_trainer.inspection import InspectConfig
 
 from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.config import compose
@@ -19,14 +17,16 @@ from ip_adapter_trainer.data.config import CheckConfig
 from ip_adapter_trainer.demo import DemoConfig
 from ip_adapter_trainer.evaluate.generate import GenerateConfig
 from ip_adapter_trainer.evaluate.scores import EvaluateConfig
+from ip_adapter_trainer.export import ExportConfig
+from ip_adapter_trainer.inspection import InspectConfig
 from ip_adapter_trainer.pocket.config import PocketConfig
 from ip_adapter_trainer.train import guard
 
 PACKAGE = Path(__file__).parents[1] / "src" / "ip_adapter_trainer"
 RANKS = {
     "core": 0, "nn": 1, "diffusion": 1, "images": 1, "encoders": 1, "adapters": 2, "families": 2, "data": 2,
-    "model": 3, "card": 3, "loading": 3, "evaluate": 4, "export": 4, "inspection": 4, "pocket": 4, "train": 5,
-    "config": 6, "demo": 7, "cli": 8, "__main__": 9, "__init__": 9,
+    "model": 3, "card": 4, "loading": 4, "evaluate": 5, "export": 5, "inspection": 5, "pocket": 5, "train": 6,
+    "config": 7, "demo": 8, "cli": 9, "__main__": 10, "__init__": 10,
 }  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

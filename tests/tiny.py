@@ -38,9 +38,9 @@ def _vae() -> AutoencoderKL:
 def _text(width: int, projected: bool) -> Any:
     words = models.tokenizer()
     config = CLIPTextConfig(
-        vocab_size=len(words), hidden_size=width, intermediate_size=2 * width, projection_dim=width, num_hidden_layers=3,
-        num_attention_heads=2, max_position_embeddings=models.MAX_TOKENS, bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
+        vocab_size=len(words), hidden_size=width, intermediate_size=2 * width, projection_dim=width,
+        num_hidden_layers=3, num_attention_heads=2, max_position_embeddings=models.MAX_TOKENS,
+        bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
     )  # fmt: skip
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
 
@@ -52,7 +52,8 @@ def _unet(kind: Base) -> UNet2DConditionModel:
     }  # fmt: skip
     if kind == "sdxl":
         return UNet2DConditionModel(
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             transformer_layers_per_block=(1, 2), attention_head_dim=(2, 4), use_linear_projection=True,
             addition_embed_type="text_time", addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=64 + 6 * 8, **shared,

@@ -47,7 +47,8 @@ def run_training(config: object) -> int:
 
 def _generate(argv: Sequence[str]) -> int:
     from ip_adapter_trainer.config import parse
-    from ip_adapter_trainer.evaluate.generate import GenerateConfig, generate
+    from ip_adapter_trainer.evaluate.config import GenerateConfig
+    from ip_adapter_trainer.evaluate.generate import generate
 
     for path in generate(parse(GenerateConfig, argv, prog="ip-adapter generate")):
         print(path)
@@ -56,7 +57,8 @@ def _generate(argv: Sequence[str]) -> int:
 
 def _evaluate(argv: Sequence[str]) -> int:
     from ip_adapter_trainer.config import parse
-    from ip_adapter_trainer.evaluate.scores import EvaluateConfig, evaluate
+    from ip_adapter_trainer.evaluate.config import EvaluateConfig
+    from ip_adapter_trainer.evaluate.scores import evaluate
 
     print(evaluate(parse(EvaluateConfig, argv, prog="ip-adapter evaluate")))
     return 0

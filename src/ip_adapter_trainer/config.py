@@ -36,7 +36,8 @@ def compose(variant: str, family: str) -> type[TrainConfig]:
     if family != "auto":
         parts += (FAMILIES[family].Config,)
     bases = tuple(p for p in dict.fromkeys(parts) if not any(q is not p and issubclass(q, p) for q in parts))
-    return create_model("TrainSettings", __base__=bases, __doc__="Train an image-prompt adapter.")
+    name, doc = "TrainSettings", "Train an image-prompt adapter."
+    return create_model(name, __base__=bases, __doc__=doc)  # type: ignore[arg-type]
 
 
 def parse(kind: type[P], argv: Sequence[str], *, prog: str) -> P:
@@ -61,7 +62,7 @@ def _flags_of(kind: type[Part]) -> Any:
     for name, info in kind.model_fields.items():
         arg = tyro.conf.arg(help=info.description, aliases=_aliases(info.metadata))
         extra = [mark for mark in info.metadata if not isinstance(mark, Alias)]
-        note = Annotated[(info.annotation, arg, *extra)]  # type: ignore[misc]
+        note: Any = Annotated.__class_getitem__((info.annotation, arg, *extra))  # type: ignore[attr-defined]
         fields.append(
             (name, note, dataclasses.field())
             if info.is_required()

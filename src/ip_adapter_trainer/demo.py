@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,13 +65,13 @@ def held_out_pairs(count: int, seed: int) -> list[Pair]:
     while len(pairs) < count:
         reference = world.random_scene(rng, held=True)
         shape = str(rng.choice([s for s in world.SHAPES if s != reference.shape]))
-        if world.held_out(Scene(**{**reference.attributes(), "shape": shape})):
+        if world.held_out(replace(reference, shape=shape)):
             pairs.append(Pair(shape, reference))
     return pairs
 
 
 def _prompt(pair: Pair) -> str:
-    return world.caption(Scene(**pair.truth()), ASKED_OF_TEXT)
+    return world.caption(replace(pair.reference, shape=pair.text_shape), ASKED_OF_TEXT)
 
 
 def score(pictures: list[Image], pairs: list[Pair]) -> dict[str, float]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.log import quiet_loading
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -62,9 +63,8 @@ class ClipImageEncoder:
             Problem: nothing there, or not a CLIP vision model.
         """
         from transformers import CLIPVisionModelWithProjection
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
+        quiet_loading()
         folder = Path(path)
         inner = folder / "image_encoder"
         source = str(inner) if not (folder / "config.json").exists() and (inner / "config.json").exists() else path

@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.core.log import say
+from ip_adapter_trainer.core.precision import dtype_of, on_device
 from ip_adapter_trainer.evaluate.config import DrawConfig
 from ip_adapter_trainer.evaluate.sample import Sampling, native_size_px
 from ip_adapter_trainer.loading import load_model
 from ip_adapter_trainer.model import Model
-
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def choose_device(name: str) -> torch.device:
@@ -34,12 +32,8 @@ def choose_device(name: str) -> torch.device:
 
 def choose_dtype(mixed_precision: str | None, device: torch.device) -> torch.dtype:
     """The dtype of the frozen weights; fp16 does not run on a CPU and becomes bf16 there, with a line that says so."""
-    if mixed_precision is None:
-        return torch.float16 if device.type == "cuda" else torch.float32
-    if mixed_precision == "fp16" and device.type == "cpu":
-        say("fp16 does not run on a CPU: bf16 instead")
-        return torch.bfloat16
-    return DTYPES[mixed_precision]
+    default = "fp16" if device.type == "cuda" else "no"
+    return dtype_of(on_device(mixed_precision or default, device.type))
 
 
 def load(config: DrawConfig) -> Model:

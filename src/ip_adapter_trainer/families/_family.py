@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ip_adapter_trainer.core.errors import Problem, did_you_mean
 from ip_adapter_trainer.core.registry import Registry
@@ -30,7 +30,7 @@ class Family(ABC):
 
     Config: ClassVar[type[Part]]
     pipeline: Any
-    denoiser: nn.Module
+    denoiser: Any
     context_dim: int
     name: str
 

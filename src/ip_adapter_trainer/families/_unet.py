@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.log import quiet_loading
 from ip_adapter_trainer.core.types import Site, TextCondition
 from ip_adapter_trainer.families._family import Family
 
@@ -21,9 +22,7 @@ def load_pipeline(cls: Any, path: str, *, dtype: torch.dtype, device: torch.devi
     Raises:
         Problem: a folder or hub id that diffusers cannot load.
     """
-    from diffusers.utils import logging
-
-    logging.disable_progress_bar()
+    quiet_loading()
     try:
         pipeline = cls.from_pretrained(path, dtype=dtype, **kwargs)
     except (OSError, ValueError, TypeError) as error:
@@ -66,7 +65,7 @@ class UNetFamily(Family):
 
     def install(self, processors: Mapping[str, Any]) -> dict[str, Any]:
         """See `Family.install`."""
-        replaced = {}
+        replaced: dict[str, Any] = {}
         for name, processor in processors.items():
             layer = self.denoiser.get_submodule(name)
             if layer.group_norm is not None or layer.spatial_norm is not None or layer.residual_connection:

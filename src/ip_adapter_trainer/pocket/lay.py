@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.log import quiet_loading
 from ip_adapter_trainer.core.rng import stream
 from ip_adapter_trainer.pocket import models, world
 from ip_adapter_trainer.pocket.config import PocketConfig
@@ -58,6 +60,7 @@ def save_weights(vae: Any, unet: Any, clip: CLIPModel) -> None:
 
 
 def _require_weights() -> Path:
+    quiet_loading()
     folder = models.weights_dir()
     if not (folder / "build.json").exists():
         remedy = "build them: python -m ip_adapter_trainer.pocket.build --work DIR"
@@ -91,7 +94,7 @@ def training_pairs(seed: int, count: int) -> list[tuple[Scene, Scene]]:
     pairs = []
     for _ in range(count):
         target = world.random_scene(rng)
-        other = Scene(**{**target.attributes(), "shape": str(rng.choice(world.SHAPES))})
+        other = replace(target, shape=str(rng.choice(world.SHAPES)))
         pairs.append((target, world.random_pose(other, rng)))
     return pairs
 

@@ -13,7 +13,7 @@ from ip_adapter_trainer.pocket import world
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-    from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+    from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 LATENT_SIDE = world.SIZE_PX // 4
 MAX_TOKENS = 16
@@ -61,11 +61,11 @@ def clip() -> CLIPModel:
     return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=128))
 
 
-def image_processor() -> CLIPImageProcessor:
+def image_processor() -> CLIPImageProcessorPil:
     """The preprocessing of the pocket image encoder, as diffusers derives it from the encoder's `image_size`."""
-    from transformers import CLIPImageProcessor
+    from transformers import CLIPImageProcessorPil
 
-    return CLIPImageProcessor(size={"shortest_edge": world.SIZE_PX}, crop_size=world.SIZE_PX)
+    return CLIPImageProcessorPil(size={"shortest_edge": world.SIZE_PX}, crop_size=world.SIZE_PX)
 
 
 def autoencoder() -> AutoencoderKL:

@@ -227,7 +227,7 @@ def vision_stage(seed: int, clip: CLIPModel, steps: int = 2000, groups: int = 22
 
     def loss(step: int) -> Tensor:
         rng = stream(seed, "pocket-vision", step)
-        rests = {tuple(world.random_scene(rng).attributes().values())[1:] for _ in range(groups)}
+        rests = {(s.colour, s.pattern, s.background) for s in (world.random_scene(rng) for _ in range(groups))}
         scenes = [Scene(shape, *rest) for rest in sorted(rests) for shape in world.SHAPES]
         scenes = [world.random_pose(scene, rng) for scene in scenes if not world.held_out(scene)]
         pixels = Pool(scenes, np.stack([world.render(scene) for scene in scenes])).pixels(np.arange(len(scenes)))

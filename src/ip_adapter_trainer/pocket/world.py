@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -87,13 +87,14 @@ def random_pose(scene: Scene, rng: np.random.Generator, spread: float = 1.0) -> 
     middle, reach = sum(DIAMETER_PX) / 2, (DIAMETER_PX[1] - DIAMETER_PX[0]) / 2
     diameter = middle + spread * rng.uniform(-reach, reach)
     angle = spread * rng.uniform(-ANGLE_DEG, ANGLE_DEG)
-    return Scene(**scene.attributes(), x_px=x, y_px=y, diameter_px=diameter, angle_deg=angle)
+    return replace(scene, x_px=x, y_px=y, diameter_px=diameter, angle_deg=angle)
 
 
 def random_scene(rng: np.random.Generator, *, held: bool | None = False, spread: float = 1.0) -> Scene:
     """A uniform random scene: `held` False draws seen combinations only, True held-out ones, None any."""
     while True:
-        scene = Scene(**{name: str(rng.choice(values)) for name, values in ATTRIBUTES.items()})
+        shape, colour, pattern, background = (str(rng.choice(values)) for values in ATTRIBUTES.values())
+        scene = Scene(shape, colour, pattern, background)
         if held is None or held_out(scene) == held:
             return random_pose(scene, rng, spread)
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from ip_adapter_trainer.core.errors import Problem, did_you_mean
-from ip_adapter_trainer.core.log import say
-
-Precision = Literal["no", "fp16", "bf16"]
-DTYPES: dict[Precision, torch.dtype] = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.precision import dtype_of, on_device
 
 
 @dataclass(frozen=True)
@@ -23,12 +20,12 @@ class Runtime:
     rank: int
     world: int
     device: torch.device
-    precision: Precision
+    precision: str  # no, fp16 or bf16
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the frozen weights."""
-        return DTYPES[self.precision]
+        return dtype_of(self.precision)
 
     @property
     def is_main(self) -> bool:
@@ -39,20 +36,6 @@ class Runtime:
         """Waits for every process."""
         if self.world > 1:
             self.accelerator.wait_for_everyone()
-
-
-def choose_precision(asked: str | None, device: torch.device) -> Precision:
-    """The precision of the frozen weights: the flag, else what the launcher set, else none.
-
-    fp16 arithmetic does not exist on CPUs, so there it becomes bf16, with a line that says so.
-    """
-    name = asked or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if name not in DTYPES:
-        raise Problem(f"unknown precision {name!r}", where="--mixed_precision", remedy=did_you_mean(name, DTYPES))
-    if name == "fp16" and device.type == "cpu":
-        say("fp16 does not run on a CPU: bf16 instead")
-        return "bf16"
-    return name  # type: ignore[return-value]
 
 
 def _accelerator(report_to: str, output_dir: str, logging_dir: str) -> Any:
@@ -91,5 +74,6 @@ def start(
         what = f"{world} processes were launched but this one sees {accelerator.num_processes}"
         raise Problem(what, where="accelerate launch", remedy="launch with --cpu, or with as many GPUs as processes")
     device = accelerator.device
-    precision = choose_precision(mixed_precision, device)
+    asked = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision = on_device(asked, device.type)
     return Runtime(accelerator, accelerator.process_index, accelerator.num_processes, device, precision)

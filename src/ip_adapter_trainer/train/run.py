@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.core.errors import Problem
@@ -85,14 +86,17 @@ def train(config: TrainConfig, write_resolved: WriteResolved) -> None:
 def _prepare(config: TrainConfig, runtime: Runtime) -> Trainer:
     model = build_model(config, runtime)
     source = Source(config, runtime, model.encoder.preprocess)
-    process = NoiseProcess(model.family.pipeline.scheduler.config, config.part(ObjectiveConfig))
+    pipeline = model.family.pipeline
+    process = NoiseProcess(pipeline.scheduler.config, config.part(ObjectiveConfig))
+    # Grids must sample what is trained, where a flag overrules the scheduler's own prediction type.
+    pipeline.scheduler.register_to_config(prediction_type=process.prediction)
     plan = make_plan(model, config, source.rows, source.images_per_step)
     say("\n".join(plan.lines()))
     say(f"on {runtime.world} x {runtime.device}, frozen weights {runtime.precision}, predicting {process.prediction}")
     return Trainer(config, runtime, model, source, Step(model, process, config.seed, runtime.device), plan)
 
 
-def _claim(output: Path, runtime: Runtime) -> guard.FileLock | None:
+def _claim(output: Path, runtime: Runtime) -> FileLock | None:
     """The main process makes and claims the folder and removes what a killed run left half written."""
     claimed = None
     if runtime.is_main:

@@ -60,9 +60,17 @@ class Source:
         return Loader(self._samples, self._order, log, rank=rank, world=world, pin=pin).from_step(first_step)
 
     def fixed(self, count: int, seed: int) -> list[Batch]:
-        """The same few rows at every validation, one a batch, nothing drawn by chance; a row's index is its number."""
+        """The same few rows at every validation, nothing drawn by chance; a row's index is its number.
+
+        Batches hold rows of one size, at most `train_batch_size` of them.
+        """
         rows = stream(seed, "validation-rows").permutation(self.rows)[:count].tolist()
         plain = self._config.model_copy(update=_NO_CHANCE)
         layout, preprocess = self._samples.layout, self._samples.preprocess
         samples = TrainingSet(self._manifest, plain, layout, seed=seed, preprocess=preprocess)
-        return [collate([samples[row, row]]) for row in rows]
+        by_size: dict[tuple[int, int], list[int]] = {}
+        for row in rows:
+            by_size.setdefault(layout.size_px(row), []).append(row)
+        most = self._config.train_batch_size
+        parts = [group[i : i + most] for group in by_size.values() for i in range(0, len(group), most)]
+        return [collate([samples[row, row] for row in part]) for part in parts]

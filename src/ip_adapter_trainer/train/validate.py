@@ -32,8 +32,7 @@ class Validator:
         count = max(config.num_validation_images, config.grid_rows)
         batches = [batch.to(self.step.device) for batch in self.source.fixed(count, config.validation_seed)]
         if config.num_validation_images:
-            measured = batches[: config.num_validation_images]
-            report = validation_losses(self.model, self.step.process, measured, config.validation_seed, poll)
+            report = validation_losses(self.model, self.step.process, batches, config.validation_seed, poll)
             track.event(done, report.as_metrics())
             say(f"step {done}: {report.summary()}")
         if config.grid_rows:

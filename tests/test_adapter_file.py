@@ -138,7 +138,7 @@ def test_a_hostile_pickle_is_refused_and_not_executed(how: str, tmp_path: Path) 
     target, file = tmp_path / "touched", tmp_path / "a.bin"
     hostile: Any = Hostile(target)
     if how == "pickle":
-        file.write_bytes(pickle.dumps(hostile))
+        file.write_bytes(pickle.dumps(hostile, protocol=2))
     elif how == "legacy":
         torch.save(hostile, file, _use_new_zipfile_serialization=False)
     elif how == "checkpoint":

@@ -186,7 +186,7 @@ def weights_sha256(tables: AdapterTables) -> str:
 def write_adapter(path: Path, tables: AdapterTables, metadata: Mapping[str, str]) -> None:
     """Writes an adapter in the published layout; the suffix decides the container. A .bin holds no metadata.
 
-    The bytes depend on tables and metadata alone. Write to a `staged_file`, whose name comes after it was checked.
+    Write to a `staged_file`, which gets its name after it was checked.
 
     Raises:
         Problem: another suffix.

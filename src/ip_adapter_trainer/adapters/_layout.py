@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -57,19 +57,19 @@ def tables_of(raw: RawFile) -> Tables:
         _check_pairs(ip_adapter, raw.path)
         _check_floating({**image_proj, **ip_adapter}, raw.path)
         return Tables(origin, image_proj, ip_adapter, layers)
-    what = f"this is no adapter file that this trainer knows: {found(raw.tensors)}"
-    raise Problem(what, where=str(raw.path), remedy="`ip-adapter inspect` tells more")
+    what = f"this is no adapter file that this trainer knows: it holds {_found(raw)}"
+    raise Problem(what, where=str(raw.path), remedy="give an adapter file, a checkpoint-N folder or a run's folder")
 
 
-def found(names: Iterable[str]) -> str:
+def _found(raw: RawFile) -> str:
     """A short list of what a file holds: the first parts of its tensors' names, with counts."""
-    counts: dict[str, int] = {}
-    for name in names:
+    counts = {"unet": raw.frozen} if raw.frozen else {}
+    for name in raw.tensors:
         head = name.split(".")[0]
         counts[head] = counts.get(head, 0) + 1
     shown = [f"{head} ({count})" for head, count in counts.items()]
     more = [f"and {len(shown) - 6} more"] if len(shown) > 6 else []
-    return "it holds " + (", ".join(shown[:6] + more) or "no tensors")
+    return ", ".join(shown[:6] + more) or "no tensors"
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

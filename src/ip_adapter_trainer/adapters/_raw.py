@@ -33,6 +33,7 @@ class RawFile:
     container: Container
     tensors: dict[str, Tensor]  # mapped from the file: nothing is read before it is used
     metadata: dict[str, str]
+    frozen: int  # tensors of a UNet that were passed over
 
 
 def read_raw(path: Path) -> RawFile:
@@ -42,11 +43,7 @@ def read_raw(path: Path) -> RawFile:
         Problem: missing, truncated, not of its kind, pickled code in it, or a tensor that is none to train with.
     """
     with _legible(path):
-        if path.suffix == ".safetensors":
-            tensors, metadata = _read_safetensors(path)
-            raw = RawFile(path, "safetensors", tensors, metadata)
-        else:
-            raw = RawFile(path, "bin", dict(_flatten(_read_bin(path))), {})
+        raw = _read_safetensors(path) if path.suffix == ".safetensors" else _read_bin(path)
     for name, tensor in raw.tensors.items():
         _demand_plain(name, tensor, path)
     return raw
@@ -71,14 +68,20 @@ def _legible(path: Path) -> Iterator[None]:
         raise Problem(f"the file cannot be read: {first}", where=where, remedy=remedy) from error
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_safetensors(path: Path) -> RawFile:
     with safe_open(path, framework="pt", device="cpu") as opened:
         names = {_bare(name): name for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
         tensors = {bare: opened.get_tensor(name) for bare, name in names.items() if not _FROZEN.match(bare)}
-        return tensors, dict(opened.metadata() or {})
+        return RawFile(path, "safetensors", tensors, dict(opened.metadata() or {}), len(names) - len(tensors))
 
 
-def _read_bin(path: Path) -> Mapping[str, Any]:
+def _read_bin(path: Path) -> RawFile:
+    named = dict(_flatten(_load(path)))
+    tensors = {name: tensor for name, tensor in named.items() if not _FROZEN.match(name)}
+    return RawFile(path, "bin", tensors, {}, len(named) - len(tensors))
+
+
+def _load(path: Path) -> Mapping[str, Any]:
     mapped = zipfile.is_zipfile(path)  # files of torch before 1.6 are not, and are read whole
     if mapped:
         with zipfile.ZipFile(path) as archive:
@@ -96,7 +99,7 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
         name = _bare(f"{prefix}{key}")
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{name}." if name else "")
-        elif isinstance(value, Tensor) and not _FROZEN.match(name):
+        elif isinstance(value, Tensor):
             yield name, value
 
 

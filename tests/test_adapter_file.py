@@ -97,9 +97,10 @@ def test_a_bin_depends_on_its_tensors_alone(tmp_path: Path) -> None:
     content = tables()
     for name in ("a.bin", "b.bin"):
         write_adapter(tmp_path / name, content, {})
-    wide = torch.zeros(8, 2000)
-    wide[:, :8] = content["ip_adapter"]["1.to_k_ip.weight"]
-    content["ip_adapter"]["1.to_k_ip.weight"] = wide[:, :8]
+    for name in ("1.to_k_ip.weight", "1.to_v_ip.weight"):
+        wide = torch.zeros(8, 2000) if "to_k" in name else torch.zeros(2000, 8)
+        part = wide[:8, :8]  # the second is contiguous, in a storage far larger than itself
+        content["ip_adapter"][name] = part.copy_(content["ip_adapter"][name])
     write_adapter(tmp_path / "c.bin", content, {})
     assert len({(tmp_path / name).read_bytes() for name in ("a.bin", "b.bin", "c.bin")}) == 1
 

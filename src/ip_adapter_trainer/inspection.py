@@ -117,23 +117,24 @@ def _published(name: str) -> str:
 
 
 def _of_adapter(file: AdapterFile) -> Report:
-    variant, facts, kind = VARIANTS.name_of(file.variant), file.facts, file.variant.feature
-    context_dim, feature_dim = facts["context_dim"], facts["feature_dim"]
-    why = refusals(file)
+    facts, card, why = file.facts, file.card, refusals(file)
+    context_dim, feature_dim, kind = facts["context_dim"], facts["feature_dim"], file.variant.feature
     widths = [file.ip_adapter[f"{number}.to_k_ip.weight"].shape[0] for number in file.numbers]
     return Report(
         file=str(file.path),
         container=file.container,
         layout=LAYOUTS[file.origin],
-        variant=variant,
-        base_model=base_guess(context_dim, widths),
+        variant=VARIANTS.name_of(file.variant),
+        base_model=base_guess(context_dim, widths)
+        + (f"; the file names {card.pretrained_model_name_or_path}" if card else ""),
         tokens=facts.get("num_tokens"),
         layers=file.numbers,
         parameters={table: sum(t.numel() for t in tensors.values()) for table, tensors in file.tables.items()},
         dtypes=_dtypes([*file.image_proj.values(), *file.ip_adapter.values()]),
-        image_encoder=encoder_guess(kind, feature_dim),
+        image_encoder=encoder_guess(kind, feature_dim)
+        + (f"; the file names {card.image_encoder_path}" if card else ""),
         steps=file.step,
-        metadata=file.metadata or ({k: str(v) for k, v in file.card.model_dump().items()} if file.card else {}),
+        metadata=file.metadata or (card.to_metadata() if card else {}),
         readers={label: why.get(reader) for reader, label in READERS.items()},
         remarks=_remarks(file, why),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,17 @@ def test_a_file_appears_when_its_block_ends(tmp_path: Path) -> None:
         stage.write_text("new")
         assert not (tmp_path / "a.bin").exists()
     assert names(tmp_path) == ["a.bin"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions are POSIX's")
+def test_whoever_wrote_it_others_may_read_it_as_usual(tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    with staged_file(tmp_path / "a.safetensors") as stage:
+        stage.touch(mode=0o600)
+    with staged_folder(tmp_path / "out") as stage:
+        (stage / "file").touch(mode=0o600)
+    modes = {(tmp_path / name).stat().st_mode for name in ("usual", "a.safetensors", "out/file")}
+    assert len(modes) == 1
 
 
 def test_a_failed_block_leaves_the_old_file_and_no_stage(tmp_path: Path) -> None:

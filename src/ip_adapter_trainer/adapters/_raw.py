@@ -110,9 +110,6 @@ def _bare(name: str) -> str:
 def _demand_plain(name: str, tensor: Tensor, path: Path) -> None:
     """Refuses names that no one prints, and what a pickle can claim without holding it: more elements than bytes."""
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
-    if (
-        not plain
-        or not name.isprintable()
-        or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
-    ):
+    held = plain and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    if not held or not name.isprintable():
         raise Problem(f"{name!r} is no plain tensor", where=str(path), remedy="ask its maker for a .safetensors file")

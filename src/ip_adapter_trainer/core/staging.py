@@ -31,6 +31,15 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def _settle(path: Path) -> None:
+    """A file of the usual permissions, on the disk: safetensors writes files that only their owner may read."""
+    if path.is_file():
+        umask = os.umask(0)
+        os.umask(umask)
+        path.chmod(0o666 & ~umask)
+    _sync(path)
+
+
 @contextmanager
 def staged_file(final: Path) -> Iterator[Path]:
     """Gives a path to write; renames it to `final` when the block ends well, removes it when it does not.
@@ -44,7 +53,7 @@ def staged_file(final: Path) -> Iterator[Path]:
     stage = _stage_of(final)
     try:
         yield stage
-        _sync(stage)
+        _settle(stage)
         stage.replace(final)
         _sync(final.parent)
     finally:
@@ -60,7 +69,7 @@ def staged_folder(final: Path) -> Iterator[Path]:
     try:
         yield stage
         for path in [*stage.rglob("*"), stage]:
-            _sync(path)
+            _settle(path)
         if final.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             final.rename(replaced)

@@ -200,7 +200,7 @@ def test_a_file_becomes_the_other_container_and_back(
 
 def test_readers_that_cannot_take_it_are_named(model: Model, base: Path, tmp_path: Path) -> None:
     exported = run(model, base, tmp_path)
-    assert exported.refusals.keys() == {"ComfyUI_IPAdapter_plus"}
+    assert exported.refusals.keys() == {"comfy"}
     assert "notice: ComfyUI_IPAdapter_plus knows SD1.x and SD2.x with 16 layers, the file has 4" in str(exported)
 
 

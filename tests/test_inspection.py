@@ -22,8 +22,6 @@ from ip_adapter_trainer.train import checkpoint
 from tests.published import Trained
 from tests.test_model import build
 
-COMFY = "ComfyUI_IPAdapter_plus"
-
 
 def pairs(context_dim: int, layers: int | None = None) -> dict[str, Tensor]:
     """The pairs of SD or SDXL at their real sizes, without memory; `layers` keeps the first ones."""
@@ -140,7 +138,7 @@ def test_a_checkpoint_is_told_as_text_and_as_json(run_folder: Path) -> None:
     assert text.count("takes no training checkpoint; export it") == 3
     told = json.loads(inspect(parse(InspectConfig, [str(run_folder), "--json"], prog="inspect")))
     assert told["layers"] == [1, 3, 5, 7] and told["tokens"] == 16 and told["steps"] == 1234
-    assert told["readers"].keys() == {"diffusers", "the original code", COMFY}
+    assert told["readers"].keys() == {"diffusers", "original", "comfy"}
 
 
 def test_a_real_file_is_told_with_what_its_readers_must_know(tmp_path: Path) -> None:
@@ -152,7 +150,7 @@ def test_a_real_file_is_told_with_what_its_readers_must_know(tmp_path: Path) -> 
     write_adapter(tmp_path / "a.safetensors", tables, {"note": "line\x1b[2J\nbreak", "long": "x" * 999})
     report = examine(tmp_path / "a.safetensors")
     assert sum(report.parameters.values()) == 21_794_304 and report.dtypes == ["float16"] and report.tokens is None
-    assert report.readers == {"diffusers": None, "the original code": None, COMFY: None}
+    assert report.readers == {"diffusers": None, "original": None, "comfy": None}
     assert any("num_tokens=" in remark and "257" in remark for remark in report.remarks)
     assert any("ip-adapter-full-face_sd15" in remark for remark in report.remarks)
     assert "line?[2J?break" in str(report) and "x" * 201 not in str(report)
@@ -179,10 +177,10 @@ FOREIGN: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]],
     "FaceID": (face_mlp(), LORA, 4, set()),
     "FaceID-Plus": (face_mlp() | PERCEIVER, LORA, 4, set()),
     "FaceID-Portrait": (face_mlp(16), PAIR, 16, set()),
-    "InstantID, or Portrait of un-normalised embeddings": (RESAMPLER, PAIR, 16, {"the original code"}),
-    "SD3.5, InstantX": (TIMED, {"0.to_k_ip.weight": (8, 8)}, 64, {"the original code", COMFY}),
-    "FLUX, InstantX": (face_mlp(128), {"0.to_k_ip.weight": (8, 8)}, 128, {"diffusers", "the original code", COMFY}),
-    "FLUX, XLabs in diffusers' layout": (GLOBAL, {"0.to_k_ip.bias": (8,)}, 4, {"the original code", COMFY}),
+    "InstantID, or Portrait of un-normalised embeddings": (RESAMPLER, PAIR, 16, {"original"}),
+    "SD3.5, InstantX": (TIMED, {"0.to_k_ip.weight": (8, 8)}, 64, {"original", "comfy"}),
+    "FLUX, InstantX": (face_mlp(128), {"0.to_k_ip.weight": (8, 8)}, 128, {"diffusers", "original", "comfy"}),
+    "FLUX, XLabs in diffusers' layout": (GLOBAL, {"0.to_k_ip.bias": (8,)}, 4, {"original", "comfy"}),
 }
 
 

@@ -15,6 +15,7 @@ from ip_adapter_trainer.adapters import (
     READERS,
     VARIANTS,
     AdapterFile,
+    Reader,
     check_suffix,
     read_adapter,
     refusals,
@@ -63,13 +64,13 @@ class Exported:
     parameters: int
     dtype: str
     difference: float  # of the denoiser's output, relative; see `verify`
-    refusals: dict[str, str]  # by a reader's name, why it cannot take the file
+    refusals: dict[Reader, str]  # why readers other than diffusers cannot take the file
 
     def __str__(self) -> str:
         size = f"{self.path.stat().st_size / 1e6:.1f} MB"
         lines = [f"{self.path}: {self.variant}, {self.parameters:,} parameters in {self.dtype}, {size}"]
         lines.append(f"reloaded by diffusers: differs from the live adapter by {self.difference:.1e} of the output")
-        lines += [f"notice: {reader} {why}" for reader, why in self.refusals.items()]
+        lines += [f"notice: {READERS[reader]} {why}" for reader, why in self.refusals.items()]
         return "\n".join(lines)
 
 
@@ -107,7 +108,7 @@ def export(config: ExportConfig) -> Exported:
         parameters=sum(tensor.numel() for table in tables.values() for tensor in table.values()),
         dtype=config.dtype,
         difference=difference,
-        refusals={READERS[reader]: why for reader, why in refusals(written).items()},
+        refusals=refusals(written),
     )
 
 

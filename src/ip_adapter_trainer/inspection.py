@@ -62,7 +62,7 @@ class Report:
     image_encoder: str
     steps: int | None
     metadata: dict[str, str]
-    readers: dict[str, str | None]  # None: takes it; else why not
+    readers: dict[Reader, str | None]  # None: takes it; else why not
     remarks: list[str]
 
     def __str__(self) -> str:
@@ -79,7 +79,7 @@ class Report:
             ("image encoder", self.image_encoder),
             *([("steps", f"{self.steps:,}")] if self.steps is not None else []),
             *((f"  {_plain(key)}", _plain(value)) for key, value in sorted(self.metadata.items())),
-            *((reader, "takes it" if why is None else f"no: {why}") for reader, why in self.readers.items()),
+            *((READERS[reader], "takes it" if why is None else f"no: {why}") for reader, why in self.readers.items()),
             *(("note", remark) for remark in self.remarks),
         ]
         width = max(len(name) for name, _ in rows) + 2
@@ -135,7 +135,7 @@ def _of_adapter(file: AdapterFile) -> Report:
         + (f"; the file names {card.image_encoder_path}" if card else ""),
         steps=file.step,
         metadata=file.metadata or (card.to_metadata() if card else {}),
-        readers={label: why.get(reader) for reader, label in READERS.items()},
+        readers={reader: why.get(reader) for reader in READERS},
         remarks=_remarks(file, why),
     )
 
@@ -173,7 +173,7 @@ def _of_foreign(raw: RawFile, published: Mapping[str, Tensor], kind: Foreign) ->
         image_encoder="see the variant",
         steps=None,
         metadata=raw.metadata,
-        readers={label: kind.refusals.get(reader) for reader, label in READERS.items()},
+        readers={reader: kind.refusals.get(reader) for reader in READERS},
         remarks=[kind.remark] if kind.remark else [],
     )
 

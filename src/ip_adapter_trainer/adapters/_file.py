@@ -99,11 +99,12 @@ class AdapterFile:
         Raises:
             Problem: settings that the variant does not take.
         """
-        kind, values = self.variant.Config, dict[str, object](self.facts)
+        kind = self.variant.Config
+        values: dict[str, object]
         if self.card and self.card.variant == VARIANTS.name_of(self.variant):
             values = self.card.variant_config
         else:
-            values = {name: value for name, value in values.items() if name in kind.model_fields}
+            values = {name: value for name, value in self.facts.items() if name in kind.model_fields}
         try:
             return kind(**values)
         except ValueError as error:

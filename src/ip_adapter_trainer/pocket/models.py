@@ -27,7 +27,7 @@ def _words() -> list[str]:
 
 @lru_cache(maxsize=1)
 def tokenizer() -> CLIPTokenizer:
-    """A CLIP byte-pair tokenizer in which every word of the world is one token and any other text still encodes."""
+    """A CLIP byte-pair tokenizer in which a word of the world is one token or few, and any other text still encodes."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 

@@ -50,7 +50,7 @@ class Trainer:
         self.validator = Validator(config, model, source, step)
         self.done = 0  # optimizer steps
         self.validated = -1  # the step of the last validation
-        self.saved = -1  # the step of the last checkpoint
+        self.saved = -1  # the last step at which a checkpoint was written or tried
         self.bad_steps = 0
         self._metrics_bytes = 0
 
@@ -109,6 +109,7 @@ class Trainer:
                 if self.done >= self.plan.total_steps:
                     raise
                 say(str(problem))
+        self.saved = self.done  # on every process alike, or they would part ways at the barrier
         self.runtime.barrier()
 
     def _write(self, metrics_bytes: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ip_adapter_trainer.adapters import Variant
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.settings import Part
-from ip_adapter_trainer.core.types import Site, TextCondition
+from ip_adapter_trainer.core.types import Encoded, Picture, Site, TextCondition
 from ip_adapter_trainer.encoders import ClipImageEncoder
 from ip_adapter_trainer.families import Family
 from ip_adapter_trainer.nn.attention import DecoupledProcessor, ImageKeyValue, ImagePrompt
@@ -148,12 +148,23 @@ class Model:
     @torch.no_grad()
     def features(self, prompt_pixels: Tensor, drop: Tensor | None = None) -> Tensor:
         """Image features of [B, 3, S, S]; where `drop` [B] is true, the loaders' own "no picture" feature."""
-        kind = self.variant.feature
-        features = self.encoder.encode(prompt_pixels, kind)
+        return self._dropped(self.encoder.encode(prompt_pixels, self.variant.feature), drop)
+
+    def features_of(self, picture: Picture, drop: Tensor | None = None) -> Tensor:
+        """The same of a batch's pictures, which may have been encoded before."""
+        if isinstance(picture, Encoded):
+            return self._dropped(picture.features, drop)
+        return self.features(picture.prompt_pixels, drop)
+
+    def moments_of(self, picture: Picture) -> Tensor:
+        """Moments [B, 2C, h, w] of a batch's targets, which may have been encoded before."""
+        return picture.moments if isinstance(picture, Encoded) else self.family.encode_moments(picture.pixels)
+
+    def _dropped(self, features: Tensor, drop: Tensor | None) -> Tensor:
         if drop is None or not bool(drop.any()):
             return features
         mask = drop.to(features.device).view(-1, *[1] * (features.ndim - 1))
-        return torch.where(mask, self.encoder.null(kind).to(features.dtype), features)
+        return torch.where(mask, self.encoder.null(self.variant.feature).to(features.dtype), features)
 
     def project(self, features: Tensor) -> Tensor:
         """Tokens [B, N, context_dim] of features, in the compute dtype; autocast around the small projector alone."""

@@ -54,14 +54,16 @@ def test_batches_are_those_of_the_order(tmp_path: Path, workers: int) -> None:
     order = Order([0] * ROWS, seed=3, batch_images=4)
     assert loader.micro_per_step == 2 and [len(b) for b in batches] == [2] * 4
     assert _pairs(batches) == order.step(5) + order.step(6)
-    assert all(number_of(b.pixels[i]) == b.row[i] for b in batches for i in range(2))
+    assert all(number_of(b.picture.pixels[i]) == b.row[i] for b in batches for i in range(2))
 
 
 def test_workers_change_nothing(tmp_path: Path) -> None:
     chance = {"random_flip": True, "center_crop": False, "text_drop_rate": 0.3, "prompt_crop_min_share": 0.5}
     alone, helped = (_take(_loader(tmp_path, dataloader_num_workers=n, **chance), 6) for n in (0, 2))
     for one, other in zip(alone, helped, strict=True):
-        assert torch.equal(one.pixels, other.pixels) and torch.equal(one.prompt_pixels, other.prompt_pixels)
+        assert torch.equal(one.picture.pixels, other.picture.pixels) and torch.equal(
+            one.picture.prompt_pixels, other.picture.prompt_pixels
+        )
         assert (one.text, one.geometry) == (other.text, other.geometry)
 
 
@@ -77,10 +79,10 @@ def test_batches_are_pinned(tmp_path: Path, workers: int, monkeypatch: pytest.Mo
         (batch,) = _take(_loader(tmp_path, dataloader_num_workers=workers), 1)
         monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor + 5)
         pinned = torch.utils.data._utils.pin_memory.pin_memory(Parcel(batch)).open()
-        assert torch.equal(pinned.pixels, batch.pixels + 5) and torch.equal(pinned.index, batch.index)
+        assert torch.equal(pinned.picture.pixels, batch.picture.pixels + 5) and torch.equal(pinned.index, batch.index)
         return
     (batch,) = _take(_loader(tmp_path, pin=True, dataloader_num_workers=workers), 1)
-    assert batch.pixels.is_pinned() and batch.prompt_pixels.is_pinned()
+    assert batch.picture.pixels.is_pinned() and batch.picture.prompt_pixels.is_pinned()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -65,7 +65,7 @@ def test_rows_of_several_sizes_are_drawn_each_at_its_own(sd1: Model, monkeypatch
 
     monkeypatch.setattr(module, "lay_out", keep)
     square, tall = batch(sd1, [0, 1]), batch(sd1, [2])
-    tall = replace(tall, pixels=torch.zeros(1, 3, 48, 24))
+    tall = replace(tall, picture=replace(tall.picture, pixels=torch.zeros(1, 3, 48, 24)))
     validation_grid(sd1, [square, tall, replace(square, index=torch.tensor([3, 4]))], ValidationConfig(grid_steps=1))
     assert seen == [[(32, 32)] * 4, [(32, 32)] * 4, [(32, 32)] + [(24, 48)] * 3, [(32, 32)] * 4]
 

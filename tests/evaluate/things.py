@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ip_adapter_trainer.core.types import Batch, Geometry
+from ip_adapter_trainer.core.types import Batch, Geometry, Pixels
 from ip_adapter_trainer.diffusion.objective import NoiseProcess, ObjectiveConfig
 from ip_adapter_trainer.model import Model
 
@@ -27,8 +27,10 @@ def batch(model: Model, numbers: list[int]) -> Batch:
     return Batch(
         index=torch.tensor(numbers),
         row=torch.tensor(numbers),
-        pixels=torch.from_numpy(np.stack(targets)).permute(0, 3, 1, 2).contiguous(),
-        prompt_pixels=torch.stack([model.encoder.preprocess(picture(n)) for n in numbers]),
+        picture=Pixels(
+            torch.from_numpy(np.stack(targets)).permute(0, 3, 1, 2).contiguous(),
+            torch.stack([model.encoder.preprocess(picture(n)) for n in numbers]),
+        ),
         text=tuple(CAPTIONS[n % len(CAPTIONS)] for n in numbers),
         geometry=tuple(Geometry(size, (0, 0), size) for _ in numbers),
         drop_text=torch.zeros(len(numbers), dtype=torch.bool),

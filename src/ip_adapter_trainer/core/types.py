@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+P = TypeVar("P", bound="Pixels | Encoded")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,25 @@ class Geometry:
 
 
 @dataclass(frozen=True)
+class Pixels:
+    """A target and its image prompt as read; stacked in a batch."""
+
+    pixels: Tensor  # [3, H, W] or [B, 3, H, W], in -1..1
+    prompt_pixels: Tensor  # [3, S, S] or [B, 3, S, S], preprocessed for the image encoder
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The same as the frozen encoders see them, prepared before training; stacked in a batch."""
+
+    moments: Tensor  # [2C, h, w] or [B, 2C, h, w]: mean and log variance of the latents' posterior, unscaled
+    features: Tensor  # [E] or [T, E], or with [B, ...]: of the image prompt
+
+
+Picture = Pixels | Encoded
+
+
+@dataclass(frozen=True)
 class Sample:
     """One training image, decoded and cropped.
 
@@ -50,8 +72,7 @@ class Sample:
 
     index: int
     row: int
-    pixels: Tensor  # [3, H, W] in -1..1
-    prompt_pixels: Tensor  # [3, S, S], preprocessed for the image encoder
+    picture: Picture
     text: str
     geometry: Geometry
     drop_text: bool = False
@@ -65,8 +86,7 @@ class Batch:
 
     index: Tensor  # [B] int64
     row: Tensor  # [B] int64
-    pixels: Tensor  # [B, 3, H, W] in -1..1
-    prompt_pixels: Tensor  # [B, 3, S, S]
+    picture: Picture
     text: tuple[str, ...]
     geometry: tuple[Geometry, ...]
     drop_text: Tensor  # [B] bool
@@ -78,8 +98,14 @@ class Batch:
 
     def to(self, device: Any) -> Batch:
         """The same batch with its tensors on `device`."""
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("pixels", "prompt_pixels")}
-        return replace(self, **moved)
+        return replace(self, picture=map_tensors(lambda t: t.to(device, non_blocking=True), self.picture))
+
+
+def map_tensors(function: Callable[..., Tensor], first: P, *others: P) -> P:
+    """A picture of the same kind whose tensors are `function` of those of one or more pictures."""
+    return replace(
+        first, **{f.name: function(*(getattr(picture, f.name) for picture in (first, *others))) for f in fields(first)}
+    )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from ip_adapter_trainer.core.errors import DataProblem
 from ip_adapter_trainer.core.rng import stream
-from ip_adapter_trainer.core.types import Batch, Fault, Sample
+from ip_adapter_trainer.core.types import Batch, Fault, Pixels, Sample, map_tensors
 from ip_adapter_trainer.data.config import DataConfig
 from ip_adapter_trainer.data.layout import Layout
 from ip_adapter_trainer.data.manifest import Manifest
@@ -88,8 +88,7 @@ class TrainingSet(Dataset[Sample]):
         return Sample(
             index=index,
             row=number,
-            pixels=crop.to_tensor(cut),
-            prompt_pixels=self.preprocess(self._augmented(prompt, index)),
+            picture=Pixels(crop.to_tensor(cut), self.preprocess(self._augmented(prompt, index))),
             text=row.text,
             geometry=geometry,
             drop_text=drop_text,
@@ -128,8 +127,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     return Batch(
         index=torch.tensor([s.index for s in samples]),
         row=torch.tensor([s.row for s in samples]),
-        pixels=torch.stack([s.pixels for s in samples]),
-        prompt_pixels=torch.stack([s.prompt_pixels for s in samples]),
+        picture=map_tensors(lambda *tensors: torch.stack(tensors), *(s.picture for s in samples)),
         text=tuple("" if s.drop_text else s.text for s in samples),
         geometry=tuple(s.geometry for s in samples),
         drop_text=torch.tensor([s.drop_text for s in samples]),

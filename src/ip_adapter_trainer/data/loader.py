@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ip_adapter_trainer.core.errors import DataProblem
 from ip_adapter_trainer.core.log import say
-from ip_adapter_trainer.core.types import Batch, Fault
+from ip_adapter_trainer.core.types import Batch, Fault, map_tensors
 from ip_adapter_trainer.data.dataset import TrainingSet, collate
 from ip_adapter_trainer.data.faults import FaultLog
 from ip_adapter_trainer.data.order import Order, Pair, share
@@ -22,7 +22,6 @@ from ip_adapter_trainer.data.order import Order, Pair, share
 Micro = Sequence[Pair]
 
 MAX_REPLACEMENTS = 3  # of the workers, at one place
-_PINNED = ("pixels", "prompt_pixels")
 _POLL_S = 1.0
 _TIMED_OUT = "DataLoader timed out"
 _RAISED_IN_WORKER = "Caught "  # how torch begins what it hands over; all else tells of dead or hung workers
@@ -39,7 +38,7 @@ class Parcel:
         batch = self.content
         if isinstance(batch, Fault):
             return self
-        return Parcel(replace(batch, **{name: getattr(batch, name).pin_memory() for name in _PINNED}))
+        return Parcel(replace(batch, picture=map_tensors(lambda t: t.pin_memory(), batch.picture)))
 
     def open(self) -> Batch:
         """The batch.

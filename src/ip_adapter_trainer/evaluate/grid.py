@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ip_adapter_trainer.core.types import Batch
+from ip_adapter_trainer.core.types import Batch, Pixels
 from ip_adapter_trainer.evaluate.config import ValidationConfig
 from ip_adapter_trainer.evaluate.lend import Poll, no_poll
 from ip_adapter_trainer.evaluate.sample import Sampling, image_tokens, sample, tokens_of
@@ -46,20 +46,21 @@ def grid(
 
 
 def validation_grid(model: Model, batches: Sequence[Batch], config: ValidationConfig, poll: Poll = no_poll) -> Image:
-    """The grid of the first `grid_rows` rows of some batches, each drawn at the size of its target."""
+    """The grid of the first `grid_rows` rows of some batches of pixels, each drawn at the size of its target."""
     count = config.grid_rows
     captions = [text for batch in batches for text in batch.text][:count]
     prompts = captions if config.grid_prompt is None else [config.grid_prompt] * len(captions)
-    sizes = [(batch.pixels.shape[-2], batch.pixels.shape[-1]) for batch in batches for _ in batch.text][:count]
-    pixels = torch.cat([batch.prompt_pixels for batch in batches])[:count]
+    pictures = [(batch.picture, len(batch)) for batch in batches if isinstance(batch.picture, Pixels)]
+    sizes = [(p.pixels.shape[-2], p.pixels.shape[-1]) for p, images in pictures for _ in range(images)][:count]
+    pixels = torch.cat([p.prompt_pixels for p, _ in pictures])[:count]
     references = as_seen(model.encoder.preprocess, pixels)
     rows: dict[int, list[Image]] = {}
     for height_px, width_px in dict.fromkeys(sizes):
         places = [place for place, size in enumerate(sizes) if size == (height_px, width_px)]
         how = Sampling(height_px, width_px, config.grid_steps, config.grid_guidance_scale)
         tokens, seeds = tokens_of(model, pixels[places]), [config.validation_seed + place for place in places]
-        texts, pictures = [prompts[place] for place in places], [references[place] for place in places]
-        rows |= zip(places, _rows(model, pictures, tokens, texts, seeds, how, poll), strict=True)
+        texts, shown = [prompts[place] for place in places], [references[place] for place in places]
+        rows |= zip(places, _rows(model, shown, tokens, texts, seeds, how, poll), strict=True)
     return lay_out(HEADINGS, [rows[place] for place in range(len(sizes))], prompts)
 
 

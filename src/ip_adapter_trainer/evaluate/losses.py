@@ -116,7 +116,7 @@ def _features(model: Model, batches: Sequence[Batch], indices: list[int], poll: 
     found: dict[int, Tensor] = {}
     for batch in batches:
         poll()
-        found.update(zip(batch.index.tolist(), model.features(batch.prompt_pixels), strict=True))
+        found.update(zip(batch.index.tolist(), model.features_of(batch.picture), strict=True))
     return torch.stack([found[i] for i in indices])
 
 
@@ -147,8 +147,10 @@ def _errors(
     """Name of the image shown, band, and mean squared errors [B], for every image and band."""
     poll()
     family, device = model.family, model.family.pipeline.device
-    posterior, noise, timesteps = _draw(process, batch, family.latent_shape(*batch.pixels.shape[-2:]), seed)
-    latents = family.encode_latents(batch.pixels, posterior).to(device, torch.float32)
+    moments = model.moments_of(batch.picture)  # [B, 2C, h, w]
+    shape = (moments.shape[1] // 2, *moments.shape[2:])
+    posterior, noise, timesteps = _draw(process, batch, shape, seed)
+    latents = family.sample_latents(moments, posterior)
     text = family.encode_text(batch.text, batch.geometry)
     for band in range(BANDS):
         t, e = timesteps[:, band].to(device), noise[:, band].to(device)

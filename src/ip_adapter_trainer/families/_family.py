@@ -65,8 +65,12 @@ class Family(ABC):
         """Text condition of B prompts; the empty prompt is encoded as the pipeline encodes its unconditional."""
 
     @abstractmethod
-    def encode_latents(self, pixels: Tensor, noise: Tensor) -> Tensor:
-        """Scaled latents [B, C, h, w] of pixels [B, 3, H, W], sampled from the posterior with given normal noise."""
+    def encode_moments(self, pixels: Tensor) -> Tensor:
+        """Mean and log variance [B, 2C, h, w] of the latents' posterior of pixels [B, 3, H, W], unscaled."""
+
+    @abstractmethod
+    def sample_latents(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """Scaled fp32 latents [B, C, h, w], drawn from a posterior's moments [B, 2C, h, w] with given normal noise."""
 
     @abstractmethod
     def latent_shape(self, height_px: int, width_px: int) -> tuple[int, int, int]:

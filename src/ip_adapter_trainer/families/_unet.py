@@ -84,12 +84,19 @@ class UNetFamily(Family):
         return int(self.pipeline.vae.config.latent_channels), height_px // factor, width_px // factor
 
     @torch.no_grad()
-    def encode_latents(self, pixels: Tensor, noise: Tensor) -> Tensor:
-        """See `Family.encode_latents`; normalised by `latents_mean` and `latents_std` where the VAE has them."""
+    def encode_moments(self, pixels: Tensor) -> Tensor:
+        """See `Family.encode_moments`."""
         vae = self.pipeline.vae
-        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-        latents = posterior.mean + posterior.std * noise.to(vae.device, vae.dtype)
-        config = vae.config
+        moments: Tensor = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.parameters
+        return moments
+
+    @torch.no_grad()
+    def sample_latents(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """See `Family.sample_latents`; normalised by `latents_mean` and `latents_std` where the VAE has them."""
+        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+        posterior, config = DiagonalGaussianDistribution(moments.float()), self.pipeline.vae.config
+        latents = posterior.mean + posterior.std * noise.to(moments.device)
         if getattr(config, "latents_mean", None) and getattr(config, "latents_std", None):
             mean, std = (latents.new_tensor(v).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
             return (latents - mean) * config.scaling_factor / std

@@ -38,11 +38,10 @@ class Step:
     @torch.no_grad()
     def encode(self, batch: Batch) -> tuple[Tensor, TextCondition, Tensor]:
         """What the frozen encoders say of a batch: latents [B, C, h, w] in fp32, text condition, image features."""
-        family = self.model.family
-        height_px, width_px = batch.pixels.shape[2:]
-        shape = family.latent_shape(height_px, width_px)
+        model, batch = self.model, batch.to(self.device)
+        moments = model.moments_of(batch.picture)  # [B, 2C, h, w]
+        shape = (moments.shape[1] // 2, *moments.shape[2:])
         normal = [stream(self.seed, "posterior", i).standard_normal(shape, np.float32) for i in batch.index.tolist()]
-        latents = family.encode_latents(batch.pixels.to(self.device), torch.from_numpy(np.stack(normal)))
-        text = family.encode_text(batch.text, batch.geometry)
-        features = self.model.features(batch.prompt_pixels.to(self.device), batch.drop_image)
-        return latents.float(), text, features
+        latents = model.family.sample_latents(moments, torch.from_numpy(np.stack(normal)))
+        text = model.family.encode_text(batch.text, batch.geometry)
+        return latents, text, model.features_of(batch.picture, batch.drop_image)

@@ -103,9 +103,8 @@ class Batch:
 
 def map_tensors(function: Callable[..., Tensor], first: P, *others: P) -> P:
     """A picture of the same kind whose tensors are `function` of those of one or more pictures."""
-    return replace(
-        first, **{f.name: function(*(getattr(picture, f.name) for picture in (first, *others))) for f in fields(first)}
-    )
+    names = [f.name for f in fields(first)]
+    return type(first)(**{name: function(*(getattr(p, name) for p in (first, *others))) for name in names})
 
 
 @dataclass(frozen=True)

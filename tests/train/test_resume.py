@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,29 +86,43 @@ def test_a_signal_saves_and_exits(
     assert newest.name == f"checkpoint-{steps}", "the step at which it stopped was saved"
 
 
+def launched(arguments: list[str]) -> subprocess.Popen[str]:
+    """Two processes of the drop-in script, as the published command line starts them, in a session of their own."""
+    script = Path(__file__).parents[2] / "examples" / "ip_adapter" / "tutorial_train_ip-adapter.py"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu"]
+    command = [*launch, "--mixed_precision", "no", "--main_process_port", "0", str(script), *arguments]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment(), start_new_session=True, **pipes)
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    out, _ = process.communicate()
+    assert process.returncode == 0, out[-3000:]
+
+
 def test_two_processes_train_what_one_does_with_the_doubled_batch(
     run: Callable, flags: Callable, tmp_path: Path
 ) -> None:
     one = run(tmp_path / "one", train_batch_size=4)
     two = tmp_path / "two"
-    script = Path(__file__).parents[2] / "examples" / "ip_adapter" / "tutorial_train_ip-adapter.py"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu"]
-    launch += ["--mixed_precision", "no", "--main_process_port", "0"]
-    arguments = flags(two, train_batch_size=2)
-    done = subprocess.run([*launch, str(script), *arguments], env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    finish(launched(flags(two, train_batch_size=2)))
     a, b = (torch.load(p / "checkpoint-4" / checkpoint.WEIGHTS, weights_only=True) for p in (one, two))
     assert a.keys() == b.keys()
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=2e-5)
 
-    broken = tmp_path / "broken"
-    shutil.copytree(two, broken)
-    shutil.rmtree(broken / "checkpoint-4")
-    resumed = flags(broken, train_batch_size=2, resume_from_checkpoint="latest")
-    done = subprocess.run([*launch, str(script), *resumed], env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_same_run(two, broken, 4)
+
+def test_two_killed_processes_go_on_as_if_nothing_had_happened(flags: Callable, tmp_path: Path) -> None:
+    length = {"max_train_steps": 24, "save_steps": 4}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(launched(flags(whole, **length)))
+    process = launched(flags(killed, **length))
+    wait_for(killed / "checkpoint-8", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / "checkpoint-24").exists(), "it was killed before its end"
+    finish(launched(flags(killed, **length, resume_from_checkpoint="latest")))
+    assert_same_run(whole, killed, 24)
 
 
 def test_settings_that_would_make_it_another_run_are_named(run: Callable, tmp_path: Path) -> None:

@@ -27,8 +27,10 @@ from ip_adapter_trainer.data.table import RowTable
 from tests.data.test_manifest import FAULTY_OBJECTS, OBJECTS, OK
 
 MANY = 20_000
-BROKEN = ["", " ", "[", "[]", "[] x", "{}", '"x"', f"[{OK}", f"[{OK},", f"[{OK},]", f"[{OK} {OK}]",
-          f"[{OK}] ,", "[nul]",          f"[{OK},\n\n  nul, 1]", f"[{OK},\n{OK},\n x]", "[1e5, -1.25E-7, -Infinity, 12]", "[" * 3000]  # fmt: skip
+BROKEN = [
+    "", " ", "[", "[]", "[] x", "{}", '"x"', f"[{OK}", f"[{OK},", f"[{OK},]", f"[{OK} {OK}]", f"[{OK}] ,", "[nul]",
+    f"[{OK},\n\n  nul, 1]", f"[{OK},\n{OK},\n x]", "[1e5, -1.25E-7, -Infinity, 12]", "[" * 3000,
+]  # fmt: skip
 
 
 def many() -> list[dict[str, str]]:

@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+from ip_adapter_trainer.adapters import weights_sha256
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.evaluate import start
 from ip_adapter_trainer.evaluate.config import GenerateConfig
-from ip_adapter_trainer.evaluate.generate import adapter_hash, generate, output_files
+from ip_adapter_trainer.evaluate.generate import generate, output_files
 from ip_adapter_trainer.evaluate.sample import Sampling, image_tokens, sample
 from ip_adapter_trainer.model import Model
 from tests import tiny
@@ -60,7 +61,7 @@ def test_pictures_are_the_sampled_ones_and_tell_how_they_were_made(
     assert told == {
         "prompt": "a star, ☂", "negative_prompt": "", "image": "reference1.png, reference2.png", "seed": "6",
         "scale": "1", "guidance_scale": "7.5", "num_inference_steps": "2", "scheduler": "ddim", "size": "32x32",
-        "adapter": "adapter.safetensors", "adapter_sha256": adapter_hash(sd1.adapter),
+        "adapter": "adapter.safetensors", "adapter_sha256": weights_sha256(sd1.adapter.published()),
     }  # fmt: skip
 
 
@@ -124,11 +125,11 @@ def test_an_adapter_file_is_loaded_and_draws_as_the_live_one(
 
 
 def test_the_hash_is_of_the_weights(sd1: Model) -> None:
-    before = adapter_hash(sd1.adapter)
-    assert before == adapter_hash(sd1.adapter) and len(before) == 64
+    before = weights_sha256(sd1.adapter.published())
+    assert before == weights_sha256(sd1.adapter.published()) and len(before) == 64
     with torch.no_grad():
         next(sd1.adapter.parameters()).view(-1)[0] += 1e-3
-    assert adapter_hash(sd1.adapter) != before
+    assert weights_sha256(sd1.adapter.published()) != before
 
 
 def test_devices_and_precisions(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ip_adapter_trainer.core.checkpoints import all_checkpoints
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.train import checkpoint, guard
 from ip_adapter_trainer.train.tree import flatten, unflatten
@@ -27,7 +28,7 @@ def test_only_what_was_trained_is_saved_under_the_published_keys(run: Callable, 
 
 def test_rotation_keeps_the_newest(run: Callable, tmp_path: Path) -> None:
     output = run(tmp_path / "out", max_train_steps=5, save_steps=1, checkpoints_total_limit=2)
-    assert [p.name for p in checkpoint.all_checkpoints(output)] == ["checkpoint-4", "checkpoint-5"]
+    assert [p.name for p in all_checkpoints(output)] == ["checkpoint-4", "checkpoint-5"]
     assert not list(output.glob(".*removing*"))
 
 
@@ -35,7 +36,7 @@ def test_rotation_removes_nothing_while_the_newest_is_damaged(tmp_path: Path) ->
     for step in (1, 2):
         (tmp_path / f"checkpoint-{step}").mkdir()
     checkpoint.prune(tmp_path, 1)
-    assert len(checkpoint.all_checkpoints(tmp_path)) == 2
+    assert len(all_checkpoints(tmp_path)) == 2
 
 
 def test_a_full_disk_is_reported_and_training_goes_on(
@@ -50,7 +51,7 @@ def test_a_full_disk_is_reported_and_training_goes_on(
 
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", full_at_first)
     output = run(tmp_path / "out")
-    assert [p.name for p in checkpoint.all_checkpoints(output)] == ["checkpoint-4"]
+    assert [p.name for p in all_checkpoints(output)] == ["checkpoint-4"]
     assert "a checkpoint needs" in capsys.readouterr().err
 
 
@@ -72,7 +73,7 @@ def test_a_save_that_breaks_off_leaves_no_checkpoint(
     monkeypatch.setattr(checkpoint, "save_file", refuse)
     with pytest.raises(StorageProblem, match="No space left"):
         run(tmp_path / "out", max_train_steps=1)
-    assert not checkpoint.all_checkpoints(tmp_path / "out")
+    assert not all_checkpoints(tmp_path / "out")
 
 
 def test_two_runs_do_not_write_one_folder(tmp_path: Path) -> None:

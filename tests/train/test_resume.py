@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from ip_adapter_trainer.core.checkpoints import newest, verified
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.train import checkpoint
 
@@ -80,10 +81,10 @@ def test_a_signal_saves_and_exits(
     wait_for(output / "checkpoint-5", process)
     process.send_signal(number)
     assert process.wait(timeout=30) == code
-    newest = checkpoint.latest(output)
-    assert newest is not None
+    last = newest(output, verified)
+    assert last is not None
     steps = len((output / "metrics.jsonl").read_text().splitlines())
-    assert newest.name == f"checkpoint-{steps}", "the step at which it stopped was saved"
+    assert last.name == f"checkpoint-{steps}", "the step at which it stopped was saved"
 
 
 def launched(arguments: list[str]) -> subprocess.Popen[str]:
@@ -155,7 +156,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(run: Callable, tmp_path: Pat
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    newest = checkpoint.latest(output)
-    assert newest is not None and newest.name == "checkpoint-2"
+    last = newest(output, verified)
+    assert last is not None and last.name == "checkpoint-2"
     with pytest.raises(Problem, match="damaged"):
         checkpoint.read(output / "checkpoint-4")

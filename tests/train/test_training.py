@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from ip_adapter_trainer.config import parse_train
+from ip_adapter_trainer.core.checkpoints import all_checkpoints
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.train import checkpoint
 from ip_adapter_trainer.train.optim import Gradients
@@ -187,7 +188,7 @@ def test_an_error_in_the_middle_loses_no_steps(run: Callable, tmp_path: Path, mo
     monkeypatch.setattr(Step, "__call__", fail_at_the_fourth)
     with pytest.raises(RuntimeError, match="out of memory"):
         run(tmp_path / "out", max_train_steps=9, save_steps=100)
-    assert [p.name for p in checkpoint.all_checkpoints(tmp_path / "out")] == ["checkpoint-3"]
+    assert [p.name for p in all_checkpoints(tmp_path / "out")] == ["checkpoint-3"]
 
 
 def test_the_grid_reaches_its_file_and_tensorboard(run: Callable, tmp_path: Path) -> None:

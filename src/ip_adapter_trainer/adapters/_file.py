@@ -21,9 +21,8 @@ from ip_adapter_trainer.adapters._card import CARD, AdapterCard
 from ip_adapter_trainer.adapters._layout import Origin, tables_of
 from ip_adapter_trainer.adapters._raw import Container, RawFile, read_raw
 from ip_adapter_trainer.adapters._variant import VARIANTS, Shapes, Variant, shapes_of
-from ip_adapter_trainer.core.checkpoints import MANIFEST, all_checkpoints, step_of, verified
+from ip_adapter_trainer.core.checkpoints import MANIFEST, newest, step_of, verified
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
-from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.settings import Part
 
 AdapterTables = Mapping[str, Mapping[str, Tensor]]  # "image_proj" and "ip_adapter"
@@ -155,11 +154,10 @@ def find_weights(path: Path) -> Path:
         if not _whole(direct):
             raise Problem("the checkpoint is damaged", where=str(direct), remedy="take an older checkpoint")
         return direct
-    for folder in reversed(all_checkpoints(path)):
-        file = _weights_in(folder)
-        if file is not None and _whole(file):
-            return file
-        say(f"{folder.name} is incomplete or damaged and is passed over")
+    folder = newest(path, lambda folder: (file := _weights_in(folder)) is not None and _whole(file))
+    found = None if folder is None else _weights_in(folder)
+    if found is not None:
+        return found
     what, remedy = "the folder holds no checkpoint", "give a checkpoint-N, a run's output folder or an adapter file"
     raise Problem(what, where=str(path), remedy=remedy)
 

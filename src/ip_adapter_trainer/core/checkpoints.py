@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from ip_adapter_trainer.core.log import say
 
 MANIFEST = "manifest.json"  # {file name: {"sha256": hexadecimal, "bytes": size}}, written last
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -26,6 +28,15 @@ def all_checkpoints(output: Path) -> list[Path]:
     """The `checkpoint-N` folders in a run's folder, oldest first."""
     found = [(step, p) for p in output.glob("checkpoint-*") if (step := step_of(p)) is not None and p.is_dir()]
     return [path for _, path in sorted(found)]
+
+
+def newest(output: Path, is_whole: Callable[[Path], bool]) -> Path | None:
+    """The newest checkpoint that is whole; a newer one that is not is passed over with a line that says so."""
+    for folder in reversed(all_checkpoints(output)):
+        if is_whole(folder):
+            return folder
+        say(f"{folder.name} is incomplete or damaged and is passed over")
+    return None
 
 
 def sha256_of(file: Path) -> str:

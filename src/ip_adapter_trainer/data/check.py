@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
+
+from tqdm import tqdm
 
 from ip_adapter_trainer.core.types import Fault, Row
 from ip_adapter_trainer.data.config import CheckConfig
@@ -33,17 +36,14 @@ class Report:
     """What reading everything showed."""
 
     manifest: Manifest
-    seen: tuple[Seen, ...]  # one a row
+    faults: tuple[Fault, ...]  # of the manifest, then of the pictures in the order of the rows
+    by_note: Counter[str]  # rows with each thing worth knowing that is no fault
+    sides_px: array[int]  # height and width of each readable target in turn
     max_fault_rate: float
     show_faults: int  # how many are printed one by one
 
     def __str__(self) -> str:
         return render(self)
-
-    @property
-    def faults(self) -> tuple[Fault, ...]:
-        """Of the manifest, then of the pictures in the order of the rows."""
-        return self.manifest.faults + tuple(fault for seen in self.seen for fault in seen.faults)
 
     @property
     def faulty_rows(self) -> int:
@@ -62,14 +62,9 @@ class Report:
         return Counter(fault.kind for fault in self.faults)
 
     @property
-    def by_note(self) -> Counter[str]:
-        """Rows with each thing worth knowing that is no fault."""
-        return Counter(note for seen in self.seen for note in seen.notes)
-
-    @property
     def sizes_px(self) -> list[tuple[int, int]]:
         """Height and width of each readable target."""
-        return [seen.size_px for seen in self.seen if seen.size_px is not None]
+        return list(zip(self.sides_px[::2], self.sides_px[1::2], strict=True))
 
     @property
     def by_shape(self) -> dict[str, int]:
@@ -79,16 +74,21 @@ class Report:
 
 
 def check(config: CheckConfig) -> Report:
-    """Reads every row and picture.
+    """Reads every row and picture, with a progress bar where somebody watches.
 
     Raises:
         Problem: the manifest cannot be read at all.
     """
     manifest = read_manifest(config)
     see = partial(_see, Pictures.of(manifest.root, config))
-    named = [(row, manifest.where(number)) for number, row in enumerate(manifest.rows)]
-    seen = tuple(map_rows(see, named, config.dataloader_num_workers))
-    return Report(manifest, seen, config.max_fault_rate, config.show_faults)
+    named = ((row, manifest.where(number)) for number, row in enumerate(manifest.rows))
+    faults, notes, sides_px = list(manifest.faults), Counter[str](), array("i")
+    rows = map_rows(see, named, config.dataloader_num_workers)
+    for seen in tqdm(rows, total=len(manifest.rows), unit="images", disable=None):
+        faults += seen.faults
+        notes.update(seen.notes)
+        sides_px.extend(seen.size_px or ())
+    return Report(manifest, tuple(faults), notes, sides_px, config.max_fault_rate, config.show_faults)
 
 
 def _see(pictures: Pictures, named: tuple[Row, str]) -> Seen:

@@ -25,6 +25,7 @@ from ip_adapter_trainer.images.decode import PictureFault
 Preprocess: TypeAlias = Callable[[Image.Image], Tensor]  # RGB picture to [3, S, S], as the image encoder wants it
 
 MAX_TRIES = 16  # rows tried for one image; so many broken neighbours are no accident
+_AHEAD_ROWS = 256  # looked through at first for rows of the same bucket; a set has millions
 
 
 class TrainingSet(Dataset[Sample]):
@@ -71,10 +72,13 @@ class TrainingSet(Dataset[Sample]):
     def _candidates(self, row: int) -> Iterator[int]:
         """The row, then those that follow it in its bucket, around the end; each once, at most `MAX_TRIES`."""
         yield row
-        buckets = self.layout.bucket_of_row
-        mates = np.flatnonzero(buckets == buckets[row])
-        after = np.roll(mates, -int(np.searchsorted(mates, row)))[1:MAX_TRIES]
-        yield from after.tolist()
+        buckets, tries, start, ahead = self.layout.bucket_of_row, 1, row + 1, _AHEAD_ROWS
+        last = row + len(buckets)  # itself, once around
+        while tries < MAX_TRIES and start < last:
+            numbers = np.arange(start, min(start + ahead, last)) % len(buckets)
+            mates = numbers[buckets[numbers] == buckets[row]][: MAX_TRIES - tries]
+            yield from mates.tolist()
+            tries, start, ahead = tries + len(mates), start + ahead, 2 * ahead
 
     def _sample(self, index: int, number: int, faults: tuple[Fault, ...]) -> Sample:
         row, config = self.manifest.rows[number], self.config

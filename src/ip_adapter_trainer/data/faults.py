@@ -33,11 +33,12 @@ class FaultLog:
         self.rows, self.max_fault_rate = rows, max_fault_rate
         self._path = folder / FILE_NAME
         self._seen = dict.fromkeys(_read(self._path))
+        self._places = {fault.where for fault in self._seen}
 
     @property
     def faulty_rows(self) -> int:
         """Distinct rows with a fault."""
-        return len({fault.where for fault in self._seen})
+        return len(self._places)
 
     @property
     def by_kind(self) -> Counter[str]:
@@ -54,6 +55,7 @@ class FaultLog:
         if not fresh:
             return
         self._seen |= dict.fromkeys(fresh)
+        self._places |= {fault.where for fault in fresh}
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("ab", buffering=0) as file:  # one write a call: processes share the file
             file.write("".join(json.dumps(asdict(fault)) + "\n" for fault in fresh).encode())

@@ -47,7 +47,7 @@ def lay_out(manifest: Manifest, config: DataConfig) -> Layout:
 def scan_sizes(manifest: Manifest, config: DataConfig) -> Sequence[Size | Fault]:
     """Height and width of each row's upright picture in pixels, or why its header tells none."""
     size_of = partial(_size_of, Pictures.of(manifest.root, config))
-    names = [(row.image_file, manifest.where(number)) for number, row in enumerate(manifest.rows)]
+    names = ((row.image_file, manifest.where(number)) for number, row in enumerate(manifest.rows))
     return list(map_rows(size_of, names, config.dataloader_num_workers))
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii as quoted
 from pathlib import Path
 
 from ip_adapter_trainer.core.errors import Problem
@@ -15,6 +15,7 @@ from ip_adapter_trainer.data.config import ReadConfig
 from ip_adapter_trainer.data.rows import Columns, row_of
 from ip_adapter_trainer.data.sources import Entry, open_source
 from ip_adapter_trainer.data.strict_json import Complaint
+from ip_adapter_trainer.data.table import RowTable
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Manifest:
 
     source: Path
     root: Path  # resolved; image paths start here
-    rows: Sequence[Row]
+    rows: Sequence[Row]  # made on demand
     faults: tuple[Fault, ...]
     fingerprint: str  # SHA-256 over the rows, in hexadecimal
     unread_columns: tuple[str, ...]  # of the first sound entry: columns that nothing reads
@@ -50,19 +51,20 @@ def read_manifest(config: ReadConfig) -> Manifest:
     root = _root(source, config.data_root_path)
     columns = Columns(config.image_column, config.text_column, config.prompt_image_column)
     opened = open_source(source, columns)
-    rows: list[Row] = []
+    rows, digest = RowTable(), hashlib.sha256()
     places, faults, unread = array("q"), list[Fault](), tuple[str, ...]()
     for entry in opened.entries:
         row = row_of(entry.fields, columns, allow_outside=config.allow_outside_root) if not entry.complaints else []
         if isinstance(row, Row):
             unread = unread if rows else tuple(sorted(set(entry.fields) - set(columns.names)))
             rows.append(row)
+            digest.update(_line(row))
             places.append(entry.number)
         else:
             faults.extend(_faults(opened.path, opened.unit, entry, [*entry.complaints, *row]))
     if not rows and not faults:
         raise Problem("the manifest holds no rows", where=str(source), remedy="add pictures and captions")
-    return Manifest(opened.path, root, rows, tuple(faults), _fingerprint(rows), unread, opened.unit, places)
+    return Manifest(opened.path, root, rows, tuple(faults), digest.hexdigest(), unread, opened.unit, places)
 
 
 def _root(source: Path, data_root_path: str) -> Path:
@@ -84,8 +86,7 @@ def _place(source: Path, unit: str, number: int, detail: str) -> str:
     return f"{source.name}, {unit} {number}" + (f" ({detail})" if detail else "")
 
 
-def _fingerprint(rows: Sequence[Row]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps([row.image_file, row.text, row.prompt_image_file]).encode() + b"\n")
-    return digest.hexdigest()
+def _line(row: Row) -> bytes:
+    """What the fingerprint hashes of a row: a JSON array of its fields."""
+    prompt = "null" if row.prompt_image_file is None else quoted(row.prompt_image_file)
+    return f"[{quoted(row.image_file)}, {quoted(row.text)}, {prompt}]\n".encode()

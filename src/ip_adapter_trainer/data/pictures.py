@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +21,7 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 
 _CHUNK_ROWS = 64
+_CHUNKS_AHEAD = 4  # per process, submitted before their results are wanted; no more items are held than these
 
 
 @dataclass(frozen=True)
@@ -74,5 +77,16 @@ def map_rows(function: Callable[[In], Out], items: Iterable[In], workers: int) -
     if workers == 0:
         yield from map(function, items)
         return
+    rest = iter(items)
     with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(function, items, chunksize=_CHUNK_ROWS)
+        ahead: deque[Future[list[Out]]] = deque()
+        while True:
+            while len(ahead) < _CHUNKS_AHEAD * workers and (chunk := list(islice(rest, _CHUNK_ROWS))):
+                ahead.append(pool.submit(_each, function, chunk))
+            if not ahead:
+                return
+            yield from ahead.popleft().result()
+
+
+def _each(function: Callable[[In], Out], items: list[In]) -> list[Out]:
+    return [function(item) for item in items]

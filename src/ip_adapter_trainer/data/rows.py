@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from ip_adapter_trainer.core.errors import did_you_mean
@@ -13,6 +15,7 @@ from ip_adapter_trainer.core.types import Row
 from ip_adapter_trainer.data.strict_json import Complaint
 
 _NEAR = 0.8  # of difflib: `prompt_image` is near `prompt_image_file`, `image_id` is not
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _TYPE_NAMES = {dict: "an object", list: "an array", float: "a number", bool: "true or false", type(None): "null"}
 
 
@@ -36,14 +39,37 @@ class Columns:
 
 def row_of(fields: Any, columns: Columns, *, allow_outside: bool) -> Row | list[Complaint]:
     """One row, or everything that is wrong with it."""
-    if not isinstance(fields, Mapping):
+    if not isinstance(fields, dict):
         what = f"the row is {_type_name(fields)}, not an object"
         return [Complaint("wrong_type", what, f'write {{"{columns.image}": "...", "{columns.text}": "..."}}')]
-    faults = [*_missing(fields, columns), *_wrong_types(fields, columns), *_misspelt(fields, columns)]
-    if faults:
-        return faults
+    if not _is_well_formed(fields, columns):
+        return [*_missing(fields, columns), *_wrong_types(fields, columns), *_misspelt(fields, columns)]
     row = Row(fields[columns.image], fields[columns.text], fields.get(columns.prompt_image) or None)
-    return [*_refused(row, columns, allow_outside), *_not_unicode(row, columns)] or row
+    if _is_clean(row, allow_outside):
+        return row
+    return [*_refused(row, columns, allow_outside), *_not_unicode(row, columns)]
+
+
+def _is_well_formed(fields: Mapping[str, Any], columns: Columns) -> bool:
+    """Whether nothing is missing, of a wrong type or misspelt, told in a microsecond and without saying what."""
+    image, text, prompt = fields.get(columns.image), fields.get(columns.text), fields.get(columns.prompt_image)
+    are_strings = type(image) is str and type(text) is str and (prompt is None or type(prompt) is str)
+    return are_strings and (columns.prompt_image in fields or not _any_misspelt(tuple(fields), columns))
+
+
+@lru_cache(maxsize=16)  # rows of one manifest have few sets of keys
+def _any_misspelt(names: tuple[str, ...], columns: Columns) -> bool:
+    return any(map(columns.misspelt, names))
+
+
+def _is_clean(row: Row, allow_outside: bool) -> bool:
+    """Whether no path is refused and all is Unicode."""
+    image, text, prompt = row.image_file, row.text, row.prompt_image_file
+    return (
+        refusal(image, allow_outside=allow_outside) is None
+        and (prompt is None or refusal(prompt, allow_outside=allow_outside) is None)
+        and not any(value is not None and _has_surrogates(value) for value in (image, text, prompt))
+    )
 
 
 def missing_column(name: str, found: list[str], columns: Columns) -> Complaint:
@@ -104,8 +130,12 @@ def _not_unicode(row: Row, columns: Columns) -> list[Complaint]:
     return [
         Complaint("bad_text", f"{column!r} holds characters that are not Unicode", "save the manifest as UTF-8")
         for column, value in values
-        if not value.isascii() and value.encode("utf-8", "replace").decode() != value
+        if _has_surrogates(value)
     ]
+
+
+def _has_surrogates(value: str) -> bool:
+    return not value.isascii() and _SURROGATE.search(value) is not None
 
 
 def _type_name(value: Any) -> str:

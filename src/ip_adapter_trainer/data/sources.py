@@ -6,17 +6,17 @@ import csv
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.files import open_regular
+from ip_adapter_trainer.data.json_array import read_array
 from ip_adapter_trainer.data.rows import Columns, missing_column, unknown_column
 from ip_adapter_trainer.data.strict_json import Complaint, StrictDecoder, skip_space
 from ip_adapter_trainer.images.decode import SUFFIXES as PICTURE_SUFFIXES
 
-MAX_JSON_BYTES = 2**30
 MAX_LINE_BYTES = 2**20
 MAX_CAPTION_BYTES = 2**16
 METADATA_FILE = "metadata.jsonl"
@@ -26,8 +26,7 @@ _BOM = b"\xef\xbb\xbf"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """What a manifest says at one place. `fields` is an object of strings if the entry is sound."""
 
     number: int  # as people count: from 1
@@ -64,46 +63,9 @@ def open_source(path: Path, columns: Columns) -> Source:
 
 
 def _read_json(path: Path) -> Iterator[Entry]:
-    """Entries of one JSON array, decoded one after the other so that each has its line."""
-    text = _whole_text(path)
-    decoder, number, line, counted = StrictDecoder(), 0, 1, 0
-    position = _first_element(path, text)
-    while position is not None:
-        number, line, counted = number + 1, line + text.count("\n", counted, position), position
-        try:
-            fields, end, complaints = decoder.value_at(text, position)
-            position = _next_element(text, end)
-        except json.JSONDecodeError as error:
-            raise _broken_json(path, error, number) from error
-        yield Entry(number, fields, tuple(complaints), f"line {line}")
-
-
-def _first_element(path: Path, text: str) -> int | None:
-    start = skip_space(text, 0)
-    if text[start : start + 1] != "[":
-        remedy = "write [{...}, {...}]; one object a line belongs in a .jsonl file"
-        raise Problem("the manifest is not a JSON array of rows", where=str(path), remedy=remedy)
-    inside = skip_space(text, start + 1)
-    return None if text[inside : inside + 1] == "]" else inside
-
-
-def _next_element(text: str, end: int) -> int | None:
-    """Where the element after the one that ends at `end` begins; None after the last."""
-    mark = skip_space(text, end)
-    after = skip_space(text, mark + 1)
-    if text[mark : mark + 1] == ",":
-        return after
-    if text[mark : mark + 1] != "]":
-        raise json.JSONDecodeError("Expecting ',' or ']'", text, mark)
-    if after < len(text):
-        raise json.JSONDecodeError("Text after the array", text, after)
-    return None
-
-
-def _broken_json(path: Path, error: json.JSONDecodeError, number: int) -> Problem:
-    where = f"{path}, line {error.lineno}, column {error.colno} (element {number})"
-    remedy = "correct it there; in a .jsonl file a broken line would cost one row only"
-    return Problem(f"the manifest is not valid JSON: {error.msg}", where=where, remedy=remedy)
+    with _open(path) as stream:
+        for number, (line, fields, complaints) in enumerate(read_array(path, stream), 1):
+            yield Entry(number, fields, tuple(complaints), f"line {line}")
 
 
 def _read_jsonl(path: Path) -> Iterator[Entry]:
@@ -222,7 +184,7 @@ def _with_image_key(entries: Iterator[Entry], key: str) -> Iterator[Entry]:
         if isinstance(fields, dict) and key not in fields and METADATA_IMAGE_KEY in fields:
             fields = {key: fields[METADATA_IMAGE_KEY]} | fields
             del fields[METADATA_IMAGE_KEY]
-        yield replace(entry, fields=fields)
+        yield entry._replace(fields=fields)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
@@ -235,19 +197,6 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
             yield number, line.removeprefix(_BOM if number == 1 else b"") if whole else None
             while not line.endswith(b"\n") and not whole and (line := stream.readline(MAX_LINE_BYTES)):
                 pass
-
-
-def _whole_text(path: Path) -> str:
-    with _open(path) as stream:
-        data = stream.read(MAX_JSON_BYTES + 1)
-    if len(data) > MAX_JSON_BYTES:
-        what = f"the manifest is larger than {MAX_JSON_BYTES // 2**30} GB"
-        raise Problem(what, where=str(path), remedy="write it as .jsonl, which is read line by line")
-    try:
-        return data.removeprefix(_BOM).decode()
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise Problem("the manifest is not UTF-8", where=f"{path}, line {line}", remedy="save it as UTF-8") from error
 
 
 def _open(path: Path) -> BinaryIO:

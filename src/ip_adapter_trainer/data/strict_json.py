@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-_SPACE = " \t\r\n"
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,5 @@ class StrictDecoder:
 
 def skip_space(text: str, start: int) -> int:
     """The first place from `start` on that is no JSON white space."""
-    while start < len(text) and text[start] in _SPACE:
-        start += 1
-    return start
+    found = _SPACE.match(text, start)
+    return found.end() if found else start

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
-import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
+from ip_adapter_trainer.adapters import weights_sha256
 from ip_adapter_trainer.card import package_version
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.evaluate.config import GenerateConfig
@@ -85,16 +84,6 @@ def _free_numbers(folder: Path) -> Iterator[int]:
     return count(max((int(number) for number in begin if number.isdecimal()), default=0) + 1)
 
 
-def adapter_hash(adapter: Adapter) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of an adapter's tensors, whatever file they came in."""
-    digest = hashlib.sha256()
-    for table, tensors in sorted(adapter.published().items()):
-        for name, tensor in sorted(tensors.items()):
-            digest.update(f"{table}.{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _facts(config: GenerateConfig, adapter: Adapter) -> dict[str, str]:
     """What every picture says of itself; of files the names only, not the folders."""
     return {
@@ -106,7 +95,7 @@ def _facts(config: GenerateConfig, adapter: Adapter) -> dict[str, str]:
         "num_inference_steps": str(config.num_inference_steps),
         "scheduler": config.scheduler,
         "adapter": Path(config.adapter).name,
-        "adapter_sha256": adapter_hash(adapter),
+        "adapter_sha256": weights_sha256(adapter.published()),
         "Software": f"ip_adapter_trainer {package_version()}",
     }
 

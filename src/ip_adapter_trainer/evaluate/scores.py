@@ -21,12 +21,12 @@ from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ip_adapter_trainer.adapters import weights_sha256
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.rng import key
 from ip_adapter_trainer.evaluate.clip import ClipScorer, clip_i, clip_t
 from ip_adapter_trainer.evaluate.config import EvaluateConfig
-from ip_adapter_trainer.evaluate.generate import adapter_hash
 from ip_adapter_trainer.evaluate.lend import Poll, no_poll
 from ip_adapter_trainer.evaluate.prompts import Prompt, read_prompts
 from ip_adapter_trainer.evaluate.report import CLIP_I, CLIP_T, CONDITIONS, PROMPTED, SCALE_0, SHUFFLED, Evaluation
@@ -62,7 +62,10 @@ def evaluate(config: EvaluateConfig, poll: Poll = no_poll) -> Evaluation:
     model, began = load(config), time.monotonic()
     plan = Plan(sampling(config, model), config.prompt, config.num_images_per_prompt, config.seed)
     values = score(model, clip, prompts, plan, poll)
-    protocol: dict[str, Any] = {"adapter": Path(config.adapter).name, "adapter_sha256": adapter_hash(model.adapter)}
+    protocol: dict[str, Any] = {
+        "adapter": Path(config.adapter).name,
+        "adapter_sha256": weights_sha256(model.adapter.published()),
+    }
     protocol |= {"clip_model": config.clip_model, "rows": len(prompts)} | asdict(plan)
     found = Evaluation.of(values, protocol, [str(fault) for fault in faults], round(time.monotonic() - began, 1))
     _write(found, output)

@@ -11,9 +11,7 @@ A `checkpoint-N/` folder, N optimizer steps, holds::
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,16 +22,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ip_adapter_trainer.adapters import AdapterCard
+from ip_adapter_trainer.adapters import CARD, AdapterCard
+from ip_adapter_trainer.core.checkpoints import MANIFEST, all_checkpoints, sha256_of, verified
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
-from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.staging import staged_folder
 from ip_adapter_trainer.train.tree import flatten, unflatten
 
-WEIGHTS, CARD, TENSORS, STATE, MANIFEST = (
-    "pytorch_model.bin", "adapter.json", "training_state.safetensors", "training_state.json", "manifest.json",
-)  # fmt: skip
-_NAME = re.compile(r"checkpoint-(\d+)")
+WEIGHTS, TENSORS, STATE = "pytorch_model.bin", "training_state.safetensors", "training_state.json"
 
 
 @dataclass(frozen=True)
@@ -43,11 +38,6 @@ class Saved:
     step: int
     weights: dict[str, Tensor]
     state: dict[str, Any]
-
-
-def _hash(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def write(output: Path, step: int, weights: Mapping[str, Tensor], card: AdapterCard, state: Mapping[str, Any]) -> Path:
@@ -74,7 +64,7 @@ def write(output: Path, step: int, weights: Mapping[str, Tensor], card: AdapterC
             (stage / CARD).write_text(card.to_json(), encoding="utf-8")
             (stage / STATE).write_text(json.dumps({"step": step, "state": skeleton}, indent=1), encoding="utf-8")
             files = sorted(f for f in stage.iterdir() if f.is_file())
-            entries = {f.name: {"sha256": _hash(f), "bytes": f.stat().st_size} for f in files}
+            entries = {f.name: {"sha256": sha256_of(f), "bytes": f.stat().st_size} for f in files}
             (stage / MANIFEST).write_text(json.dumps(entries, indent=1), encoding="utf-8")
     except OSError as error:
         what, remedy = (
@@ -91,33 +81,6 @@ def _check_room(output: Path, tensors: list[Tensor]) -> None:
     if free < need:
         what = f"a checkpoint needs {need / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB"
         raise StorageProblem(what, where=str(output), remedy="make room, or lower --checkpoints_total_limit")
-
-
-def verified(folder: Path) -> bool:
-    """Whether every file of a checkpoint is there with the size and hash that its manifest says."""
-    try:
-        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return all(
-            (folder / name).stat().st_size == entry["bytes"] and _hash(folder / name) == entry["sha256"]
-            for name, entry in entries.items()
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def all_checkpoints(output: Path) -> list[Path]:
-    """The run's checkpoint folders, oldest first."""
-    found = [(int(m.group(1)), p) for p in output.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
-    return [path for _, path in sorted(found)]
-
-
-def latest(output: Path) -> Path | None:
-    """The newest checkpoint whose manifest verifies; a damaged newer one is passed over with a line that says so."""
-    for folder in reversed(all_checkpoints(output)):
-        if verified(folder):
-            return folder
-        say(f"{folder.name} is incomplete or damaged and is passed over")
-    return None
 
 
 def prune(output: Path, keep: int | None) -> None:

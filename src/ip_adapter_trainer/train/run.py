@@ -9,6 +9,7 @@ import torch
 from filelock import FileLock
 
 from ip_adapter_trainer.adapters import VARIANTS
+from ip_adapter_trainer.core.checkpoints import all_checkpoints, newest, verified
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.staging import sweep
@@ -16,7 +17,7 @@ from ip_adapter_trainer.diffusion import NoiseProcess, ObjectiveConfig
 from ip_adapter_trainer.encoders import ClipImageEncoder
 from ip_adapter_trainer.families import FAMILIES, family_of
 from ip_adapter_trainer.model import Model
-from ip_adapter_trainer.train import checkpoint, guard
+from ip_adapter_trainer.train import guard
 from ip_adapter_trainer.train.config import TrainConfig
 from ip_adapter_trainer.train.launch import Runtime, start
 from ip_adapter_trainer.train.loop import Trainer
@@ -115,11 +116,11 @@ def _resume(trainer: Trainer, config: TrainConfig) -> None:
     """
     asked = config.resume_from_checkpoint
     if asked is None:
-        if checkpoint.all_checkpoints(trainer.output):
+        if all_checkpoints(trainer.output):
             remedy = "give --resume_from_checkpoint latest to go on, or another --output_dir"
             raise Problem("the output folder holds another run's checkpoints", where=config.output_dir, remedy=remedy)
         return
-    folder = checkpoint.latest(trainer.output) if asked == "latest" else Path(asked)
+    folder = newest(trainer.output, verified) if asked == "latest" else Path(asked)
     if folder is None:
         say("nothing to resume: starting afresh")
         return

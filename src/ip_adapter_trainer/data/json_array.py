@@ -1,0 +1,131 @@
+"""One JSON array read element by element, of which only a window is ever held."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.data.strict_json import Complaint, StrictDecoder, skip_space
+
+MAX_JSON_BYTES = 2**30
+_WINDOW_BYTES = 2**20
+
+Element = tuple[int, Any, list[Complaint]]  # line it begins on, counted from 1; value; what is wrong with it
+
+
+def read_array(path: Path, stream: BinaryIO) -> Iterator[Element]:
+    """The elements of a file that is one array, in order.
+
+    Raises:
+        Problem: not an array, not valid JSON, not UTF-8, or too large; where it breaks off.
+    """
+    if os.fstat(stream.fileno()).st_size > MAX_JSON_BYTES:
+        what = f"the manifest is larger than {MAX_JSON_BYTES // 2**30} GB"
+        raise Problem(what, where=str(path), remedy="write it as .jsonl, which is read line by line")
+    window, decoder, number = _Window(path, stream), StrictDecoder(), 0
+    more = _enter(path, window)
+    while more:
+        number += 1
+        try:
+            value, complaints, line, more = _element(window, decoder)
+        except json.JSONDecodeError as error:
+            raise window.broken(error, number) from error
+        yield line, value, complaints
+
+
+class _Window:
+    """The part of the text that is being looked at; what lies before `position` goes when more is read."""
+
+    def __init__(self, path: Path, stream: BinaryIO) -> None:
+        self._path, self._stream = path, stream
+        self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+        self._lines_read, self._size_bytes = 1, _WINDOW_BYTES
+        self._line, self._column = 1, 0  # of the window's first character: from 1; characters before it on its line
+        self._counted, self._line_counted = 0, 1  # how far lines were counted, and the line there
+        self.text, self.position, self.is_whole = "", 0, False
+
+    def extend(self) -> None:
+        """Reads on: as much as before, or twice as much if what is held was not enough for one element."""
+        self._size_bytes = _WINDOW_BYTES if self.position else 2 * self._size_bytes
+        data = self._stream.read(self._size_bytes)
+        self.is_whole = not data
+        try:
+            more = self._decode(data, final=self.is_whole)
+        except UnicodeDecodeError as error:
+            line = self._lines_read + error.object.count(b"\n", 0, error.start)
+            where = f"{self._path}, line {line}"
+            raise Problem("the manifest is not UTF-8", where=where, remedy="save it as UTF-8") from error
+        self._lines_read += data.count(b"\n")
+        self._forget()
+        self.text += more
+
+    def _forget(self) -> None:
+        newline = self.text.rfind("\n", 0, self.position)
+        self._column = self.position - newline - 1 if newline >= 0 else self._column + self.position
+        self._line = self._line_counted = self.line()
+        self.text, self.position, self._counted = self.text[self.position :], 0, 0
+
+    def line(self) -> int:
+        """The line of `position`, counted from 1."""
+        self._line_counted += self.text.count("\n", self._counted, self.position)
+        self._counted = self.position
+        return self._line_counted
+
+    def broken(self, error: json.JSONDecodeError, number: int) -> Problem:
+        """What to say of an error in element `number`, found in the window's text."""
+        column = error.colno + (self._column if error.lineno == 1 else 0)
+        where = f"{self._path}, line {self._line + error.lineno - 1}, column {column} (element {number})"
+        remedy = "correct it there; in a .jsonl file a broken line would cost one row only"
+        return Problem(f"the manifest is not valid JSON: {error.msg}", where=where, remedy=remedy)
+
+
+def _enter(path: Path, window: _Window) -> bool:
+    """Goes to the first element; whether there is one."""
+    while True:
+        start = skip_space(window.text, 0)
+        inside = skip_space(window.text, start + 1)
+        if inside < len(window.text) or window.is_whole:
+            break
+        window.extend()
+    if window.text[start : start + 1] != "[":
+        remedy = "write [{...}, {...}]; one object a line belongs in a .jsonl file"
+        raise Problem("the manifest is not a JSON array of rows", where=str(path), remedy=remedy)
+    window.position = inside
+    return window.text[inside : inside + 1] != "]"
+
+
+def _element(window: _Window, decoder: StrictDecoder) -> tuple[Any, list[Complaint], int, bool]:
+    """The element at the window's position, which moves to the next; the last value tells whether there is one.
+
+    What fails to decode may only be cut off by the window's end, so it fails for good only once all is read.
+    """
+    while True:
+        try:
+            value, end, complaints = decoder.value_at(window.text, window.position)
+            following = _following(window.text, end, is_whole=window.is_whole)
+            break
+        except json.JSONDecodeError:
+            if window.is_whole:
+                raise
+            window.extend()
+    line = window.line()
+    window.position = len(window.text) if following is None else following
+    return value, complaints, line, following is not None
+
+
+def _following(text: str, end: int, *, is_whole: bool) -> int | None:
+    """Where the element after the one that ends at `end` begins; None after the last, once all is read."""
+    mark = skip_space(text, end)
+    after = skip_space(text, mark + 1)
+    if text[mark : mark + 1] == ",":
+        return after
+    if text[mark : mark + 1] != "]":
+        raise json.JSONDecodeError("Expecting ',' or ']'", text, mark)
+    if after < len(text) or not is_whole:
+        raise json.JSONDecodeError("Text after the array", text, after)
+    return None

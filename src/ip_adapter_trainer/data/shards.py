@@ -1,0 +1,245 @@
+"""Tables of fixed-size rows under content addresses: safetensors files that are whole when they are there.
+
+A table is a folder of shards. A shard holds two tensors, `key` [R, 16] uint8 (addresses) and `value` [R, ...] of the
+table's one shape and dtype. A shard is written beside its place and renamed, and is named after its keys, so writers
+of any number never collide and nothing but the shards says what a table holds. Readers sort the keys once; after that
+a row costs one binary search and one copy out of a memory map, however many rows there are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ip_adapter_trainer.core.errors import Problem, StorageProblem
+from ip_adapter_trainer.core.staging import staged_file
+
+KEY_BYTES = 16
+_KEY = np.dtype(f"S{KEY_BYTES}")  # compared with its trailing zeros left out, which keeps the order of whole keys
+_DTYPES: dict[torch.dtype, tuple[str, type[np.generic]]] = {  # safetensors' name; what numpy maps the bytes as
+    torch.float32: ("F32", np.float32),
+    torch.float16: ("F16", np.float16),
+    torch.bfloat16: ("BF16", np.int16),
+    torch.uint8: ("U8", np.uint8),
+}
+_MAX_HEADER_BYTES = 4096  # ours have about 200
+_MAX_MAPS = 256  # shards mapped at a time, far under the usual limit of open files
+_SEAL_BYTES, _SEAL_S = 256 * 2**20, 60.0  # a kill loses at most so much
+
+
+def address(*parts: bytes | str | int) -> bytes:
+    """The 16 bytes under which a thing is kept: a hash of all that decides it, each part with its length."""
+    digest = hashlib.blake2b(digest_size=KEY_BYTES)
+    for part in parts:
+        content = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
+        digest.update(len(content).to_bytes(8, "little"))
+        digest.update(content)
+    return digest.digest()
+
+
+def places_of(keys: Sequence[bytes], among: NDArray[np.bytes_]) -> NDArray[np.int64]:
+    """The first place of each address among sorted ones, -1 for one that is not there."""
+    wanted = np.frombuffer(b"".join(keys), _KEY)
+    places = np.searchsorted(among, wanted)
+    there = places < len(among)
+    there[there] = among[places[there]] == wanted[there]
+    return np.where(there, places, -1)
+
+
+@dataclass(frozen=True)
+class TableKind:
+    """What every row of a table is."""
+
+    name: str
+    shape: tuple[int, ...]  # of one row
+    dtype: torch.dtype
+
+    @property
+    def folder(self) -> str:
+        """Where its shards are, under the set's folder."""
+        shape = "x".join(map(str, self.shape))
+        return f"{self.name}/{shape}-{str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row with its address."""
+        return KEY_BYTES + math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class _Shard:
+    path: Path
+    rows: int
+    key_at: int  # bytes from the beginning of the file
+    value_at: int
+
+
+class Table:
+    """A table as it was when it was opened.
+
+    Usage::
+
+        table = Table(folder, TableKind("moments", (8, 64, 64), torch.bfloat16))
+        place = table.find([address("a")])[0]
+        moments = table[place] if place >= 0 else None
+
+    Raises:
+        Problem: a shard that is none, is cut short, or holds other rows than the kind's.
+    """
+
+    def __init__(self, root: Path, kind: TableKind) -> None:
+        self.kind = kind
+        self._shards = [_open_shard(path, kind) for path in sorted((root / kind.folder).glob("[!.]*.safetensors"))]
+        parts = [_read_keys(shard) for shard in self._shards]
+        keys = np.concatenate(parts) if parts else np.empty(0, _KEY)
+        order = np.argsort(keys, kind="stable")
+        self._keys = keys[order]
+        starts = np.cumsum([0, *(len(part) for part in parts)])
+        self._shard = (np.searchsorted(starts, order, side="right") - 1).astype(np.int32)
+        self._row = (order - starts[self._shard]).astype(np.int32)
+        self._maps: OrderedDict[int, Any] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_maps": OrderedDict()}  # another process maps for itself
+
+    @property
+    def keys(self) -> NDArray[np.bytes_]:
+        """All addresses, sorted; one that two writers wrote is there twice."""
+        return self._keys
+
+    def find(self, keys: Sequence[bytes]) -> NDArray[np.int64]:
+        """The place of each address, -1 for one that is not there; of several rows of one address, the first."""
+        return places_of(keys, self._keys)
+
+    def __getitem__(self, place: int) -> Tensor:
+        """The row at a place that `find` gave, as a tensor of its own."""
+        row = np.array(self._mapped(int(self._shard[place]))[self._row[place]])
+        return torch.from_numpy(row).view(self.kind.dtype)
+
+    def values(self) -> NDArray[Any]:
+        """All rows in the order of `keys`, in memory; for tables of small rows."""
+        parts = [np.asarray(_map(shard, self.kind)) for shard in self._shards]
+        if not parts:
+            return np.empty((0, *self.kind.shape), _DTYPES[self.kind.dtype][1])
+        starts = np.cumsum([0, *(len(part) for part in parts)])
+        return np.concatenate(parts)[starts[self._shard] + self._row]
+
+    def _mapped(self, number: int) -> Any:
+        mapped = self._maps.get(number)
+        if mapped is None:
+            mapped = self._maps[number] = _map(self._shards[number], self.kind)
+            if len(self._maps) > _MAX_MAPS:
+                self._maps.popitem(last=False)
+        self._maps.move_to_end(number)
+        return mapped
+
+
+def _map(shard: _Shard, kind: TableKind) -> Any:
+    shape = (shard.rows, *kind.shape)
+    return np.memmap(shard.path, _DTYPES[kind.dtype][1], mode="r", offset=shard.value_at, shape=shape)
+
+
+def _read_keys(shard: _Shard) -> NDArray[np.bytes_]:
+    with shard.path.open("rb") as file:
+        file.seek(shard.key_at)
+        content = file.read(shard.rows * KEY_BYTES)
+    return np.frombuffer(content, _KEY)
+
+
+def _open_shard(path: Path, kind: TableKind) -> _Shard:
+    """Where a shard's tensors are, once its header and size are what they must be; nothing is allocated before."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length <= _MAX_HEADER_BYTES else {}
+        header.pop("__metadata__", None)
+        rows = header["key"]["shape"][0]
+        expected = {"key": ("U8", [rows, KEY_BYTES]), "value": (_DTYPES[kind.dtype][0], [rows, *kind.shape])}
+        found = {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
+        spans = {name: tuple(entry["data_offsets"]) for name, entry in header.items()}
+        whole = type(rows) is int and rows > 0 and 8 + length + rows * kind.row_bytes == size
+        if not whole or found != expected or spans not in _layouts(rows, kind):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        what = f"this file is no whole shard of {kind.folder}"
+        remedy = "remove it and run `ip-adapter prepare` again, which makes up for what it held"
+        raise Problem(what, where=str(path), remedy=remedy) from error
+    return _Shard(path, rows, 8 + length + spans["key"][0], 8 + length + spans["value"][0])
+
+
+def _layouts(rows: int, kind: TableKind) -> list[dict[str, tuple[int, int]]]:
+    """Both orders in which two tensors can fill a file without gap or overlap."""
+    keys, end = rows * KEY_BYTES, rows * kind.row_bytes
+    return [{"key": (0, keys), "value": (keys, end)}, {"value": (0, end - keys), "key": (end - keys, end)}]
+
+
+class TableWriter:
+    """Adds rows to a table, a shard at a time: when there are 256 MB of them, or a minute after the first.
+
+    Usage::
+
+        writer = TableWriter(folder, kind)
+        writer.add(key, value)
+        writer.seal()
+    """
+
+    def __init__(self, root: Path, kind: TableKind) -> None:
+        self._folder, self._kind = root / kind.folder, kind
+        self._rows: dict[bytes, Tensor] = {}
+        self._began_s = 0.0
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._rows
+
+    def add(self, key: bytes, value: Tensor) -> None:
+        """Takes a row of the kind's shape and dtype; one of the same address replaces it.
+
+        Raises:
+            StorageProblem: a full shard could not be written.
+        """
+        assert value.shape == self._kind.shape and value.dtype == self._kind.dtype, self._kind
+        self._began_s = self._began_s if self._rows else time.monotonic()
+        self._rows[key] = value
+        is_full = len(self._rows) * self._kind.row_bytes >= _SEAL_BYTES
+        if is_full or time.monotonic() - self._began_s > _SEAL_S:
+            self.seal()
+
+    def seal(self) -> None:
+        """Writes what there is as a shard.
+
+        Raises:
+            StorageProblem: the disk refused; the rows are kept for another try.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        if not self._rows:
+            return
+        joined = b"".join(self._rows)
+        keys = torch.frombuffer(bytearray(joined), dtype=torch.uint8).view(-1, KEY_BYTES)
+        final = self._folder / f"{address(joined).hex()}.safetensors"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with staged_file(final) as stage:
+                save_file({"key": keys, "value": torch.stack([*self._rows.values()])}, stage)
+        except (OSError, SafetensorError) as error:
+            what = f"a shard of the prepared set was not saved: {getattr(error, 'strerror', None) or error}"
+            remedy = "make room and run the same command again; it goes on where it was"
+            raise StorageProblem(what, where=str(final), remedy=remedy) from error
+        self._rows = {}

@@ -28,7 +28,8 @@ def weights(output: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def prepared(flags: Callable, output: Path, folder: Path, **more: object) -> Report:
-    """Prepares what a run with these settings needs."""
+    """Prepares what a run with these settings needs, in batches of the run's own size unless told."""
+    more = {"encode_batch_size": 2} | more
     fields = PrepareConfig.model_fields
     argv = [f for f in flags(output, **more) if f.removeprefix("--").split("=")[0] in fields]
     return prepare(parse(PrepareConfig, [*argv, f"--prepared_dir={folder}"], prog="prepare"))
@@ -42,12 +43,13 @@ def own_rows(folder: Path, count: int, sizes: tuple[tuple[int, int], ...] = ((32
 
 
 def assert_same_training(raw: Path, encoded: Path, steps: int = 4) -> None:
-    """Equal to rounding: an encoder may round otherwise for another number of pictures at once."""
+    """Losses and weights bit for bit; validation, whose batches have other sizes, to rounding."""
     for one, other in zip(losses(raw), losses(encoded), strict=True):
+        if "loss" in one:
+            assert one == other
         assert one == pytest.approx(other, rel=1e-5, abs=1e-6)
     a, b = weights(raw, steps), weights(encoded, steps)
-    for key in a:
-        torch.testing.assert_close(a[key], b[key], rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.mark.parametrize("extra", [
@@ -63,13 +65,13 @@ def test_losses_and_adapter_are_those_of_the_raw_rows(
     )
 
 
-def test_in_batches_of_the_same_size_they_are_the_same_bytes(run: Callable, flags: Callable, tmp_path: Path) -> None:
-    prepared(flags, tmp_path / "raw", tmp_path / "set", encode_batch_size=2)
+def test_batches_of_another_size_differ_by_rounding_only(run: Callable, flags: Callable, tmp_path: Path) -> None:
+    prepared(flags, tmp_path / "raw", tmp_path / "set", encode_batch_size=5)
     raw, encoded = run(tmp_path / "raw"), run(tmp_path / "encoded", prepared_dir=tmp_path / "set")
-    steps = [[row["loss"] for row in losses(output) if "loss" in row] for output in (raw, encoded)]
-    assert steps[0] == steps[1] and len(steps[0]) == 4
-    a, b = weights(raw, 4), weights(encoded, 4)
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    for one, other in zip(losses(raw), losses(encoded), strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+    for key, value in weights(raw, 4).items():
+        torch.testing.assert_close(weights(encoded, 4)[key], value, rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -105,7 +107,7 @@ def test_nothing_is_encoded_in_a_step(
 
 def test_a_faulty_row_is_replaced_by_the_same_row(run: Callable, flags: Callable, tmp_path: Path) -> None:
     extra = own_rows(tmp_path / "rows", 8) | {"max_fault_rate": 0.5, "aspect_ratio_buckets": True, "bucket_step_px": 8}
-    for number in (2, 5):
+    for number in (1, 5):
         file = tmp_path / "rows" / f"{number}.png"
         file.write_bytes(file.read_bytes()[:-60])
     report = prepared(flags, tmp_path / "raw", tmp_path / "set", **extra)
@@ -166,6 +168,6 @@ def test_auto_prepares_where_it_pays_and_says_so(
     drawn = run(tmp_path / "drawn", prepare="auto", max_train_steps=14, prompt_flip=True)
     assert "not preparing: --prompt_flip" in capsys.readouterr().err and not (drawn / "prepared").exists()
     raw = run(tmp_path / "raw", max_train_steps=14)
-    long = run(tmp_path / "long", prepare="auto", max_train_steps=14)
+    long = run(tmp_path / "long", prepare="auto", max_train_steps=14, encode_batch_size=2)
     assert "preparing first: 2.3 epochs" in capsys.readouterr().err and (long / "prepared").exists()
     assert_same_training(raw, long, 14)

@@ -1,7 +1,7 @@
 """Tables of fixed-size rows under content addresses: safetensors files that are whole when they are there.
 
 A table is a folder of shards. A shard holds two tensors, `key` [R, 16] uint8 (addresses) and `value` [R, ...] of the
-table's one shape and dtype. A shard is written beside its place and renamed, and is named after its keys, so writers
+table's one shape and dtype. A shard is written beside its place and renamed, and is named after what it holds, so writers
 of any number never collide and nothing but the shards says what a table holds. Readers sort the keys once; after that
 a row costs one binary search and one copy out of a memory map, however many rows there are.
 """
@@ -204,9 +204,6 @@ class TableWriter:
         self._rows: dict[bytes, Tensor] = {}
         self._began_s = 0.0
 
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._rows
-
     def add(self, key: bytes, value: Tensor) -> None:
         """Takes a row of the kind's shape and dtype; one of the same address replaces it.
 
@@ -231,13 +228,15 @@ class TableWriter:
 
         if not self._rows:
             return
-        joined = b"".join(self._rows)
+        joined, values = b"".join(self._rows), torch.stack([*self._rows.values()])
+        name = hashlib.blake2b(joined, digest_size=KEY_BYTES)
+        name.update(values.reshape(-1).view(torch.uint8).numpy())
         keys = torch.frombuffer(bytearray(joined), dtype=torch.uint8).view(-1, KEY_BYTES)
-        final = self._folder / f"{address(joined).hex()}.safetensors"
+        final = self._folder / f"{name.hexdigest()}.safetensors"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with staged_file(final) as stage:
-                save_file({"key": keys, "value": torch.stack([*self._rows.values()])}, stage)
+                save_file({"key": keys, "value": values}, stage)
         except (OSError, SafetensorError) as error:
             what = f"a shard of the prepared set was not saved: {getattr(error, 'strerror', None) or error}"
             remedy = "make room and run the same command again; it goes on where it was"

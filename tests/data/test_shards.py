@@ -41,11 +41,10 @@ def test_an_empty_table_finds_nothing(tmp_path: Path) -> None:
     assert PictureIndex(tmp_path).find(["a"]) == [None]
 
 
-def test_more_shards_than_are_kept_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "_MAX_MAPS", 2)
+def test_more_shards_than_are_kept_open(tmp_path: Path) -> None:
     for number in range(6):
         fill(tmp_path, range(number, number + 1))
-    table = Table(tmp_path, KIND)
+    table = Table(tmp_path, KIND, max_maps=2)
     for _ in range(2):
         for number in range(6):
             assert float(table[int(table.find([address(number)])[0])][0, 0]) == number

@@ -29,6 +29,7 @@ FORMAT = 1  # part of every address; raise it when the same settings cut or prep
 TARGET, PROMPT, MIRRORED_PROMPT = 1, 2, 4  # what a picture is used as; added up
 _AGAIN = "run `ip-adapter prepare` again"
 _CHUNK_ROWS = 8192
+_MAX_MAPS = 512  # shards mapped at a time over all tables, half the usual limit of open files
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ class PreparedSet:
     def __init__(self, root: Path, recipe: Recipe, pictures: Pictures) -> None:
         self.root, self.recipe, self._pictures = root, recipe, pictures
         self.index = PictureIndex(root)
-        self.tables = {kind: Table(root, kind) for kind in recipe.tables}
+        kinds = recipe.tables
+        self.tables = {kind: Table(root, kind, max(1, _MAX_MAPS // len(kinds))) for kind in kinds}
 
     def sizes_px(self, rows: Sequence[Row]) -> list[Size | None]:
         """Height and width of each row's target, None where its file must be asked."""

@@ -1,9 +1,9 @@
 """Tables of fixed-size rows under content addresses: safetensors files that are whole when they are there.
 
 A table is a folder of shards. A shard holds two tensors, `key` [R, 16] uint8 (addresses) and `value` [R, ...] of the
-table's one shape and dtype. A shard is written beside its place and renamed, and is named after what it holds, so writers
-of any number never collide and nothing but the shards says what a table holds. Readers sort the keys once; after that
-a row costs one binary search and one copy out of a memory map, however many rows there are.
+table's one shape and dtype. A shard is written beside its place and renamed, and is named after what it holds, so
+writers of any number never collide and nothing but the shards says what a table holds. Readers sort the keys once;
+after that a row costs one binary search and one copy out of a memory map, however many rows there are.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -28,14 +29,8 @@ from ip_adapter_trainer.core.staging import staged_file
 
 KEY_BYTES = 16
 _KEY = np.dtype(f"S{KEY_BYTES}")  # compared with its trailing zeros left out, which keeps the order of whole keys
-_DTYPES: dict[torch.dtype, tuple[str, type[np.generic]]] = {  # safetensors' name; what numpy maps the bytes as
-    torch.float32: ("F32", np.float32),
-    torch.float16: ("F16", np.float16),
-    torch.bfloat16: ("BF16", np.int16),
-    torch.uint8: ("U8", np.uint8),
-}
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}  # in safetensors
 _MAX_HEADER_BYTES = 4096  # ours have about 200
-_MAX_MAPS = 256  # shards mapped at a time, far under the usual limit of open files
 _SEAL_BYTES, _SEAL_S = 256 * 2**20, 60.0  # a kill loses at most so much
 
 
@@ -95,21 +90,26 @@ class Table:
         place = table.find([address("a")])[0]
         moments = table[place] if place >= 0 else None
 
+    Args:
+        root: the set's folder.
+        kind: of its rows.
+        max_maps: shards that are mapped at a time; each holds a file open.
+
     Raises:
         Problem: a shard that is none, is cut short, or holds other rows than the kind's.
     """
 
-    def __init__(self, root: Path, kind: TableKind) -> None:
-        self.kind = kind
+    def __init__(self, root: Path, kind: TableKind, max_maps: int = 64) -> None:
+        self.kind, self._max_maps = kind, max_maps
+        self._value_bytes = kind.row_bytes - KEY_BYTES
         self._shards = [_open_shard(path, kind) for path in sorted((root / kind.folder).glob("[!.]*.safetensors"))]
-        parts = [_read_keys(shard) for shard in self._shards]
-        keys = np.concatenate(parts) if parts else np.empty(0, _KEY)
+        keys = np.frombuffer(b"".join(_read(shard, shard.key_at, KEY_BYTES) for shard in self._shards), _KEY)
         order = np.argsort(keys, kind="stable")
         self._keys = keys[order]
-        starts = np.cumsum([0, *(len(part) for part in parts)])
+        starts = np.cumsum([0, *(shard.rows for shard in self._shards)])
         self._shard = (np.searchsorted(starts, order, side="right") - 1).astype(np.int32)
         self._row = (order - starts[self._shard]).astype(np.int32)
-        self._maps: OrderedDict[int, Any] = OrderedDict()
+        self._maps: OrderedDict[int, mmap.mmap] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -128,37 +128,48 @@ class Table:
 
     def __getitem__(self, place: int) -> Tensor:
         """The row at a place that `find` gave, as a tensor of its own."""
-        row = np.array(self._mapped(int(self._shard[place]))[self._row[place]])
-        return torch.from_numpy(row).view(self.kind.dtype)
+        number = int(self._shard[place])
+        mapped, at = self._mapped(number), self._shards[number].value_at + int(self._row[place]) * self._value_bytes
+        _fetch(mapped, at, self._value_bytes)
+        row = np.frombuffer(mapped, np.uint8, self._value_bytes, at).copy()
+        return torch.from_numpy(row).view(self.kind.dtype).view(self.kind.shape)
 
-    def values(self) -> NDArray[Any]:
-        """All rows in the order of `keys`, in memory; for tables of small rows."""
-        parts = [np.asarray(_map(shard, self.kind)) for shard in self._shards]
-        if not parts:
-            return np.empty((0, *self.kind.shape), _DTYPES[self.kind.dtype][1])
-        starts = np.cumsum([0, *(len(part) for part in parts)])
-        return np.concatenate(parts)[starts[self._shard] + self._row]
+    def values(self) -> NDArray[np.uint8]:
+        """The bytes of all rows in the order of `keys`, [rows, bytes], in memory; for tables of small rows."""
+        parts = [_read(shard, shard.value_at, self._value_bytes) for shard in self._shards]
+        whole = np.frombuffer(b"".join(parts), np.uint8).reshape(-1, self._value_bytes)
+        starts = np.cumsum([0, *(shard.rows for shard in self._shards)])
+        return whole[starts[self._shard] + self._row]
 
-    def _mapped(self, number: int) -> Any:
+    def _mapped(self, number: int) -> mmap.mmap:
         mapped = self._maps.get(number)
         if mapped is None:
-            mapped = self._maps[number] = _map(self._shards[number], self.kind)
-            if len(self._maps) > _MAX_MAPS:
+            mapped = self._maps[number] = _map(self._shards[number].path)
+            if len(self._maps) > self._max_maps:
                 self._maps.popitem(last=False)
         self._maps.move_to_end(number)
         return mapped
 
 
-def _map(shard: _Shard, kind: TableKind) -> Any:
-    shape = (shard.rows, *kind.shape)
-    return np.memmap(shard.path, _DTYPES[kind.dtype][1], mode="r", offset=shard.value_at, shape=shape)
+def _map(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_RANDOM"):  # not on Windows
+        mapped.madvise(mmap.MADV_RANDOM)  # or the system reads far more than a row at every fault
+    return mapped
 
 
-def _read_keys(shard: _Shard) -> NDArray[np.bytes_]:
+def _fetch(mapped: mmap.mmap, at: int, length: int) -> None:
+    """Has the disk read a whole row at once, where it is not in memory, instead of a page at every fault."""
+    if hasattr(mmap, "MADV_WILLNEED"):
+        page = at // mmap.PAGESIZE * mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_WILLNEED, page, at + length - page)
+
+
+def _read(shard: _Shard, at: int, row_bytes: int) -> bytes:
     with shard.path.open("rb") as file:
-        file.seek(shard.key_at)
-        content = file.read(shard.rows * KEY_BYTES)
-    return np.frombuffer(content, _KEY)
+        file.seek(at)
+        return file.read(shard.rows * row_bytes)
 
 
 def _open_shard(path: Path, kind: TableKind) -> _Shard:
@@ -170,7 +181,7 @@ def _open_shard(path: Path, kind: TableKind) -> _Shard:
             header = json.loads(file.read(length)) if length <= _MAX_HEADER_BYTES else {}
         header.pop("__metadata__", None)
         rows = header["key"]["shape"][0]
-        expected = {"key": ("U8", [rows, KEY_BYTES]), "value": (_DTYPES[kind.dtype][0], [rows, *kind.shape])}
+        expected = {"key": ("U8", [rows, KEY_BYTES]), "value": (_DTYPES[kind.dtype], [rows, *kind.shape])}
         found = {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
         spans = {name: tuple(entry["data_offsets"]) for name, entry in header.items()}
         whole = type(rows) is int and rows > 0 and 8 + length + rows * kind.row_bytes == size
@@ -230,7 +241,7 @@ class TableWriter:
             return
         joined, values = b"".join(self._rows), torch.stack([*self._rows.values()])
         name = hashlib.blake2b(joined, digest_size=KEY_BYTES)
-        name.update(values.reshape(-1).view(torch.uint8).numpy())
+        name.update(values.reshape(-1).view(torch.uint8).numpy().data)
         keys = torch.frombuffer(bytearray(joined), dtype=torch.uint8).view(-1, KEY_BYTES)
         final = self._folder / f"{name.hexdigest()}.safetensors"
         try:

@@ -20,13 +20,14 @@ from ip_adapter_trainer.evaluate.scores import EvaluateConfig
 from ip_adapter_trainer.export import ExportConfig
 from ip_adapter_trainer.inspection import InspectConfig
 from ip_adapter_trainer.pocket.config import PocketConfig
+from ip_adapter_trainer.prepare.config import PrepareConfig
 from ip_adapter_trainer.train import guard
 
 PACKAGE = Path(__file__).parents[1] / "src" / "ip_adapter_trainer"
 RANKS = {
     "core": 0, "nn": 1, "diffusion": 1, "images": 1, "encoders": 1, "adapters": 2, "families": 2, "data": 2,
-    "model": 3, "card": 4, "loading": 4, "evaluate": 5, "export": 5, "inspection": 5, "pocket": 5, "train": 6,
-    "config": 7, "demo": 8, "cli": 9, "__main__": 10, "__init__": 10,
+    "model": 3, "card": 4, "loading": 4, "evaluate": 5, "export": 5, "inspection": 5, "pocket": 5, "prepare": 5,
+    "train": 6, "config": 7, "demo": 8, "cli": 9, "__main__": 10, "__init__": 10,
 }  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -82,6 +83,7 @@ def read_names() -> set[str]:
 
 def settings() -> set[str]:
     commands = [CheckConfig, DemoConfig, EvaluateConfig, ExportConfig, GenerateConfig, InspectConfig, PocketConfig]
+    commands += [PrepareConfig]
     kinds = [compose(variant, "sd") for variant in VARIANTS] + commands
     return {name for kind in kinds for name in kind.model_fields}
 
@@ -92,6 +94,7 @@ def test_every_setting_is_read_by_something() -> None:
 
 def test_every_setting_has_a_help_text() -> None:
     kinds = [compose(v, "sd") for v in VARIANTS] + [GenerateConfig, EvaluateConfig, ExportConfig, CheckConfig]
+    kinds += [PrepareConfig]
     assert not [f"{k.__name__}.{n}" for k in kinds for n, f in k.model_fields.items() if not f.description]
 
 

@@ -11,6 +11,7 @@ from ip_adapter_trainer.core.errors import Problem, Stopped, did_you_mean
 
 COMMANDS = {
     "train": "train an adapter on pictures and captions",
+    "prepare": "encode the pictures of a training set once, for all later runs",
     "generate": "draw pictures with an image prompt",
     "evaluate": "score an adapter: CLIP-I and CLIP-T beside scale 0 and shuffled prompts",
     "export": "turn a checkpoint into an adapter file, verified by reloading it",
@@ -42,6 +43,16 @@ def run_training(config: object) -> int:
 
     assert isinstance(config, TrainConfig)
     train(config, write_resolved)
+    return 0
+
+
+def _prepare(argv: Sequence[str]) -> int:
+    from ip_adapter_trainer.config import parse
+    from ip_adapter_trainer.core.log import say
+    from ip_adapter_trainer.prepare.config import PrepareConfig
+    from ip_adapter_trainer.prepare.run import prepare
+
+    say(str(prepare(parse(PrepareConfig, argv, prog="ip-adapter prepare"))))
     return 0
 
 
@@ -108,8 +119,8 @@ def _demo(argv: Sequence[str]) -> int:
 
 
 RUN: dict[str, Callable[[Sequence[str]], int]] = {
-    "train": _train, "generate": _generate, "evaluate": _evaluate, "export": _export, "inspect": _inspect,
-    "check": _check, "pocket": _pocket, "demo": _demo,
+    "train": _train, "prepare": _prepare, "generate": _generate, "evaluate": _evaluate, "export": _export,
+    "inspect": _inspect, "check": _check, "pocket": _pocket, "demo": _demo,
 }  # fmt: skip
 
 

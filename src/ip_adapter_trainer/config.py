@@ -18,7 +18,7 @@ from pydantic import ValidationError, create_model
 
 from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.core.errors import Problem, did_you_mean
-from ip_adapter_trainer.core.settings import Alias, Part
+from ip_adapter_trainer.core.settings import Alias, Part, as_flags
 from ip_adapter_trainer.families import FAMILIES, family_of
 from ip_adapter_trainer.train.config import TrainConfig
 
@@ -126,19 +126,6 @@ def check_keys(settings: Mapping[str, Any], kind: type[Part], where: str) -> Non
     for name in settings:
         if name not in kind.model_fields:
             raise Problem(f"unknown setting {name!r}", where=where, remedy=did_you_mean(str(name), kind.model_fields))
-
-
-def as_flags(settings: Mapping[str, Any]) -> list[str]:
-    """Settings as command-line flags; a null leaves the default."""
-    flags: list[str] = []
-    for name, value in settings.items():
-        if isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--no_{name}")
-        elif isinstance(value, (list, tuple)):
-            flags += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            flags.append(f"--{name}={value}")
-    return flags
 
 
 def write_resolved(config: Part, folder: Path) -> Path:

@@ -157,8 +157,12 @@ class Model:
         return self.features(picture.prompt_pixels, drop)
 
     def moments_of(self, picture: Picture) -> Tensor:
-        """Moments [B, 2C, h, w] of a batch's targets, which may have been encoded before."""
-        return picture.moments if isinstance(picture, Encoded) else self.family.encode_moments(picture.pixels)
+        """Moments [B, 2C, h, w] of a batch's targets, which may have been encoded before.
+
+        Contiguous either way: kernels choose by memory format, and so round otherwise for the same numbers.
+        """
+        moments = picture.moments if isinstance(picture, Encoded) else self.family.encode_moments(picture.pixels)
+        return moments.contiguous()
 
     def _dropped(self, features: Tensor, drop: Tensor | None) -> Tensor:
         if drop is None or not bool(drop.any()):

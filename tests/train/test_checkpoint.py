@@ -13,7 +13,8 @@ import torch
 
 from ip_adapter_trainer.core.checkpoints import all_checkpoints
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
-from ip_adapter_trainer.train import checkpoint, guard
+from ip_adapter_trainer.core.staging import lock
+from ip_adapter_trainer.train import checkpoint
 from ip_adapter_trainer.train.tree import flatten, unflatten
 
 
@@ -77,11 +78,11 @@ def test_a_save_that_breaks_off_leaves_no_checkpoint(
 
 
 def test_two_runs_do_not_write_one_folder(tmp_path: Path) -> None:
-    held = guard.lock(tmp_path)
+    held = lock(tmp_path)
     with pytest.raises(Problem, match="another run"):
-        guard.lock(tmp_path)
+        lock(tmp_path)
     held.release()
-    guard.lock(tmp_path).release()
+    lock(tmp_path).release()
 
 
 def test_nested_state_survives_flattening() -> None:

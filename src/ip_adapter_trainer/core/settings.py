@@ -5,7 +5,9 @@ Each part of the house owns a subclass of `Part`; field names are the flag names
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -33,3 +35,16 @@ class Alias:
 def alias(*names: str) -> Alias:
     """Other flags of a field, for use inside `Annotated`: long names without dashes, or a short one as `-o`."""
     return Alias(names)
+
+
+def as_flags(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as command-line flags; a null leaves the default."""
+    flags: list[str] = []
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no_{name}")
+        elif isinstance(value, (list, tuple)):
+            flags += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            flags.append(f"--{name}={value}")
+    return flags

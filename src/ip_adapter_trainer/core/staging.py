@@ -11,6 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from ip_adapter_trainer.core.errors import Problem
+
 _STAGED = ".staged"
 _REPLACED = ".replaced"  # an older folder, out of the way while the newer one takes its name
 
@@ -95,3 +99,22 @@ def sweep(parent: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+
+def lock(folder: Path, flag: str = "--output_dir") -> FileLock:
+    """Claims a folder for this run.
+
+    Args:
+        folder: that is there.
+        flag: that names it.
+
+    Raises:
+        Problem: another run holds it.
+    """
+    claimed = FileLock(folder / ".lock")
+    try:
+        claimed.acquire(timeout=0)
+    except Timeout as error:
+        remedy = f"wait for it, stop it, or give another {flag}"
+        raise Problem("another run is writing this folder", where=str(folder), remedy=remedy) from error
+    return claimed

@@ -49,8 +49,8 @@ class ReadConfig(Part):
         return value
 
 
-class DataConfig(ReadConfig):
-    """How rows become training images."""
+class CutConfig(ReadConfig):
+    """How rows become targets and image prompts."""
 
     resolution: int = Field(512, gt=0, description="Side of the training images in pixels; a multiple of 8.")
     center_crop: bool = Field(True, description="Crop at the centre; off: at a random place.")
@@ -60,20 +60,12 @@ class DataConfig(ReadConfig):
     )
     bucket_step_px: int = Field(64, gt=0, description="Sides of the buckets are multiples of this; itself one of 8.")
     bucket_max_aspect: float = Field(2.0, ge=1, description="Largest aspect ratio of a bucket, long side over short.")
-    train_batch_size: int = Field(8, gt=0, description="Images per process and micro-batch.")
-    text_drop_rate: float = Field(0.05, ge=0, le=1, description="Share of images trained without their text.")
-    image_drop_rate: float = Field(0.05, ge=0, le=1, description="Share of images trained without image prompt.")
-    both_drop_rate: float = Field(0.05, ge=0, le=1, description="Share of images trained without either.")
     prompt_crop_min_share: float = Field(
         1.0, gt=0, le=1, description="Prompt with a random part of at least this share of the area; 1: with all of it."
     )
     prompt_flip: bool = Field(False, description="Mirror half of the image prompts, whatever happens to the target.")
     prompt_pad_square: bool = Field(
         False, description="Pad image prompts to a square with the alpha ground, so that the encoder crops nothing."
-    )
-    prefetch_factor: int = Field(2, gt=0, description="Micro-batches that each data worker prepares ahead.")
-    data_timeout_s: int = Field(
-        300, gt=0, description="Longest wait for a data worker in seconds; then the workers are replaced."
     )
 
     @field_validator("resolution", "bucket_step_px")
@@ -86,11 +78,7 @@ class DataConfig(ReadConfig):
         return value
 
     @model_validator(mode="after")
-    def _rates_and_buckets(self) -> DataConfig:
-        total = self.text_drop_rate + self.image_drop_rate + self.both_drop_rate
-        if total > 1 + 1e-9:
-            names = "text_drop_rate, image_drop_rate and both_drop_rate"
-            raise ValueError(f"{names} exclude each other and sum to {total:g}; lower them to 1 or less together")
+    def _makes_buckets(self) -> CutConfig:
         self.buckets()
         return self
 
@@ -99,6 +87,27 @@ class DataConfig(ReadConfig):
         if not self.aspect_ratio_buckets:
             return Buckets.square(self.resolution)
         return Buckets.ladder(self.resolution, step_px=self.bucket_step_px, max_aspect=self.bucket_max_aspect)
+
+
+class DataConfig(CutConfig):
+    """How rows become batches of training images."""
+
+    train_batch_size: int = Field(8, gt=0, description="Images per process and micro-batch.")
+    text_drop_rate: float = Field(0.05, ge=0, le=1, description="Share of images trained without their text.")
+    image_drop_rate: float = Field(0.05, ge=0, le=1, description="Share of images trained without image prompt.")
+    both_drop_rate: float = Field(0.05, ge=0, le=1, description="Share of images trained without either.")
+    prefetch_factor: int = Field(2, gt=0, description="Micro-batches that each data worker prepares ahead.")
+    data_timeout_s: int = Field(
+        300, gt=0, description="Longest wait for a data worker in seconds; then the workers are replaced."
+    )
+
+    @model_validator(mode="after")
+    def _rates(self) -> DataConfig:
+        total = self.text_drop_rate + self.image_drop_rate + self.both_drop_rate
+        if total > 1 + 1e-9:
+            names = "text_drop_rate, image_drop_rate and both_drop_rate"
+            raise ValueError(f"{names} exclude each other and sum to {total:g}; lower them to 1 or less together")
+        return self
 
 
 class CheckConfig(ReadConfig):

@@ -13,12 +13,13 @@ from torch.utils.data import Dataset
 
 from ip_adapter_trainer.core.errors import DataProblem
 from ip_adapter_trainer.core.rng import stream
-from ip_adapter_trainer.core.types import Batch, Fault, Pixels, Sample, map_tensors
-from ip_adapter_trainer.data.config import DataConfig
-from ip_adapter_trainer.data.layout import Layout
+from ip_adapter_trainer.core.types import Batch, Fault, Geometry, Picture, Pixels, Row, Sample, map_tensors
+from ip_adapter_trainer.data.config import CutConfig, DataConfig
+from ip_adapter_trainer.data.layout import Layout, Size
 from ip_adapter_trainer.data.manifest import Manifest
 from ip_adapter_trainer.data.order import Pair
 from ip_adapter_trainer.data.pictures import Pictures, fault_of
+from ip_adapter_trainer.data.prepared import PreparedSet
 from ip_adapter_trainer.images import crop
 from ip_adapter_trainer.images.decode import PictureFault
 
@@ -36,18 +37,28 @@ class TrainingSet(Dataset[Sample]):
         samples = TrainingSet(manifest, config, layout, seed=0, preprocess=encoder.preprocess)
         batch = collate([samples[pair] for pair in order.step(0)])
 
+    With a prepared set, samples hold what the encoders said of the same pictures; every draw and every replacement of
+    a faulty row is the same.
+
     Raises:
         DataProblem: the manifest has no sound row.
     """
 
     def __init__(
-        self, manifest: Manifest, config: DataConfig, layout: Layout, *, seed: int, preprocess: Preprocess
+        self,
+        manifest: Manifest,
+        config: DataConfig,
+        layout: Layout,
+        *,
+        seed: int,
+        preprocess: Preprocess,
+        prepared: PreparedSet | None = None,
     ) -> None:
         if not manifest.rows:
             first = manifest.faults[0]
             raise DataProblem(f"no row can be used; the first: {first.what}", where=first.where, remedy=first.remedy)
         self.manifest, self.config, self.layout, self.seed = manifest, config, layout, seed
-        self.preprocess = preprocess
+        self.preprocess, self.prepared = preprocess, prepared
         self._pictures = Pictures.of(manifest.root, config)
 
     def __len__(self) -> int:
@@ -81,24 +92,31 @@ class TrainingSet(Dataset[Sample]):
             tries, start, ahead = tries + len(mates), start + ahead, 2 * ahead
 
     def _sample(self, index: int, number: int, faults: tuple[Fault, ...]) -> Sample:
-        row, config = self.manifest.rows[number], self.config
+        row, config, target_px = self.manifest.rows[number], self.config, self.layout.size_px(number)
         flipped = config.random_flip and self._chance("flip", index).random() < 0.5
-        picture = self._pictures.read(row.image_file).image
-        target = crop.mirror(picture) if flipped else picture
-        own = row.prompt_image_file
-        prompt = target if own is None else self._pictures.read(own).image
-        cut, geometry = crop.fit(target, self.layout.size_px(number), self._place(index))
+        if self.prepared is None:
+            picture, geometry = self._read(row, index, target_px, flipped)
+        else:
+            picture, geometry = self.prepared.sample(row, target_px, flipped)
         drop_text, drop_image = drops(self._chance("drop", index).random(), config)
         return Sample(
             index=index,
             row=number,
-            picture=Pixels(crop.to_tensor(cut), self.preprocess(self._augmented(prompt, index))),
+            picture=picture,
             text=row.text,
             geometry=geometry,
             drop_text=drop_text,
             drop_image=drop_image,
             faults=faults,
         )
+
+    def _read(self, row: Row, index: int, target_px: Size, flipped: bool) -> tuple[Picture, Geometry]:
+        picture = self._pictures.read(row.image_file).image
+        target = crop.mirror(picture) if flipped else picture
+        own = row.prompt_image_file
+        prompt = target if own is None else self._pictures.read(own).image
+        cut, geometry = crop.fit(target, target_px, self._place(index))
+        return Pixels(crop.to_tensor(cut), self.preprocess(self._augmented(prompt, index))), geometry
 
     def _augmented(self, prompt: Image.Image, index: int) -> Image.Image:
         config = self.config
@@ -108,7 +126,7 @@ class TrainingSet(Dataset[Sample]):
             prompt = crop.random_part(prompt, config.prompt_crop_min_share, draws)
         if config.prompt_flip and self._chance("prompt_flip", index).random() < 0.5:
             prompt = crop.mirror(prompt)
-        return crop.pad_to_square(prompt, self._pictures.ground) if config.prompt_pad_square else prompt
+        return framed(prompt, config, self._pictures)
 
     def _place(self, index: int) -> tuple[float, float] | None:
         chance = self._chance("crop", index)
@@ -116,6 +134,11 @@ class TrainingSet(Dataset[Sample]):
 
     def _chance(self, purpose: str, index: int) -> np.random.Generator:
         return stream(self.seed, purpose, index)
+
+
+def framed(prompt: Image.Image, config: CutConfig, pictures: Pictures) -> Image.Image:
+    """An image prompt as it goes to the encoder's preprocessing: padded to a square where the settings say so."""
+    return crop.pad_to_square(prompt, pictures.ground) if config.prompt_pad_square else prompt
 
 
 def drops(draw: float, config: DataConfig) -> tuple[bool, bool]:

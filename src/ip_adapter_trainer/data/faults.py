@@ -59,8 +59,16 @@ class FaultLog:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("ab", buffering=0) as file:  # one write a call: processes share the file
             file.write("".join(json.dumps(asdict(fault)) + "\n" for fault in fresh).encode())
+        self.demand_limit()
+
+    def demand_limit(self) -> None:
+        """Demands that the faults noted so far, by whichever process, are not too many.
+
+        Raises:
+            DataProblem: more rows are faulty than `max_fault_rate` allows.
+        """
         if self.faulty_rows > allowed_rows(self.rows, self.max_fault_rate):
-            raise self._problem(fresh[-1])
+            raise self._problem(next(reversed(self._seen)))
 
     def _problem(self, last: Fault) -> DataProblem:
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.by_kind.most_common())

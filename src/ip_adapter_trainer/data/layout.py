@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ip_adapter_trainer.core.types import Fault
-from ip_adapter_trainer.data.config import DataConfig
+from ip_adapter_trainer.data.config import CutConfig
 from ip_adapter_trainer.data.manifest import Manifest
 from ip_adapter_trainer.data.pictures import Pictures, fault_of, map_rows
 from ip_adapter_trainer.images.buckets import Buckets
@@ -32,23 +32,33 @@ class Layout:
         return self.buckets.sizes_px[self.bucket_of_row[row]]
 
 
-def lay_out(manifest: Manifest, config: DataConfig) -> Layout:
-    """One square bucket; with `aspect_ratio_buckets`, the nearest bucket of each picture by its header."""
+def lay_out(manifest: Manifest, config: CutConfig, known: Sequence[Size | None] | None = None) -> Layout:
+    """One square bucket; with `aspect_ratio_buckets`, the nearest bucket of each picture by its header.
+
+    Args:
+        manifest: the rows.
+        config: the buckets.
+        known: of each row the size of its upright picture, or None: then its header is read.
+    """
     buckets = config.buckets()
     if not config.aspect_ratio_buckets:
         return Layout(buckets, np.zeros(len(manifest.rows), np.int16))
-    sizes = scan_sizes(manifest, config)
+    sizes = scan_sizes(manifest, config, known)
     square = buckets.nearest((1, 1))
     numbers = [square if isinstance(size, Fault) else buckets.nearest(size) for size in sizes]
     faults = tuple(size for size in sizes if isinstance(size, Fault))
     return Layout(buckets, np.array(numbers, np.int16), faults)
 
 
-def scan_sizes(manifest: Manifest, config: DataConfig) -> Sequence[Size | Fault]:
-    """Height and width of each row's upright picture in pixels, or why its header tells none."""
+def scan_sizes(
+    manifest: Manifest, config: CutConfig, known: Sequence[Size | None] | None = None
+) -> Sequence[Size | Fault]:
+    """Height and width of each row's upright picture in pixels, or why its header tells none; see `lay_out`."""
     size_of = partial(_size_of, Pictures.of(manifest.root, config))
-    names = ((row.image_file, manifest.where(number)) for number, row in enumerate(manifest.rows))
-    return list(map_rows(size_of, names, config.dataloader_num_workers))
+    sizes: Sequence[Size | None] = known or [None] * len(manifest.rows)
+    names = ((manifest.rows[number].image_file, manifest.where(number)) for number, s in enumerate(sizes) if s is None)
+    read = map_rows(size_of, names, config.dataloader_num_workers)
+    return [next(read) if size is None else size for size in sizes]
 
 
 def _size_of(pictures: Pictures, name: tuple[str, str]) -> Size | Fault:

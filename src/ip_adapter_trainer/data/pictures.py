@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -14,7 +15,7 @@ from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.files import safe_join
 from ip_adapter_trainer.core.types import Fault
 from ip_adapter_trainer.data.config import ReadConfig
-from ip_adapter_trainer.images.decode import Limits, Picture, PictureFault, decode, read_size
+from ip_adapter_trainer.images.decode import Limits, Picture, PictureFault, decode, read_file, read_size
 from ip_adapter_trainer.images.ground import Colour, parse_colour
 
 In = TypeVar("In")
@@ -51,6 +52,29 @@ class Pictures:
             PictureFault: there is none to be had.
         """
         return decode(self._path(name), self.limits, self.ground)
+
+    def read_file(self, name: str) -> tuple[bytes, os.stat_result]:
+        """The picture's file, undecoded, and what the system says of it.
+
+        Raises:
+            PictureFault: there is none to be had.
+        """
+        return read_file(self._path(name), self.limits)
+
+    def decode(self, content: bytes) -> Picture:
+        """The picture of a file's content; raises as `read` does."""
+        return decode(content, self.limits, self.ground)
+
+    def stat(self, name: str) -> os.stat_result | None:
+        """What the system says of the picture's file; None if there is no such file.
+
+        Raises:
+            PictureFault: the name is refused.
+        """
+        try:
+            return self._path(name).stat()
+        except OSError:
+            return None
 
     def size_px(self, name: str) -> tuple[int, int]:
         """Height and width of the upright picture, from its header.

@@ -64,6 +64,11 @@ class Family(ABC):
     def encode_text(self, texts: Sequence[str], geometry: Sequence[Geometry]) -> TextCondition:
         """Text condition of B prompts; the empty prompt is encoded as the pipeline encodes its unconditional."""
 
+    @property
+    @abstractmethod
+    def autoencoder(self) -> Any:
+        """The module that `encode_moments` runs, with a `config`: what latents depend on, but for the pixels."""
+
     @abstractmethod
     def encode_moments(self, pixels: Tensor) -> Tensor:
         """Mean and log variance [B, 2C, h, w] of the latents' posterior of pixels [B, 3, H, W], unscaled."""

@@ -83,6 +83,11 @@ class UNetFamily(Family):
         factor = 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
         return int(self.pipeline.vae.config.latent_channels), height_px // factor, width_px // factor
 
+    @property
+    def autoencoder(self) -> Any:
+        """See `Family.autoencoder`."""
+        return self.pipeline.vae
+
     @torch.no_grad()
     def encode_moments(self, pixels: Tensor) -> Tensor:
         """See `Family.encode_moments`."""

@@ -29,14 +29,21 @@ def fit(
     Returns:
         The crop, and how it was cut, as SDXL's micro-conditioning wants it (arXiv 2307.01952, section 2.2).
     """
-    height, width = target_px
-    scale = max(height / picture.height, width / picture.width)
-    covered_px = max(height, round(picture.height * scale)), max(width, round(picture.width * scale))
-    original_px = (picture.height, picture.width)
-    if covered_px != original_px:
+    covered_px, geometry = plan((picture.height, picture.width), target_px, place)
+    if covered_px != geometry.original_px:
         picture = picture.resize(covered_px[::-1], Image.Resampling.LANCZOS, reducing_gap=_REDUCING_GAP)
-    top, left = _corner(covered_px, target_px, place)
-    return picture.crop((left, top, left + width, top + height)), Geometry(original_px, (top, left), target_px)
+    (height, width), (top, left) = target_px, geometry.crop_px
+    return picture.crop((left, top, left + width, top + height)), geometry
+
+
+def plan(
+    original_px: tuple[int, int], target_px: tuple[int, int], place: tuple[float, float] | None = None
+) -> tuple[tuple[int, int], Geometry]:
+    """What `fit` does to a picture of a size: the size it is resized to, and how the target is cut out of that."""
+    height, width = target_px
+    scale = max(height / original_px[0], width / original_px[1])
+    covered_px = max(height, round(original_px[0] * scale)), max(width, round(original_px[1] * scale))
+    return covered_px, Geometry(original_px, _corner(covered_px, target_px, place), target_px)
 
 
 def _corner(whole_px: tuple[int, int], part_px: tuple[int, int], place: tuple[float, float] | None) -> tuple[int, int]:

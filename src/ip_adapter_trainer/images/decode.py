@@ -30,6 +30,7 @@ FaultKind = Literal[
     "missing_file", "not_a_file", "unreadable", "empty_file", "file_too_large", "not_a_picture", "damaged", "truncated",
     "too_many_pixels", "too_small", "too_elongated", "not_finite",
     "unsafe_path",  # told by who looks the name up
+    "changed", "not_prepared",  # told by a prepared set
 ]  # fmt: skip
 
 Note = Literal["several_frames"]
@@ -106,6 +107,19 @@ def read_size(source: Path | bytes, limits: Limits) -> tuple[int, int]:
         return (width, height) if lies else (height, width)
 
 
+def read_file(path: Path, limits: Limits) -> tuple[bytes, os.stat_result]:
+    """A picture file's content, undecoded, and what the system says of the very file that was read.
+
+    Raises:
+        PictureFault: no such file, or one over the limit.
+    """
+    with _stream(path, limits) as stream:
+        try:
+            return stream.read(), os.fstat(stream.fileno())
+        except OSError as error:
+            raise _fault_of(error, stream) from error
+
+
 @contextmanager
 def _opened(source: Path | bytes, limits: Limits) -> Iterator[Image.Image]:
     """The picture with its header checked; whatever goes wrong inside the block becomes a `PictureFault`."""
@@ -114,7 +128,7 @@ def _opened(source: Path | bytes, limits: Limits) -> Iterator[Image.Image]:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             with Image.open(stream, formats=FORMATS) as image:
-                _check_size(image.size, limits)
+                check_size(image.size, limits)
                 yield image
         except PictureFault:
             raise
@@ -129,13 +143,25 @@ def _stream(source: Path | bytes, limits: Limits) -> BinaryIO:
     else:
         stream = _open_file(source)
         size_bytes = os.fstat(stream.fileno()).st_size
-    if 0 < size_bytes <= limits.max_file_bytes:
-        return stream
-    stream.close()
+    try:
+        check_bytes(size_bytes, limits)
+    except PictureFault:
+        stream.close()
+        raise
+    return stream
+
+
+def check_bytes(size_bytes: int, limits: Limits) -> None:
+    """Demands that a file of this size is within the limits.
+
+    Raises:
+        PictureFault: it is not.
+    """
     if size_bytes == 0:
         raise PictureFault("empty_file", "the file is empty", _REPLACE)
-    megabytes = f"{size_bytes / 2**20:.1f} MB, over the limit of {limits.max_file_bytes / 2**20:g} MB"
-    raise PictureFault("file_too_large", f"the file has {megabytes}", "shrink it, or raise --max_picture_mb")
+    if size_bytes > limits.max_file_bytes:
+        megabytes = f"{size_bytes / 2**20:.1f} MB, over the limit of {limits.max_file_bytes / 2**20:g} MB"
+        raise PictureFault("file_too_large", f"the file has {megabytes}", "shrink it, or raise --max_picture_mb")
 
 
 def _open_file(path: Path) -> BinaryIO:
@@ -149,7 +175,12 @@ def _open_file(path: Path) -> BinaryIO:
         raise PictureFault("unreadable", f"the file cannot be read ({error})", "check its permissions") from error
 
 
-def _check_size(size_px: tuple[int, int], limits: Limits) -> None:
+def check_size(size_px: tuple[int, int], limits: Limits) -> None:
+    """Demands that a picture of this width and height in pixels is within the limits.
+
+    Raises:
+        PictureFault: it is not.
+    """
     width, height = size_px
     if width * height > limits.max_pixels:
         raise _too_many_pixels(f"{width}x{height} pixels, over the limit of {limits.max_pixels / 1e6:g} million")

@@ -10,25 +10,27 @@ from ip_adapter_trainer.core.settings import Part, alias
 from ip_adapter_trainer.data.config import DataConfig
 from ip_adapter_trainer.diffusion import ObjectiveConfig
 from ip_adapter_trainer.evaluate.config import ValidationConfig
+from ip_adapter_trainer.prepare.config import FrozenConfig, SetConfig
 
 P = TypeVar("P", bound=Part)
 
 
-class ModelConfig(Part):
+class ModelConfig(FrozenConfig):
     """Which frozen models, which adapter."""
 
-    pretrained_model_name_or_path: str = Field(description="Base model: a diffusers pipeline folder or a hub id.")
-    image_encoder_path: str = Field(description="Image encoder: folder or hub id of a CLIPVisionModelWithProjection.")
-    family: str = Field("auto", description="Family of the base model; auto: read from its model_index.json.")
-    variant: str = Field("base", description="Adapter variant: base, plus or full.")
     pretrained_ip_adapter_path: str | None = Field(
         None, description="Adapter file (.bin or .safetensors) or checkpoint to start from; every shape is checked."
     )
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = Field(
-        None, description="Precision of the frozen weights; the trained ones stay fp32. Default: as the launcher says."
-    )
     gradient_checkpointing: bool = Field(
         False, description="Recompute the denoiser's activations: less memory, slower."
+    )
+
+
+class SourceConfig(SetConfig):
+    """Where latents and image features come from."""
+
+    prepare: Literal["off", "auto"] = Field(
+        "off", description="auto: prepare the set first where that pays, in prepared_dir or output_dir/prepared."
     )
 
 
@@ -87,7 +89,14 @@ class TrackConfig(Part):
 
 
 class TrainConfig(
-    TrackConfig, ValidationConfig, CheckpointConfig, OptimConfig, ObjectiveConfig, DataConfig, ModelConfig
+    TrackConfig,
+    ValidationConfig,
+    CheckpointConfig,
+    OptimConfig,
+    ObjectiveConfig,
+    SourceConfig,
+    DataConfig,
+    ModelConfig,
 ):
     """Every setting of a run but those of its variant and family, which `config.compose` adds.
 
@@ -97,3 +106,7 @@ class TrainConfig(
     def part(self, kind: type[P]) -> P:
         """The settings of one part, such as a variant's own, out of the whole."""
         return kind(**{name: getattr(self, name) for name in kind.model_fields})
+
+    def images_per_step(self, world: int) -> int:
+        """Images of one optimizer step over `world` processes and all micro batches."""
+        return self.train_batch_size * world * self.gradient_accumulation_steps

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.log import say
@@ -16,14 +13,14 @@ MAY_CHANGE = frozenset(
     "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm lr_scheduler lr_warmup_steps "  # noqa: SIM905
     "lr_num_cycles lr_power ema_decay num_train_epochs max_train_steps mixed_precision gradient_checkpointing "
     "pretrained_model_name_or_path image_encoder_path data_json_file data_root_path image_column text_column "
-    "prompt_image_column train_batch_size gradient_accumulation_steps".split()
+    "prompt_image_column train_batch_size gradient_accumulation_steps prepared_dir prepare".split()
 )
 # These say nothing of what is trained.
 FREE = frozenset(
     "output_dir save_steps checkpoints_total_limit resume_from_checkpoint logging_dir report_to tracker_project_name "  # noqa: SIM905
     "logging_steps local_rank dry_run validation_steps num_validation_images validation_seed grid_rows grid_steps "
     "grid_guidance_scale grid_prompt dataloader_num_workers prefetch_factor data_timeout_s max_fault_rate "
-    "pretrained_ip_adapter_path".split()
+    "pretrained_ip_adapter_path encode_batch_size".split()
 )
 # All others must match, so that a new variant's settings are guarded without being listed here.
 
@@ -63,18 +60,3 @@ def check_batch(old: int, new: int) -> None:
     if old != new:
         remedy = f"choose train_batch_size x processes x gradient_accumulation_steps = {old}"
         raise Problem(f"a step had {old} images and would have {new}", where="--train_batch_size", remedy=remedy)
-
-
-def lock(output: Path) -> FileLock:
-    """Claims the output folder for this run.
-
-    Raises:
-        Problem: another run holds it.
-    """
-    claimed = FileLock(output / ".lock")
-    try:
-        claimed.acquire(timeout=0)
-    except Timeout as error:
-        remedy = "wait for it, stop it, or give another --output_dir"
-        raise Problem("another run is writing this folder", where=str(output), remedy=remedy) from error
-    return claimed

@@ -16,14 +16,14 @@ import torch
 
 from ip_adapter_trainer.card import card_of
 from ip_adapter_trainer.core.errors import NotFiniteProblem, Stopped, StorageProblem
+from ip_adapter_trainer.core.launch import Runtime
 from ip_adapter_trainer.core.log import say
+from ip_adapter_trainer.core.signals import StopSignal
 from ip_adapter_trainer.core.types import Batch
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.train import checkpoint, guard, optim
 from ip_adapter_trainer.train.config import TrainConfig
-from ip_adapter_trainer.train.launch import Runtime
 from ip_adapter_trainer.train.plan import Plan
-from ip_adapter_trainer.train.signals import StopSignal
 from ip_adapter_trainer.train.source import Source
 from ip_adapter_trainer.train.step import Step
 from ip_adapter_trainer.train.track import Track

@@ -52,6 +52,11 @@ class Plan:
         return out
 
 
+def total_steps(config: OptimConfig, rows: int, images_per_step: int) -> int:
+    """Optimizer steps of a run."""
+    return config.max_train_steps or math.ceil(config.num_train_epochs * rows / images_per_step)
+
+
 def make_plan(model: Model, config: OptimConfig, rows: int, images_per_step: int) -> Plan:
     """Derives a run's numbers from its model and settings."""
     pairs = model.adapter.adapter_modules
@@ -61,8 +66,8 @@ def make_plan(model: Model, config: OptimConfig, rows: int, images_per_step: int
     }
     frozen = {"image encoder": parameters(model.encoder.model)}
     frozen |= {n: parameters(m) for n, m in model.family.pipeline.components.items() if isinstance(m, nn.Module)}
-    total_steps = config.max_train_steps or math.ceil(config.num_train_epochs * rows / images_per_step)
     weights_bytes = 4 * sum(trained.values())
     moments = 2 / 4 if config.use_8bit_adam else 2
     copies = 1 + moments + (1 if config.use_ema else 0)
-    return Plan(trained, frozen, rows, images_per_step, total_steps, weights_bytes, int(copies * weights_bytes))
+    steps = total_steps(config, rows, images_per_step)
+    return Plan(trained, frozen, rows, images_per_step, steps, weights_bytes, int(copies * weights_bytes))

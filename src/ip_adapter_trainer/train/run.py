@@ -6,23 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
 from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.core.checkpoints import all_checkpoints, newest, verified
 from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.launch import Runtime, claim, start
 from ip_adapter_trainer.core.log import say
-from ip_adapter_trainer.core.staging import sweep
+from ip_adapter_trainer.core.signals import StopSignal
+from ip_adapter_trainer.data.manifest import read_manifest
 from ip_adapter_trainer.diffusion import NoiseProcess, ObjectiveConfig
-from ip_adapter_trainer.encoders import ClipImageEncoder
-from ip_adapter_trainer.families import FAMILIES, family_of
 from ip_adapter_trainer.model import Model
-from ip_adapter_trainer.train import guard
+from ip_adapter_trainer.prepare.frozen import load_frozen
 from ip_adapter_trainer.train.config import TrainConfig
-from ip_adapter_trainer.train.launch import Runtime, start
+from ip_adapter_trainer.train.encoded import prepared_set
 from ip_adapter_trainer.train.loop import Trainer
 from ip_adapter_trainer.train.plan import make_plan
-from ip_adapter_trainer.train.signals import StopSignal
 from ip_adapter_trainer.train.source import Source
 from ip_adapter_trainer.train.step import Step
 
@@ -31,11 +29,7 @@ WriteResolved = Callable[[TrainConfig, Path], Path]
 
 def build_model(config: TrainConfig, runtime: Runtime) -> Model:
     """Loads the frozen base and image encoder and makes the adapter, its first weights drawn from the run's seed."""
-    entry = FAMILIES[family_of(config.pretrained_model_name_or_path, config.family)]
-    family = entry.load(
-        config.pretrained_model_name_or_path, config.part(entry.Config), dtype=runtime.dtype, device=runtime.device
-    )
-    encoder = ClipImageEncoder.load(config.image_encoder_path, dtype=runtime.dtype, device=runtime.device)
+    family, encoder = load_frozen(config, runtime)
     variant = VARIANTS[config.variant]
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
@@ -70,10 +64,11 @@ def train(config: TrainConfig, write_resolved: WriteResolved) -> None:
             output_dir=config.output_dir,
             logging_dir=config.logging_dir,
         )
-        trainer = _prepare(config, runtime)
+        _demand_own_folder(config)
+        trainer = _make_trainer(config, runtime, stop)
         if config.dry_run:
             return
-        claimed = _claim(Path(config.output_dir), runtime)
+        claimed = claim(Path(config.output_dir), runtime)
         try:
             _resume(trainer, config)
             if runtime.is_main:
@@ -84,9 +79,11 @@ def train(config: TrainConfig, write_resolved: WriteResolved) -> None:
                 claimed.release()
 
 
-def _prepare(config: TrainConfig, runtime: Runtime) -> Trainer:
+def _make_trainer(config: TrainConfig, runtime: Runtime, stop: StopSignal) -> Trainer:
     model = build_model(config, runtime)
-    source = Source(config, runtime, model.encoder.preprocess)
+    manifest = read_manifest(config)
+    prepared = prepared_set(config, runtime, model, manifest, stop.poll)
+    source = Source(config, runtime, manifest, model.encoder.preprocess, prepared)
     pipeline = model.family.pipeline
     process = NoiseProcess(pipeline.scheduler.config, config.part(ObjectiveConfig))
     # Grids must sample what is trained, where a flag overrules the scheduler's own prediction type.
@@ -97,28 +94,21 @@ def _prepare(config: TrainConfig, runtime: Runtime) -> Trainer:
     return Trainer(config, runtime, model, source, Step(model, process, config.seed, runtime.device), plan)
 
 
-def _claim(output: Path, runtime: Runtime) -> FileLock | None:
-    """The main process makes and claims the folder and removes what a killed run left half written."""
-    claimed = None
-    if runtime.is_main:
-        output.mkdir(parents=True, exist_ok=True)
-        claimed = guard.lock(output)
-        sweep(output)
-    runtime.barrier()
-    return claimed
-
-
-def _resume(trainer: Trainer, config: TrainConfig) -> None:
-    """Takes up the checkpoint that was asked for; refuses to overwrite a run that was not.
+def _demand_own_folder(config: TrainConfig) -> None:
+    """Refuses to overwrite a run that was not asked to be resumed, before anything is loaded or written.
 
     Raises:
         Problem: the output folder holds checkpoints and no resume was asked for.
     """
+    if config.resume_from_checkpoint is None and all_checkpoints(Path(config.output_dir)):
+        remedy = "give --resume_from_checkpoint latest to go on, or another --output_dir"
+        raise Problem("the output folder holds another run's checkpoints", where=config.output_dir, remedy=remedy)
+
+
+def _resume(trainer: Trainer, config: TrainConfig) -> None:
+    """Takes up the checkpoint that was asked for."""
     asked = config.resume_from_checkpoint
     if asked is None:
-        if all_checkpoints(trainer.output):
-            remedy = "give --resume_from_checkpoint latest to go on, or another --output_dir"
-            raise Problem("the output folder holds another run's checkpoints", where=config.output_dir, remedy=remedy)
         return
     folder = newest(trainer.output, verified) if asked == "latest" else Path(asked)
     if folder is None:

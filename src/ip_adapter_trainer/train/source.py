@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ip_adapter_trainer.core.launch import Runtime
 from ip_adapter_trainer.core.rng import stream
 from ip_adapter_trainer.core.types import Batch
 from ip_adapter_trainer.data.dataset import TrainingSet, collate
 from ip_adapter_trainer.data.faults import FaultLog
 from ip_adapter_trainer.data.layout import lay_out
 from ip_adapter_trainer.data.loader import Loader
-from ip_adapter_trainer.data.manifest import read_manifest
+from ip_adapter_trainer.data.manifest import Manifest
 from ip_adapter_trainer.data.order import Order
+from ip_adapter_trainer.data.prepared import PreparedSet
 from ip_adapter_trainer.train.config import TrainConfig
-from ip_adapter_trainer.train.launch import Runtime
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,14 +39,23 @@ class Source:
         fingerprint: hash of the rows, by which a resumed run knows them again.
     """
 
-    def __init__(self, config: TrainConfig, runtime: Runtime, preprocess: Callable[[Image], Tensor]) -> None:
-        manifest = read_manifest(config)
+    def __init__(
+        self,
+        config: TrainConfig,
+        runtime: Runtime,
+        manifest: Manifest,
+        preprocess: Callable[[Image], Tensor],
+        prepared: PreparedSet | None = None,
+    ) -> None:
         self._config, self._runtime, self._manifest = config, runtime, manifest
-        layout = lay_out(manifest, config)
-        self._samples = TrainingSet(manifest, config, layout, seed=config.seed, preprocess=preprocess)
+        sizes_px = prepared.sizes_px(manifest.rows) if prepared and config.aspect_ratio_buckets else None
+        layout = lay_out(manifest, config, sizes_px)
+        self._samples = TrainingSet(
+            manifest, config, layout, seed=config.seed, preprocess=preprocess, prepared=prepared
+        )
         self._early_faults = (*manifest.faults, *layout.faults)
         self.rows, self.fingerprint = len(manifest.rows), manifest.fingerprint
-        self.images_per_step = config.train_batch_size * runtime.world * config.gradient_accumulation_steps
+        self.images_per_step = config.images_per_step(runtime.world)
         self._order = Order(layout.bucket_of_row, seed=config.seed, batch_images=self.images_per_step)
 
     def batches(self, first_step: int) -> Iterator[Batch]:
@@ -59,15 +69,20 @@ class Source:
         rank, world, pin = self._runtime.rank, self._runtime.world, self._runtime.device.type == "cuda"
         return Loader(self._samples, self._order, log, rank=rank, world=world, pin=pin).from_step(first_step)
 
-    def fixed(self, count: int, seed: int) -> list[Batch]:
+    def fixed(self, count: int, seed: int, *, pixels: bool = False) -> list[Batch]:
         """The same few rows at every validation, nothing drawn by chance; a row's index is its number.
 
-        Batches hold rows of one size, at most `train_batch_size` of them.
+        Batches hold rows of one size, at most `train_batch_size` of them; with `pixels`, the pictures themselves even
+        where the run has a prepared set.
+
+        Raises:
+            DataProblem: pictures that cannot be read, nor those after them.
         """
         rows = stream(seed, "validation-rows").permutation(self.rows)[:count].tolist()
         plain = self._config.model_copy(update=_NO_CHANCE)
         layout, preprocess = self._samples.layout, self._samples.preprocess
-        samples = TrainingSet(self._manifest, plain, layout, seed=seed, preprocess=preprocess)
+        prepared = None if pixels else self._samples.prepared
+        samples = TrainingSet(self._manifest, plain, layout, seed=seed, preprocess=preprocess, prepared=prepared)
         by_size: dict[tuple[int, int], list[int]] = {}
         for row in rows:
             by_size.setdefault(layout.size_px(row), []).append(row)

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from ip_adapter_trainer.train.launch import Runtime
+from ip_adapter_trainer.core.launch import Runtime
 
 
 class Stopwatch:

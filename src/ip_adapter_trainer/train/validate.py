@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ip_adapter_trainer.core.errors import DataProblem
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.evaluate.grid import validation_grid
 from ip_adapter_trainer.evaluate.lend import Poll
@@ -28,17 +29,26 @@ class Validator:
 
     def __call__(self, done: int, output: Path, track: Track, poll: Poll) -> None:
         """Measures, draws, writes and reports; raises what `poll` raises."""
-        config = self.config
-        count = max(config.num_validation_images, config.grid_rows)
-        batches = [batch.to(self.step.device) for batch in self.source.fixed(count, config.validation_seed)]
+        config, seed, device = self.config, self.config.validation_seed, self.step.device
         if config.num_validation_images:
-            report = validation_losses(self.model, self.step.process, batches, config.validation_seed, poll)
+            batches = [batch.to(device) for batch in self.source.fixed(config.num_validation_images, seed)]
+            report = validation_losses(self.model, self.step.process, batches, seed, poll)
             track.event(done, report.as_metrics())
             say(f"step {done}: {report.summary()}")
         if config.grid_rows:
-            picture = validation_grid(self.model, batches, config, poll)
-            file = output / "grids" / f"step-{done:07d}.png"
-            file.parent.mkdir(exist_ok=True)
-            picture.save(file)
-            track.picture(done, "validation/grid", picture)
-            say(f"step {done}: grid {file}")
+            self._draw(done, output, track, poll)
+
+    def _draw(self, done: int, output: Path, track: Track, poll: Poll) -> None:
+        """The grid shows the pictures themselves; a prepared set may have come without them."""
+        config = self.config
+        try:
+            batches = self.source.fixed(config.grid_rows, config.validation_seed, pixels=True)
+        except DataProblem as problem:
+            say(f"step {done}: no grid, the pictures cannot be read ({problem.where}: {problem.what})")
+            return
+        picture = validation_grid(self.model, [batch.to(self.step.device) for batch in batches], config, poll)
+        file = output / "grids" / f"step-{done:07d}.png"
+        file.parent.mkdir(exist_ok=True)
+        picture.save(file)
+        track.picture(done, "validation/grid", picture)
+        say(f"step {done}: grid {file}")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.precision import dtype_of, on_device
+from ip_adapter_trainer.core.staging import lock, sweep
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,21 @@ class Runtime:
         """Waits for every process."""
         if self.world > 1:
             self.accelerator.wait_for_everyone()
+
+    def total(self, number: int) -> int:
+        """The sum of every process's number."""
+        if self.world == 1:
+            return number
+        return int(self.accelerator.reduce(torch.tensor(number, device=self.device), reduction="sum"))
+
+    def agree(self, problem: Problem | None) -> None:
+        """Raises a problem that the first process found, on every process alike, so that none waits for another.
+
+        Raises:
+            Problem: there is one.
+        """
+        if self.total(int(problem is not None)):
+            raise problem or Problem("the first process found a problem and stopped")
 
 
 def _accelerator(report_to: str, output_dir: str, logging_dir: str) -> Any:
@@ -77,3 +95,22 @@ def start(
     asked = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     precision = on_device(asked, device.type)
     return Runtime(accelerator, accelerator.process_index, accelerator.num_processes, device, precision)
+
+
+def claim(folder: Path, runtime: Runtime, flag: str = "--output_dir") -> FileLock | None:
+    """The first process makes and claims the folder and removes what a killed run left half written in it.
+
+    Raises:
+        Problem: another run holds it.
+    """
+    claimed, problem = None, None
+    if runtime.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            claimed = lock(folder, flag)
+        except Problem as found:
+            problem = found
+        else:
+            sweep(folder)
+    runtime.agree(problem)
+    return claimed

@@ -1,0 +1,160 @@
+"""How fast one core feeds rows: pictures decoded and preprocessed, beside a prepared set; and by the size of the set.
+
+    python benchmarks/data_rate.py
+
+SD1.5 shapes: moments [8, 64, 64] and image_embeds [1024], both bf16; pictures are 1024x768 JPEGs, cut to 512 px. The
+large sets have sparse files, so their values take no disk; rows are asked for in random order.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ip_adapter_trainer.core.types import Row
+from ip_adapter_trainer.data.config import DataConfig
+from ip_adapter_trainer.data.dataset import TrainingSet, collate
+from ip_adapter_trainer.data.index import PICTURES, Record, name_key
+from ip_adapter_trainer.data.layout import lay_out
+from ip_adapter_trainer.data.manifest import read_manifest
+from ip_adapter_trainer.data.pictures import Pictures
+from ip_adapter_trainer.data.prepared import PreparedSet, Recipe
+from ip_adapter_trainer.data.shards import TableKind, TableWriter, address
+from ip_adapter_trainer.encoders.clip import ClipPreprocess
+from ip_adapter_trainer.images.buckets import Buckets
+
+MOMENTS = TableKind("moments", (8, 64, 64), torch.bfloat16)
+EMBEDS = TableKind("image_embeds", (1024,), torch.bfloat16)
+SIZE_PX = (512, 512)
+RECIPE = Recipe(Buckets.square(512), (255, 255, 255), False, False, "vae", "clip", {SIZE_PX: MOMENTS}, (EMBEDS,))
+PICTURES_ON_DISK, SHARD_ROWS, BATCH, ASKED = 64, 4096, 16, 1000
+
+
+def write_rows(folder: Path) -> DataConfig:
+    """JPEGs of smooth noise, an hour old, and their manifest."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(PICTURES_ON_DISK):
+        coarse = Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8))
+        coarse.resize((1024, 768), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=92)
+        rows.append({"image_file": f"{number}.jpg", "text": "a picture"})
+    (folder / "data.json").write_text(json.dumps(rows))
+    return DataConfig(data_json_file=str(folder / "data.json"))
+
+
+def write_set(folder: Path, config: DataConfig) -> PreparedSet:
+    """A prepared set of the rows with values out of the air."""
+    pictures = Pictures.of(Path(config.data_json_file).parent, config)
+    writers = {kind: TableWriter(folder, kind) for kind in (PICTURES, MOMENTS, EMBEDS)}
+    for number in range(PICTURES_ON_DISK):
+        content, status = pictures.read_file(f"{number}.jpg")
+        record = Record.of(status, (768, 1024), address(content))
+        later = Record(record.file_bytes, record.mtime_ns, record.noted_ns + 10**10, record.size_px, record.content)
+        writers[PICTURES].add(name_key(f"{number}.jpg"), later.packed())
+        for view in RECIPE.views(record.content, record.size_px, 3):
+            writers[view.kind].add(view.key, torch.randn(view.kind.shape).to(view.kind.dtype))
+    for writer in writers.values():
+        writer.seal()
+    return PreparedSet(folder, RECIPE, pictures)
+
+
+def rate(samples: TrainingSet, batches: int) -> float:
+    """Rows a second, collated, second pass over the rows: from the page cache."""
+    pairs = [(index, index % PICTURES_ON_DISK) for index in range(BATCH)]
+    collate([samples[pair] for pair in pairs])
+    began = time.perf_counter()
+    for batch in range(batches):
+        collate(
+            [
+                samples[index, row]
+                for index, row in ((batch * BATCH + i, i * 7 % PICTURES_ON_DISK) for i in range(BATCH))
+            ]
+        )
+    return batches * BATCH / (time.perf_counter() - began)
+
+
+def sparse_table(root: Path, kind: TableKind, rows: int, key_of: Callable[[int], bytes]) -> None:
+    """A table whose keys are written and whose values are holes."""
+    folder = root / kind.folder
+    folder.mkdir(parents=True)
+    for start in range(0, rows, SHARD_ROWS):
+        count = min(SHARD_ROWS, rows - start)
+        keys, end = count * 16, count * kind.row_bytes
+        header = {
+            "key": {"dtype": "U8", "shape": [count, 16], "data_offsets": [0, keys]},
+            "value": {"dtype": "BF16", "shape": [count, *kind.shape], "data_offsets": [keys, end]},
+        }
+        text = json.dumps(header).encode()
+        with (folder / f"{start:08d}.safetensors").open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.write(b"".join(key_of(number) for number in range(start, start + count)))
+            file.truncate(8 + len(text) + end)
+
+
+def write_sparse(root: Path, rows: int) -> None:
+    """A set of any number of rows."""
+    writer = TableWriter(root, PICTURES)
+    for number in range(rows):
+        writer.add(name_key(f"{number}.jpg"), Record(1, 1, 1, (768, 1024), address(number)).packed())
+    writer.seal()
+    sparse_table(root, MOMENTS, rows, lambda number: RECIPE.target(address(number), SIZE_PX, False).key)
+    sparse_table(root, EMBEDS, rows, lambda number: RECIPE.prompt(address(number), EMBEDS, False).key)
+
+
+def each_us(prepared: PreparedSet, asked: list[int]) -> float:
+    """Microseconds a sample."""
+    began = time.perf_counter()
+    for number in asked:
+        prepared.sample(Row(f"{number}.jpg", ""), SIZE_PX, False)
+    return (time.perf_counter() - began) / len(asked) * 1e6
+
+
+def by_size(rows: int, config: DataConfig) -> tuple[float, float, float, float, float]:
+    """Seconds to open and to check that all rows are there, microseconds a sample twice, MB of memory at the most."""
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        write_sparse(root, rows)
+        began = time.perf_counter()
+        prepared = PreparedSet(root, RECIPE, Pictures.of(root, config))
+        opened = time.perf_counter()
+        lacking = list(prepared.lacking([Row(f"{number}.jpg", "") for number in range(rows)]))
+        checked = time.perf_counter()
+        assert not lacking
+        asked = np.random.default_rng(1).permutation(rows)[:ASKED].tolist()
+        first, again = each_us(prepared, asked), each_us(prepared, asked)
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return opened - began, checked - opened, first, again, peak_mb
+
+
+def main() -> None:
+    """Prints both tables."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = write_rows(folder)
+        manifest = read_manifest(config)
+        preprocess, layout = ClipPreprocess(224), lay_out(manifest, config)
+        raw = TrainingSet(manifest, config, layout, seed=0, preprocess=preprocess)
+        prepared = write_set(folder / "set", config)
+        encoded = TrainingSet(manifest, config, layout, seed=0, preprocess=preprocess, prepared=prepared)
+        rates = [(rate(raw, 4), rate(encoded, 200)) for _ in range(3)]
+    print("| rows/s on one core | pictures | prepared set |\n|---|---|---|")
+    for slow, fast in rates:
+        print(f"| | {slow:.0f} | {fast:,.0f} |")
+    print("\n| rows in the set | open, s | check all rows, s | a sample from disk, us | again, us | peak, MB |")
+    print("|---|---|---|---|---|---|")
+    for rows in (10**3, 10**5, 10**6):
+        opened, checked, first, again, peak = by_size(rows, config)
+        print(f"| {rows:,} | {opened:.2f} | {checked:.2f} | {first:.0f} | {again:.0f} | {peak:.0f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""Tables of fixed-size rows under content addresses: safetensors files that are whole when they are there.
+
+A table is a folder of shards. A shard holds two tensors, `key` [R, 16] uint8 (addresses) and `value` [R, ...] of the
+table's one shape and dtype. A shard is written beside its place and renamed, and is named after what it holds, so
+writers of any number never collide and nothing but the shards says what a table holds. Readers sort the keys once;
+after that a row costs one binary search and one copy out of a memory map, however many rows there are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ip_adapter_trainer.core.errors import Problem, StorageProblem
+from ip_adapter_trainer.core.staging import staged_file
+
+KEY_BYTES = 16
+_KEY = np.dtype(f"S{KEY_BYTES}")  # compared with its trailing zeros left out, which keeps the order of whole keys
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}  # in safetensors
+_MAX_HEADER_BYTES = 4096  # ours have about 200
+_SEAL_BYTES, _SEAL_S = 256 * 2**20, 60.0  # a kill loses at most so much
+
+
+def address(*parts: bytes | str | int) -> bytes:
+    """The 16 bytes under which a thing is kept: a hash of all that decides it, each part with its length."""
+    digest = hashlib.blake2b(digest_size=KEY_BYTES)
+    for part in parts:
+        content = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
+        digest.update(len(content).to_bytes(8, "little"))
+        digest.update(content)
+    return digest.digest()
+
+
+def places_of(keys: Sequence[bytes], among: NDArray[np.bytes_]) -> NDArray[np.int64]:
+    """The first place of each address among sorted ones, -1 for one that is not there."""
+    wanted = np.frombuffer(b"".join(keys), _KEY)
+    places = np.searchsorted(among, wanted)
+    there = places < len(among)
+    there[there] = among[places[there]] == wanted[there]
+    return np.where(there, places, -1)
+
+
+@dataclass(frozen=True)
+class TableKind:
+    """What every row of a table is."""
+
+    name: str
+    shape: tuple[int, ...]  # of one row
+    dtype: torch.dtype
+
+    @property
+    def folder(self) -> str:
+        """Where its shards are, under the set's folder."""
+        shape = "x".join(map(str, self.shape))
+        return f"{self.name}/{shape}-{str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row with its address."""
+        return KEY_BYTES + math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class _Shard:
+    path: Path
+    rows: int
+    key_at: int  # bytes from the beginning of the file
+    value_at: int
+
+
+class Table:
+    """A table as it was when it was opened.
+
+    Usage::
+
+        table = Table(folder, TableKind("moments", (8, 64, 64), torch.bfloat16))
+        place = table.find([address("a")])[0]
+        moments = table[place] if place >= 0 else None
+
+    Args:
+        root: the set's folder.
+        kind: of its rows.
+        max_maps: shards that are mapped at a time; each holds a file open.
+
+    Raises:
+        Problem: a shard that is none, is cut short, or holds other rows than the kind's.
+    """
+
+    def __init__(self, root: Path, kind: TableKind, max_maps: int = 64) -> None:
+        self.kind, self._max_maps = kind, max_maps
+        self._value_bytes = kind.row_bytes - KEY_BYTES
+        self._shards = [_open_shard(path, kind) for path in sorted((root / kind.folder).glob("[!.]*.safetensors"))]
+        keys = np.frombuffer(b"".join(_read(shard, shard.key_at, KEY_BYTES) for shard in self._shards), _KEY)
+        order = np.argsort(keys, kind="stable")
+        self._keys = keys[order]
+        starts = np.cumsum([0, *(shard.rows for shard in self._shards)])
+        self._shard = (np.searchsorted(starts, order, side="right") - 1).astype(np.int32)
+        self._row = (order - starts[self._shard]).astype(np.int32)
+        self._maps: OrderedDict[int, mmap.mmap] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_maps": OrderedDict()}  # another process maps for itself
+
+    @property
+    def keys(self) -> NDArray[np.bytes_]:
+        """All addresses, sorted; one that two writers wrote is there twice."""
+        return self._keys
+
+    def find(self, keys: Sequence[bytes]) -> NDArray[np.int64]:
+        """The place of each address, -1 for one that is not there; of several rows of one address, the first."""
+        return places_of(keys, self._keys)
+
+    def __getitem__(self, place: int) -> Tensor:
+        """The row at a place that `find` gave, as a tensor of its own."""
+        number = int(self._shard[place])
+        mapped, at = self._mapped(number), self._shards[number].value_at + int(self._row[place]) * self._value_bytes
+        _fetch(mapped, at, self._value_bytes)
+        row = np.frombuffer(mapped, np.uint8, self._value_bytes, at).copy()
+        return torch.from_numpy(row).view(self.kind.dtype).view(self.kind.shape)
+
+    def values(self) -> NDArray[np.uint8]:
+        """The bytes of all rows in the order of `keys`, [rows, bytes], in memory; for tables of small rows."""
+        parts = [_read(shard, shard.value_at, self._value_bytes) for shard in self._shards]
+        whole = np.frombuffer(b"".join(parts), np.uint8).reshape(-1, self._value_bytes)
+        starts = np.cumsum([0, *(shard.rows for shard in self._shards)])
+        return whole[starts[self._shard] + self._row]
+
+    def _mapped(self, number: int) -> mmap.mmap:
+        mapped = self._maps.get(number)
+        if mapped is None:
+            mapped = self._maps[number] = _map(self._shards[number].path)
+            if len(self._maps) > self._max_maps:
+                self._maps.popitem(last=False)
+        self._maps.move_to_end(number)
+        return mapped
+
+
+def _map(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_RANDOM"):  # not on Windows
+        mapped.madvise(mmap.MADV_RANDOM)  # or the system reads far more than a row at every fault
+    return mapped
+
+
+def _fetch(mapped: mmap.mmap, at: int, length: int) -> None:
+    """Has the disk read a whole row at once, where it is not in memory, instead of a page at every fault."""
+    if hasattr(mmap, "MADV_WILLNEED"):
+        page = at // mmap.PAGESIZE * mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_WILLNEED, page, at + length - page)
+
+
+def _read(shard: _Shard, at: int, row_bytes: int) -> bytes:
+    with shard.path.open("rb") as file:
+        file.seek(at)
+        return file.read(shard.rows * row_bytes)
+
+
+def _open_shard(path: Path, kind: TableKind) -> _Shard:
+    """Where a shard's tensors are, once its header and size are what they must be; nothing is allocated before."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length <= _MAX_HEADER_BYTES else {}
+        header.pop("__metadata__", None)
+        rows = header["key"]["shape"][0]
+        expected = {"key": ("U8", [rows, KEY_BYTES]), "value": (_DTYPES[kind.dtype], [rows, *kind.shape])}
+        found = {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
+        spans = {name: tuple(entry["data_offsets"]) for name, entry in header.items()}
+        whole = type(rows) is int and rows > 0 and 8 + length + rows * kind.row_bytes == size
+        if not whole or found != expected or spans not in _layouts(rows, kind):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        what = f"this file is no whole shard of {kind.folder}"
+        remedy = "remove it and run `ip-adapter prepare` again, which makes up for what it held"
+        raise Problem(what, where=str(path), remedy=remedy) from error
+    return _Shard(path, rows, 8 + length + spans["key"][0], 8 + length + spans["value"][0])
+
+
+def _layouts(rows: int, kind: TableKind) -> list[dict[str, tuple[int, int]]]:
+    """Both orders in which two tensors can fill a file without gap or overlap."""
+    keys, end = rows * KEY_BYTES, rows * kind.row_bytes
+    return [{"key": (0, keys), "value": (keys, end)}, {"value": (0, end - keys), "key": (end - keys, end)}]
+
+
+class TableWriter:
+    """Adds rows to a table, a shard at a time: when there are 256 MB of them, or a minute after the first.
+
+    Usage::
+
+        writer = TableWriter(folder, kind)
+        writer.add(key, value)
+        writer.seal()
+    """
+
+    def __init__(self, root: Path, kind: TableKind) -> None:
+        self._folder, self._kind = root / kind.folder, kind
+        self._rows: dict[bytes, Tensor] = {}
+        self._began_s = 0.0
+
+    def add(self, key: bytes, value: Tensor) -> None:
+        """Takes a row of the kind's shape and dtype; one of the same address replaces it.
+
+        Raises:
+            StorageProblem: a full shard could not be written.
+        """
+        assert value.shape == self._kind.shape and value.dtype == self._kind.dtype, self._kind
+        self._began_s = self._began_s if self._rows else time.monotonic()
+        self._rows[key] = value
+        is_full = len(self._rows) * self._kind.row_bytes >= _SEAL_BYTES
+        if is_full or time.monotonic() - self._began_s > _SEAL_S:
+            self.seal()
+
+    def seal(self) -> None:
+        """Writes what there is as a shard.
+
+        Raises:
+            StorageProblem: the disk refused; the rows are kept for another try.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        if not self._rows:
+            return
+        joined, values = b"".join(self._rows), torch.stack([*self._rows.values()])
+        name = hashlib.blake2b(joined, digest_size=KEY_BYTES)
+        name.update(values.reshape(-1).view(torch.uint8).numpy().data)
+        keys = torch.frombuffer(bytearray(joined), dtype=torch.uint8).view(-1, KEY_BYTES)
+        final = self._folder / f"{name.hexdigest()}.safetensors"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with staged_file(final) as stage:
+                save_file({"key": keys, "value": values}, stage)
+        except (OSError, SafetensorError) as error:
+            what = f"a shard of the prepared set was not saved: {getattr(error, 'strerror', None) or error}"
+            remedy = "make room and run the same command again; it goes on where it was"
+            raise StorageProblem(what, where=str(final), remedy=remedy) from error
+        self._rows = {}

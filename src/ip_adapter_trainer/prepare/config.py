@@ -1,0 +1,50 @@
+"""Settings of the frozen models and of prepared sets, shared by `prepare` and `train`."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Literal
+
+from pydantic import Field
+
+from ip_adapter_trainer.core.settings import Part, as_flags
+from ip_adapter_trainer.data.config import CutConfig
+
+
+class FrozenConfig(Part):
+    """Which frozen models, and for which adapter."""
+
+    pretrained_model_name_or_path: str = Field(description="Base model: a diffusers pipeline folder or a hub id.")
+    image_encoder_path: str = Field(description="Image encoder: folder or hub id of a CLIPVisionModelWithProjection.")
+    family: str = Field("auto", description="Family of the base model; auto: read from its model_index.json.")
+    variant: str = Field("base", description="Adapter variant: base, plus or full.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = Field(
+        None, description="Precision of the frozen weights; the trained ones stay fp32. Default: as the launcher says."
+    )
+
+
+class SetConfig(Part):
+    """The prepared set."""
+
+    prepared_dir: str | None = Field(
+        None, description="Prepared set (ip-adapter prepare) to train from; default: encode pictures at every step."
+    )
+    encode_batch_size: int = Field(8, gt=0, description="Pictures that are encoded at once while a set is prepared.")
+
+
+class PrepareConfig(SetConfig, CutConfig, FrozenConfig):
+    """Encode the pictures of a training set once, for all later runs."""
+
+    prepared_dir: str = Field("prepared", description="Folder of the prepared set; what is there already is kept.")
+    both_features: bool = Field(
+        False, description="Keep pooled and penultimate features alike, for runs of any variant."
+    )
+    local_rank: int = Field(-1, description="Process number for launchers that pass a flag instead of LOCAL_RANK.")
+
+
+def command(config: Part) -> str:
+    """The shell command that prepares what a run with these settings needs."""
+    fields = PrepareConfig.model_fields
+    values = config.model_dump(mode="json")
+    chosen = {name: values[name] for name, field in fields.items() if name in values and values[name] != field.default}
+    return shlex.join(["ip-adapter", "prepare", *as_flags(chosen)])

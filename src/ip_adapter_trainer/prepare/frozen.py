@@ -1,0 +1,80 @@
+"""The frozen encoders: loaded, told apart by their content, and what they make of pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ip_adapter_trainer.core.launch import Runtime
+from ip_adapter_trainer.core.settings import Part
+from ip_adapter_trainer.data.config import CutConfig
+from ip_adapter_trainer.data.prepared import Recipe
+from ip_adapter_trainer.data.shards import TableKind
+from ip_adapter_trainer.encoders import ClipImageEncoder, FeatureKind
+from ip_adapter_trainer.families import FAMILIES, Family, family_of
+from ip_adapter_trainer.images.ground import parse_colour
+from ip_adapter_trainer.prepare.config import FrozenConfig
+
+FEATURES: tuple[FeatureKind, ...] = ("image_embeds", "penultimate")
+_SAYS_NOTHING = ("architectures", "dtype", "torch_dtype", "transformers_version")  # and names that begin with "_"
+
+
+def load_frozen(config: FrozenConfig, runtime: Runtime) -> tuple[Family, ClipImageEncoder]:
+    """The base model and the image encoder of a run; the family's own settings are taken from the run's.
+
+    Raises:
+        Problem: something is missing or of an unknown kind.
+    """
+    path = config.pretrained_model_name_or_path
+    entry = FAMILIES[family_of(path, config.family)]
+    family = entry.load(path, _part(config, entry.Config), dtype=runtime.dtype, device=runtime.device)
+    return family, ClipImageEncoder.load(config.image_encoder_path, dtype=runtime.dtype, device=runtime.device)
+
+
+def _part(config: Part, kind: type[Part]) -> Part:
+    return kind(**{name: getattr(config, name) for name in kind.model_fields if name in type(config).model_fields})
+
+
+def identity(module: Any) -> str:
+    """A hash of a model's config and of its weights, as loaded: it changes when either does."""
+    config = dict(module.config.items() if hasattr(module.config, "items") else module.config.to_dict().items())
+    told = {k: v for k, v in config.items() if not k.startswith("_") and k not in _SAYS_NOTHING}
+    digest = hashlib.blake2b(json.dumps(told, sort_keys=True, default=str).encode(), digest_size=16)
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def recipe_of(
+    config: CutConfig, family: Family, encoder: ClipImageEncoder, kinds: Sequence[FeatureKind] = FEATURES
+) -> Recipe:
+    """What these models make of pictures that are read and cut by these settings."""
+    buckets, autoencoder = config.buckets(), family.autoencoder
+    moments = {size_px: _moments_kind(family, autoencoder, size_px) for size_px in buckets.sizes_px}
+    return Recipe(
+        buckets=buckets,
+        ground=parse_colour(config.alpha_ground),
+        pad_square=config.prompt_pad_square,
+        mirrors=config.random_flip,
+        autoencoder=identity(autoencoder),
+        encoder=identity(encoder.model),
+        moments=moments,
+        features=tuple(_features_kind(encoder, kind) for kind in kinds),
+    )
+
+
+def _moments_kind(family: Family, autoencoder: nn.Module, size_px: tuple[int, int]) -> TableKind:
+    channels, height, width = family.latent_shape(*size_px)
+    return TableKind("moments", (2 * channels, height, width), next(autoencoder.parameters()).dtype)
+
+
+def _features_kind(encoder: ClipImageEncoder, kind: FeatureKind) -> TableKind:
+    width = encoder.width(kind)
+    shape = (width,) if kind == "image_embeds" else (encoder.length(kind), width)
+    return TableKind(kind, shape, encoder.model.dtype)

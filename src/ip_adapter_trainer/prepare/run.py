@@ -1,0 +1,192 @@
+"""`ip-adapter prepare`: from rows to a prepared set, on any number of processes, going on where it was."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ip_adapter_trainer.adapters import VARIANTS
+from ip_adapter_trainer.core.errors import Problem, StorageProblem
+from ip_adapter_trainer.core.launch import Runtime, claim, start
+from ip_adapter_trainer.core.log import say
+from ip_adapter_trainer.core.signals import StopSignal
+from ip_adapter_trainer.core.staging import sweep
+from ip_adapter_trainer.core.types import Fault
+from ip_adapter_trainer.data.config import CutConfig
+from ip_adapter_trainer.data.faults import FILE_NAME, FaultLog
+from ip_adapter_trainer.data.manifest import Manifest, read_manifest
+from ip_adapter_trainer.data.pictures import Pictures, fault_of
+from ip_adapter_trainer.data.prepared import PreparedSet, Recipe, drawn_anew
+from ip_adapter_trainer.encoders import ClipImageEncoder
+from ip_adapter_trainer.families import Family
+from ip_adapter_trainer.images.decode import PictureFault
+from ip_adapter_trainer.prepare.config import PrepareConfig
+from ip_adapter_trainer.prepare.encode import Encoding, encoders_of
+from ip_adapter_trainer.prepare.frozen import FEATURES, load_frozen, recipe_of
+from ip_adapter_trainer.prepare.work import Reading, missing, read_all, share_of
+
+_FLAG = "--prepared_dir"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run of `prepare` did, over all processes."""
+
+    folder: Path
+    pictures: int  # that the rows name
+    read: int  # of them, now
+    encoded: int  # times that an encoder saw one of them
+    faulty_rows: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.folder}: {self.pictures} pictures, {self.read} read and {self.encoded} encodings made now, "
+            f"{self.faulty_rows} faulty rows"
+        )
+
+
+def prepare(config: PrepareConfig) -> Report:
+    """Encodes what the rows need and the set lacks.
+
+    Raises:
+        Problem: settings under which nothing can be encoded beforehand, or models that do not load.
+        DataProblem: more rows are faulty than the settings allow.
+        StorageProblem: not enough room.
+        Stopped: asked to stop, after what was encoded has been written.
+    """
+    demand_preparable(config)
+    with StopSignal() as stop:
+        folder = Path(config.prepared_dir)
+        runtime = start(
+            mixed_precision=config.mixed_precision,
+            local_rank=config.local_rank,
+            report_to="none",
+            output_dir=str(folder),
+            logging_dir="",
+        )
+        manifest = read_manifest(config)
+        family, encoder = load_frozen(config, runtime)
+        kinds = FEATURES if config.both_features else (VARIANTS[config.variant].feature,)
+        recipe = recipe_of(config, family, encoder, kinds)
+        job = Job(config, runtime, manifest, recipe, folder)
+        return job.run(family, encoder, config.encode_batch_size, stop.poll)
+
+
+def demand_preparable(config: CutConfig) -> None:
+    """Refuses what is drawn anew for every image.
+
+    Raises:
+        Problem: such a setting is on.
+    """
+    anew = drawn_anew(config)
+    if anew:
+        what = f"{' and '.join(anew)} cut each image otherwise every time, so it cannot be encoded beforehand"
+        raise Problem(what, where=" ".join(anew), remedy="leave out these flags, or train from the pictures")
+
+
+class Job:
+    """One filling of one set: first what is missing is counted, then it is made.
+
+    Attributes:
+        need_bytes: what is missing takes at most, over all processes.
+        free_bytes: room on the disk of the set, as the first process sees it.
+    """
+
+    def __init__(self, config: CutConfig, runtime: Runtime, manifest: Manifest, recipe: Recipe, folder: Path) -> None:
+        self.config, self.runtime, self.manifest, self.recipe, self.folder = config, runtime, manifest, recipe, folder
+        self.pictures = Pictures.of(manifest.root, config)
+        self.prepared = PreparedSet(folder, recipe, self.pictures)
+        self.items = share_of(manifest, recipe, runtime.rank, runtime.world)
+        self.left, need_bytes = missing(self.items, self.prepared, self.pictures)
+        self.need_bytes = runtime.total(need_bytes)
+        free_bytes = shutil.disk_usage(_existing(folder)).free if runtime.is_main else 0
+        self.free_bytes = runtime.total(free_bytes)  # machines may differ, what is decided by it must not
+
+    @property
+    def fits(self) -> bool:
+        """Whether the disk has room for what is missing."""
+        return self.need_bytes * 1.02 + 2**20 < self.free_bytes or not self.need_bytes
+
+    def run(self, family: Family, encoder: ClipImageEncoder, batch_images: int, poll: Callable[[], None]) -> Report:
+        """Makes what is missing; see `prepare`."""
+        room = f"{_size(self.need_bytes)} needed at most, {_size(self.free_bytes)} free"
+        read = self.runtime.total(len(self.left))
+        say(f"prepared set {self.folder}: {read} pictures to read, {room}")
+        self.runtime.agree(None if self.fits else _too_small(self.folder, room))
+        claimed = claim(self.folder, self.runtime, _FLAG)
+        try:
+            self._begin()
+            encoding = Encoding(self.folder, encoders_of(family, encoder), batch_images)
+            self._fill(encoding, Reading(self.prepared, self.pictures, self.config, encoder.preprocess), poll)
+            self.runtime.barrier()
+            log = self._log()
+            log.demand_limit()
+        finally:
+            if claimed:
+                claimed.release()
+        pictures, encoded = self.runtime.total(len(self.items)), self.runtime.total(encoding.encoded)
+        return Report(self.folder, pictures, read, encoded, log.faulty_rows)
+
+    def _begin(self) -> None:
+        """Removes what a killed run left; faults are met again, since faulty pictures are always tried again."""
+        if self.runtime.is_main:
+            for kind in self.recipe.tables:
+                sweep(self.folder / kind.folder)
+            (self.folder / FILE_NAME).unlink(missing_ok=True)
+        self.runtime.barrier()
+
+    def _log(self) -> FaultLog:
+        return FaultLog(self.folder, self.manifest.entries, self.config.max_fault_rate)
+
+    def _fill(self, encoding: Encoding, reading: Reading, poll: Callable[[], None]) -> None:
+        log, faulty = self._log(), dict[str, PictureFault]()
+        if self.runtime.is_main:
+            log.add(self.manifest.faults)
+        try:
+            for read in self._read(reading):
+                poll()
+                if read.record is not None:
+                    encoding.note(read.item.name, read.record)
+                if read.fault is not None:
+                    faulty[read.item.name] = read.fault
+                    log.add([fault_of(read.fault, self.manifest.where(read.item.row))])
+                for view, pixels in read.pixels:
+                    encoding.take(view, pixels)
+            encoding.finish()
+        finally:
+            encoding.seal()
+        log.add(self._faults_of_rows(faulty))
+
+    def _read(self, reading: Reading) -> tqdm:  # type: ignore[type-arg]
+        reads = read_all(self.left, reading, self.config.dataloader_num_workers)
+        hidden = None if self.runtime.is_main else True
+        return tqdm(reads, total=len(self.left), unit="images", desc=f"1 of {self.runtime.world}", disable=hidden)
+
+    def _faults_of_rows(self, faulty: dict[str, PictureFault]) -> list[Fault]:
+        """A faulty picture is a fault of every row that names it."""
+        if not faulty:
+            return []
+        return [
+            fault_of(faulty[name], self.manifest.where(number))
+            for number, row in enumerate(self.manifest.rows)
+            for name, _ in self.recipe.uses(row)
+            if name in faulty
+        ]
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists():
+        folder = folder.absolute().parent
+    return folder
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
+
+
+def _too_small(folder: Path, room: str) -> StorageProblem:
+    return StorageProblem(f"the disk is too small: {room}", where=str(folder), remedy=f"make room, or give {_FLAG}")

@@ -1,0 +1,125 @@
+"""What is left to do: the pictures of this process's share that the set lacks something of; and reading them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL.Image import Image
+from torch.utils.data import DataLoader, Dataset
+
+from ip_adapter_trainer.data.config import CutConfig
+from ip_adapter_trainer.data.dataset import Preprocess, framed
+from ip_adapter_trainer.data.index import PICTURES, Record, name_key
+from ip_adapter_trainer.data.manifest import Manifest
+from ip_adapter_trainer.data.pictures import Pictures
+from ip_adapter_trainer.data.prepared import PreparedSet, Recipe, View
+from ip_adapter_trainer.data.shards import address
+from ip_adapter_trainer.images import crop
+from ip_adapter_trainer.images.decode import PictureFault
+
+_CHUNK = 8192
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture, whatever the number of rows that name it."""
+
+    name: str
+    use: int  # what rows use it as: see `data.prepared`
+    row: int  # the first that names it
+
+
+@dataclass(frozen=True)
+class Read:
+    """A picture that was read, cut and preprocessed as far as the set lacks it, or the reason why it was not."""
+
+    item: Item
+    record: Record | None  # to be noted; None: what is known of it still holds
+    pixels: tuple[tuple[View, NDArray[np.float32]], ...] = ()  # [3, H, W] each
+    fault: PictureFault | None = None
+
+
+def share_of(manifest: Manifest, recipe: Recipe, rank: int, world: int) -> list[Item]:
+    """The pictures that fall to one process; each falls to exactly one, by its name."""
+    found: dict[str, tuple[int, int]] = {}
+    for number, row in enumerate(manifest.rows):
+        for name, use in recipe.uses(row):
+            if world == 1 or int.from_bytes(name_key(name)[:8], "little") % world == rank:
+                known, first = found.get(name, (0, number))
+                found[name] = (known | use, first)
+    return [Item(name, use, first) for name, (use, first) in found.items()]
+
+
+def missing(items: list[Item], prepared: PreparedSet, pictures: Pictures) -> tuple[list[Item], int]:
+    """The pictures that have to be read, and the bytes that what is made of them takes at most."""
+    left: list[Item] = []
+    need_bytes = 0
+    for start in range(0, len(items), _CHUNK):
+        chunk = items[start : start + _CHUNK]
+        records = prepared.index.find([item.name for item in chunk])
+        there = prepared.all_there([(record, item.use) for record, item in zip(records, chunk, strict=True)])
+        for item, record, is_there in zip(chunk, records, there, strict=True):
+            if not (is_there and record is not None and _still_holds(record, item.name, pictures)):
+                left.append(item)
+                need_bytes += PICTURES.row_bytes + (0 if is_there else _bytes_of(item, record, prepared.recipe))
+    return left, need_bytes
+
+
+def _still_holds(record: Record, name: str, pictures: Pictures) -> bool:
+    """Whether a picture need not be read again; one that is gone from the disk keeps what was made of it."""
+    try:
+        status = pictures.stat(name)
+    except PictureFault:
+        return False
+    return record.is_sound and (status is None or record.fits(status))
+
+
+def _bytes_of(item: Item, record: Record | None, recipe: Recipe) -> int:
+    """Of everything that is made of a picture; one of unknown size is taken for a square."""
+    size_px = record.size_px if record is not None and record.is_sound else (1, 1)
+    return sum(view.kind.row_bytes for view in recipe.views(b"", size_px, item.use))
+
+
+class Reading(Dataset[Read]):
+    """Items to what has to be encoded; runs in data workers."""
+
+    def __init__(self, prepared: PreparedSet, pictures: Pictures, config: CutConfig, preprocess: Preprocess) -> None:
+        self._prepared, self._pictures, self._config, self._preprocess = prepared, pictures, config, preprocess
+
+    def __getitem__(self, item: Item) -> Read:
+        known = self._prepared.index.find([item.name])[0]
+        try:
+            return self._read(item, known)
+        except PictureFault as fault:
+            moved_without = fault.kind == "missing_file" and known is not None and known.is_sound
+            is_known = known is not None and not known.is_sound
+            return Read(item, None if moved_without or is_known else Record.unreadable(), fault=fault)
+
+    def _read(self, item: Item, known: Record | None) -> Read:
+        content, status = self._pictures.read_file(item.name)
+        key, picture = address(content), self._pictures.decode(content).image
+        record = Record.of(status, (picture.height, picture.width), key)
+        views = self._prepared.recipe.views(key, record.size_px, item.use)
+        lacking = [v for v in views if self._prepared.tables[v.kind].find([v.key])[0] < 0]
+        sides = {mirrored: crop.mirror(picture) if mirrored else picture for mirrored in {v.mirrored for v in lacking}}
+        pixels = tuple((view, self._pixels(view, sides[view.mirrored])) for view in lacking)
+        still_holds = known is not None and known.content == key and known.fits(status)
+        return Read(item, None if still_holds else record, pixels)
+
+    def _pixels(self, view: View, picture: Image) -> NDArray[np.float32]:
+        """As numpy: arrays travel from worker to worker without an open file each."""
+        if view.target_px is not None:
+            return crop.to_tensor(crop.fit(picture, view.target_px)[0]).numpy()
+        return self._preprocess(framed(picture, self._config, self._pictures)).numpy()
+
+
+def read_all(items: list[Item], reading: Reading, workers: int) -> Iterator[Read]:
+    """Every item, read by `workers` processes a few ahead, or by this one if 0."""
+    return iter(DataLoader(reading, batch_size=None, sampler=items, num_workers=workers, collate_fn=_as_it_is))  # type: ignore[arg-type]
+
+
+def _as_it_is(read: Read) -> Read:
+    return read

@@ -1,0 +1,81 @@
+"""Whether a run trains from a prepared set, and from which; prepares it first where that was left to us and pays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.launch import Runtime
+from ip_adapter_trainer.core.log import say
+from ip_adapter_trainer.data.manifest import Manifest
+from ip_adapter_trainer.data.pictures import Pictures
+from ip_adapter_trainer.data.prepared import PreparedSet, Recipe, drawn_anew
+from ip_adapter_trainer.model import Model
+from ip_adapter_trainer.prepare.config import command
+from ip_adapter_trainer.prepare.frozen import recipe_of
+from ip_adapter_trainer.prepare.run import Job, demand_preparable
+from ip_adapter_trainer.train.config import TrainConfig
+from ip_adapter_trainer.train.plan import total_steps
+
+_PAYS_EPOCHS = 2  # for each encoding of a picture: one is spent on preparing, the rest is won
+
+
+def prepared_set(
+    config: TrainConfig, runtime: Runtime, model: Model, manifest: Manifest, poll: Callable[[], None]
+) -> PreparedSet | None:
+    """The set that a run trains from; None: from the pictures themselves.
+
+    Raises:
+        Problem: the set lacks rows, or settings are on under which nothing can be encoded beforehand.
+        Stopped: asked to stop while preparing.
+    """
+    if config.prepare == "auto":
+        return _prepared_if_it_pays(config, runtime, model, manifest, poll)
+    if config.prepared_dir is None:
+        return None
+    demand_preparable(config)
+    return _opened(config, manifest, _recipe(config, model), Path(config.prepared_dir))
+
+
+def _recipe(config: TrainConfig, model: Model) -> Recipe:
+    return recipe_of(config, model.family, model.encoder, (model.variant.feature,))
+
+
+def _opened(config: TrainConfig, manifest: Manifest, recipe: Recipe, folder: Path) -> PreparedSet:
+    prepared = PreparedSet(folder, recipe, Pictures.of(manifest.root, config))
+    lacking = list(prepared.lacking(manifest.rows))
+    if lacking:
+        what = f"the prepared set lacks {len(lacking)} of {len(manifest.rows)} rows as these settings need them"
+        where = f"{folder}; the first: {manifest.where(lacking[0])}"
+        remedy = f"run: {command(config.model_copy(update={'prepared_dir': str(folder)}))}"
+        raise Problem(what, where=where, remedy=remedy)
+    return prepared
+
+
+def _prepared_if_it_pays(
+    config: TrainConfig, runtime: Runtime, model: Model, manifest: Manifest, poll: Callable[[], None]
+) -> PreparedSet | None:
+    """Prepares first, or trains from the pictures; says which, and why."""
+    if anew := drawn_anew(config):
+        say(f"not preparing: {' and '.join(anew)} cut each image otherwise every time")
+        return None
+    folder = Path(config.prepared_dir or Path(config.output_dir) / "prepared")
+    recipe = _recipe(config, model)
+    job = Job(config, runtime, manifest, recipe, folder)
+    rows, images_per_step = len(manifest.rows), config.images_per_step(runtime.world)
+    epochs = total_steps(config, rows, images_per_step) * images_per_step / max(rows, 1)
+    least = _PAYS_EPOCHS * (2 if config.random_flip else 1)
+    if job.need_bytes and epochs < least:
+        say(f"not preparing: {epochs:.1f} epochs, and it pays from {least} on")
+        return None
+    if not job.fits:
+        say(f"not preparing: {math.ceil(job.need_bytes / 1e6)} MB needed, {job.free_bytes // 10**6} MB free")
+        return None
+    if config.dry_run:
+        say(f"would prepare {math.ceil(job.need_bytes / 1e6)} MB in {folder} for {epochs:.1f} epochs")
+        return None
+    say(f"preparing first: {epochs:.1f} epochs, and it pays from {least} on")
+    say(str(job.run(model.family, model.encoder, config.encode_batch_size, poll)))
+    return _opened(config, manifest, recipe, folder)

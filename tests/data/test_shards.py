@@ -1,0 +1,132 @@
+"""Tables: what was added is found under its address, and files that are no shards are refused before being read."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.data import shards
+from ip_adapter_trainer.data.index import PictureIndex, Record
+from ip_adapter_trainer.data.shards import KEY_BYTES, Table, TableKind, TableWriter, address
+
+KIND = TableKind("moments", (4, 2), torch.bfloat16)
+
+
+def fill(root: Path, numbers: range, kind: TableKind = KIND) -> None:
+    writer = TableWriter(root, kind)
+    for number in numbers:
+        writer.add(address(number), torch.full(kind.shape, float(number), dtype=kind.dtype))
+    writer.seal()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_of_several_shards_are_found(tmp_path: Path, dtype: torch.dtype) -> None:
+    kind = TableKind("moments", (4, 2), dtype)
+    for numbers in (range(0, 30), range(30, 31), range(31, 70)):
+        fill(tmp_path, numbers, kind)
+    table = pickle.loads(pickle.dumps(Table(tmp_path, kind)))  # as a spawned data worker gets it
+    places = table.find([address(number) for number in range(80)])
+    assert len(table) == 70 and (places[70:] == -1).all()
+    for number in range(70):
+        assert torch.equal(table[int(places[number])], torch.full((4, 2), float(number), dtype=dtype))
+
+
+def test_an_empty_table_finds_nothing(tmp_path: Path) -> None:
+    assert Table(tmp_path, KIND).find([address(1)]).tolist() == [-1]
+    assert PictureIndex(tmp_path).find(["a"]) == [None]
+
+
+def test_more_shards_than_are_kept_open(tmp_path: Path) -> None:
+    for number in range(6):
+        fill(tmp_path, range(number, number + 1))
+    table = Table(tmp_path, KIND, max_maps=2)
+    for _ in range(2):
+        for number in range(6):
+            assert float(table[int(table.find([address(number)])[0])][0, 0]) == number
+    assert len(table._maps) == 2
+
+
+def test_a_shard_is_sealed_by_size_and_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_SEAL_BYTES", 3 * KIND.row_bytes)
+    fill(tmp_path, range(7))
+    assert len(list((tmp_path / KIND.folder).iterdir())) == 3
+    monkeypatch.setattr(shards, "_SEAL_S", -1.0)
+    fill(tmp_path, range(10, 12))
+    assert len(list((tmp_path / KIND.folder).iterdir())) == 5
+
+
+def test_addresses_tell_their_parts_apart() -> None:
+    assert address("ab", "c") != address("a", "bc") and address(1, 2) != address(12)
+    assert len(address("x")) == KEY_BYTES
+
+
+def header(entries: object, tail: int) -> bytes:
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(tail)
+
+
+def tensor(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def entries(rows: object, keys: list[int], values: list[int], **more: object) -> dict[str, object]:
+    return {
+        "key": {"dtype": "U8", "shape": [rows, 16], "data_offsets": keys},
+        "value": {"dtype": "BF16", "shape": [rows, 4, 2], "data_offsets": values},
+    } | more
+
+
+HOSTILE = {
+    "empty": b"",
+    "no header": b"\xff" * 8,
+    "endless header": (1 << 62).to_bytes(8, "little") + b"{",
+    "no JSON": (4).to_bytes(8, "little") + b"{{{{",
+    "nested": (3000).to_bytes(8, "little") + b"[" * 3000,
+    "an array": header([1], 0),
+    "more rows than bytes": header(entries(10**15, [0, 16], [16, 32]), 32),
+    "negative rows": header(entries(-1, [0, -16], [-16, -32]), 32),
+    "no rows": header(entries(0, [0, 0], [0, 0]), 0),
+    "rows true": header(entries(True, [0, 16], [16, 32]), 32),
+    "overlap": header(entries(1, [0, 16], [0, 16]), 32),
+    "outside": header(entries(1, [0, 16], [1000, 1016]), 32),
+    "third tensor": header(entries(1, [0, 16], [16, 32], more=tensor("U8", [0], 32, 32)), 32),
+    "other shape": header(entries(1, [0, 16], [16, 32], value=tensor("BF16", [1, 8], 16, 32)), 32),
+    "other dtype": header(entries(1, [0, 16], [16, 32], value=tensor("F16", [1, 4, 2], 16, 32)), 32),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_what_is_no_shard_is_refused(tmp_path: Path, content: bytes) -> None:
+    fill(tmp_path, range(3))
+    (tmp_path / KIND.folder / "x.safetensors").write_bytes(content)
+    with pytest.raises(Problem, match=r"no whole shard[^$]*x\.safetensors[^$]*prepare"):
+        Table(tmp_path, KIND)
+
+
+def test_the_hostile_frame_itself_is_sound(tmp_path: Path) -> None:
+    (tmp_path / KIND.folder).mkdir(parents=True)
+    (tmp_path / KIND.folder / "x.safetensors").write_bytes(header(entries(1, [0, 16], [16, 32]), 32))
+    assert len(Table(tmp_path, KIND)) == 1
+
+
+def test_a_torn_shard_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path, range(3))
+    file = next((tmp_path / KIND.folder).iterdir())
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(Problem, match="no whole shard"):
+        Table(tmp_path, KIND)
+
+
+def test_of_several_records_the_newest_counts(tmp_path: Path) -> None:
+    from ip_adapter_trainer.data.index import PICTURES, name_key
+
+    for noted, side in ((5, 50), (9, 90), (7, 70)):
+        writer = TableWriter(tmp_path, PICTURES)
+        writer.add(name_key("a"), Record(1, 2, noted, (side, 3), b"c" * 16).packed())
+        writer.seal()
+    assert PictureIndex(tmp_path).find(["b", "a"]) == [None, Record(1, 2, 9, (90, 3), b"c" * 16)]

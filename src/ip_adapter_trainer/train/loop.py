@@ -22,6 +22,7 @@ from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.train import checkpoint, guard, optim
 from ip_adapter_trainer.train.config import TrainConfig
 from ip_adapter_trainer.train.launch import Runtime
+from ip_adapter_trainer.train.lean import lean
 from ip_adapter_trainer.train.plan import Plan
 from ip_adapter_trainer.train.signals import StopSignal
 from ip_adapter_trainer.train.source import Source
@@ -146,7 +147,7 @@ class Trainer:
         track = Track(self.runtime, self.output, self.plan.total_steps, self.done, self._metrics_bytes)
         self.runtime.accelerator.init_trackers(self.config.tracker_project_name, config=self._tracker_config())
         batches = self.source.batches(self.done)
-        with self.model.attached():
+        with self.model.attached(), lean(self.model, self.config):
             try:
                 self._run(batches, track, stop)
             except Exception as error:

@@ -161,17 +161,28 @@ def test_gradients_are_views_of_one_buffer() -> None:
     assert not layer.weight.grad.any()
 
 
+def test_a_loss_that_is_not_finite_shows_in_the_norm() -> None:
+    gradients = Gradients(torch.nn.Linear(3, 2).parameters())
+    gradients.add_loss(torch.tensor(float("inf")))
+    gradients.average(world=1)
+    assert not torch.isfinite(gradients.clip(1.0))
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "fp16_scaler"])
 def test_not_finite_gradients_stop_the_run_with_its_own_code(
-    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], scaled: bool
 ) -> None:
     from ip_adapter_trainer.core.errors import NotFiniteProblem
     from ip_adapter_trainer.train.step import Step
 
-    honest = Step.__call__
+    honest, scaler = Step.__call__, torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, enabled=scaled))
     monkeypatch.setattr(Step, "__call__", lambda self, batch: honest(self, batch) * float("nan"))
     with pytest.raises(NotFiniteProblem) as caught:
         run(tmp_path / "out", max_train_steps=9, save_steps=100)
     assert caught.value.exit_code == 5
+    skipped = [line for line in capsys.readouterr().err.splitlines() if "step skipped" in line]
+    assert len(skipped) == 5 and all(line.count("data.json, element ") == 2 for line in skipped)
 
 
 def test_an_error_in_the_middle_loses_no_steps(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

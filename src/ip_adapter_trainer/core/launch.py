@@ -35,6 +35,14 @@ class Runtime:
         """Whether this process writes."""
         return self.rank == 0
 
+    def gathered(self, values: list[int]) -> list[int]:
+        """The values of all processes, by rank; each process must ask."""
+        if self.world == 1:
+            return values
+        parts: list[list[int]] = [[] for _ in range(self.world)]
+        torch.distributed.all_gather_object(parts, values)
+        return [value for part in parts for value in part]
+
     def barrier(self) -> None:
         """Waits for every process."""
         if self.world > 1:

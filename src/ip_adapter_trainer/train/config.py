@@ -34,6 +34,21 @@ class SourceConfig(SetConfig):
     )
 
 
+class LeanConfig(Part):
+    """How the frozen denoiser computes; none of it changes what is computed beyond rounding."""
+
+    lean_layers: bool = Field(
+        True, description="Frozen layers keep for the backward pass only what their input's gradient needs."
+    )
+    lean_attention: bool = Field(
+        True,
+        description="On a CPU, attention by single products where their backward is faster than the fused kernel's.",
+    )
+    channels_last: Literal["auto", "on", "off"] = Field(
+        "auto", description="Channels-last weights in the denoiser; auto: where the frozen weights are bf16 or fp16."
+    )
+
+
 class OptimConfig(Part):
     """How the adapter is optimised, and for how long."""
 
@@ -96,6 +111,7 @@ class TrainConfig(
     ObjectiveConfig,
     SourceConfig,
     DataConfig,
+    LeanConfig,
     ModelConfig,
 ):
     """Every setting of a run but those of its variant and family, which `config.compose` adds.

@@ -23,6 +23,7 @@ from ip_adapter_trainer.core.types import Batch
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.train import checkpoint, guard, optim
 from ip_adapter_trainer.train.config import TrainConfig
+from ip_adapter_trainer.train.lean import lean
 from ip_adapter_trainer.train.plan import Plan
 from ip_adapter_trainer.train.source import Source
 from ip_adapter_trainer.train.step import Step
@@ -146,7 +147,7 @@ class Trainer:
         track = Track(self.runtime, self.output, self.plan.total_steps, self.done, self._metrics_bytes)
         self.runtime.accelerator.init_trackers(self.config.tracker_project_name, config=self._tracker_config())
         batches = self.source.batches(self.done)
-        with self.model.attached():
+        with self.model.attached(), lean(self.model, self.config):
             try:
                 self._run(batches, track, stop)
             except Exception as error:
@@ -190,17 +191,19 @@ class Trainer:
     def _optimize(self, batches: Iterator[Batch], track: Track, stop: StopSignal) -> None:
         """One optimizer step over all its micro batches on all processes."""
         self.gradients.zero()
+        rows: list[int] = []
         for _ in range(self.config.gradient_accumulation_steps):
             began = time.monotonic()
             batch = next(batches)
             track.stopwatch.waited(time.monotonic() - began)
+            rows += batch.row.tolist()
             loss = self.loss_of(batch) / self.config.gradient_accumulation_steps
             self.scaler.scale(loss).backward()
             self.gradients.add_loss(loss.detach())
         if stop.received is not None:
             self.gradients.request_stop()
         self.gradients.average(self.runtime.world)
-        norm, rate = self._apply(), self.schedule.get_last_lr()[0]
+        norm, rate = self._apply(rows), self.schedule.get_last_lr()[0]
         self.schedule.step()
         self.done += 1
         track.stopwatch.trained(self.plan.images_per_step)
@@ -208,23 +211,24 @@ class Trainer:
         if self.done % self.config.logging_steps == 0:
             track.flush()
 
-    def _apply(self) -> torch.Tensor:
+    def _apply(self, rows: list[int]) -> torch.Tensor:
         """Unscales, clips and steps; a step whose gradients are not finite is skipped on every process alike."""
         self.scaler.unscale_(self.optimizer)
         norm = self.gradients.clip(self.config.max_grad_norm)
-        if self.scaler.is_enabled() or bool(torch.isfinite(norm)):
-            self.scaler.step(self.optimizer)  # an enabled scaler skips by itself and lowers its scale
+        if bool(torch.isfinite(norm)):
+            self.scaler.step(self.optimizer)
             self.bad_steps = 0
             if self.ema:
                 self.ema.step(self.model.adapter.parameters())
         else:
-            self._skip()
-        self.scaler.update()
+            self._skip(rows)
+        self.scaler.update()  # lowers fp16's scale after a step that was skipped
         return norm
 
-    def _skip(self) -> None:
+    def _skip(self, rows: list[int]) -> None:
         self.bad_steps += 1
-        say(f"step {self.done + 1}: gradients are not finite, step skipped ({self.bad_steps} in a row)")
+        named = "; ".join(self.source.where(row) for row in self.runtime.gathered(rows))
+        say(f"step {self.done + 1}: not finite, step skipped ({self.bad_steps} in a row); its rows: {named}")
         if self.bad_steps >= MAX_BAD_STEPS:
             what = f"gradients were not finite for {MAX_BAD_STEPS} steps in a row"
             remedy = "lower --learning_rate, or train with --mixed_precision bf16; the last checkpoint is good"

@@ -43,10 +43,14 @@ class Gradients:
         self._buffer[-1] = 1.0
 
     def average(self, world: int) -> None:
-        """Means over all processes; afterwards every one holds the same buffer."""
+        """Means over all processes; afterwards every one holds the same buffer.
+
+        A loss that is not finite makes the gradients so too, so that one look at their norm tells of both.
+        """
         if world > 1:
             torch.distributed.all_reduce(self._buffer)
             self._buffer /= world
+        self.flat[0] += 0 * self._buffer[-2]
 
     def clip(self, max_norm: float | None) -> Tensor:
         """Scales gradients down to a norm; returns the norm before, a scalar on the device."""

@@ -69,6 +69,10 @@ class Source:
         rank, world, pin = self._runtime.rank, self._runtime.world, self._runtime.device.type == "cuda"
         return Loader(self._samples, self._order, log, rank=rank, world=world, pin=pin).from_step(first_step)
 
+    def where(self, row: int) -> str:
+        """Where a row stands in the manifest, for people."""
+        return self._manifest.where(row)
+
     def fixed(self, count: int, seed: int, *, pixels: bool = False) -> list[Batch]:
         """The same few rows at every validation, nothing drawn by chance; a row's index is its number.
 

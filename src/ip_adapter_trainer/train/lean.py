@@ -1,0 +1,39 @@
+"""The frozen denoiser made lean for the length of a run, as the settings say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from ip_adapter_trainer.model import Model
+from ip_adapter_trainer.nn.attention import lean_attention
+from ip_adapter_trainer.nn.lean import lean_layers
+from ip_adapter_trainer.train.config import LeanConfig
+
+
+@contextmanager
+def lean(model: Model, config: LeanConfig) -> Iterator[None]:
+    """Makes an attached model's training step lean; afterwards its layers, processors and layout are what they were.
+
+    Usage::
+
+        with model.attached(), lean(model, config):
+            step(batch).backward()
+    """
+    denoiser = model.family.denoiser
+    with ExitStack() as stack:
+        if _channels_last(config, model.dtype):
+            denoiser.to(memory_format=torch.channels_last)
+            stack.callback(denoiser.to, memory_format=torch.contiguous_format)
+        if config.lean_layers:
+            stack.enter_context(lean_layers(denoiser))
+        if config.lean_attention:
+            stack.enter_context(lean_attention(denoiser, model.prompt))
+        yield
+
+
+def _channels_last(config: LeanConfig, dtype: torch.dtype) -> bool:
+    """A convolution computes in channels-last when its weight lies so, whatever its input."""
+    return config.channels_last == "on" or (config.channels_last == "auto" and dtype != torch.float32)

@@ -1,0 +1,140 @@
+"""Lean layers compute what the layers they stand for compute, keep less, and leave no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ip_adapter_trainer.model import Model
+from ip_adapter_trainer.nn.attention import ImagePrompt, LeanSelfProcessor, attend, attend_lean, lean_attention
+from ip_adapter_trainer.nn.lean import LeanConv2d, LeanGEGLU, LeanResnetBlock2D, lean_layers
+from ip_adapter_trainer.train.config import LeanConfig
+from ip_adapter_trainer.train.lean import lean
+from tests import tiny
+from tests.test_model import build, inputs
+
+PARITY = 1e-5  # of the gradients' norm, in fp32
+
+
+def gradients(model: Model) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The prediction, the adapter's gradients, and how many bytes besides weights the backward pass was given."""
+    noisy, t, text, pixels = inputs(model)
+    kept: dict[int, int] = {}
+    weights = [*model.family.denoiser.parameters(), *model.adapter.parameters()]
+    own = {weight.untyped_storage().data_ptr() for weight in weights}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    model.adapter.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        prediction = model.predict(noisy, t, text, model.project(model.features(pixels)))
+        prediction.square().mean().backward()
+    grads = [p.grad.flatten() for p in model.adapter.parameters() if p.grad is not None]
+    return prediction.detach(), torch.cat(grads), sum(kept.values())
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("layout", ["off", "on"], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("base", tiny.BASES)
+def test_gradients_are_the_stock_ones(
+    base: tiny.Base, layout: str, recompute: bool, base_folder: Callable, encoder_folder: Path
+) -> None:
+    model = build(base_folder(base), encoder_folder, "plus")
+    stock, expected, _ = _run(model, LeanConfig(lean_layers=False, lean_attention=False, channels_last="off"))
+    if recompute:
+        model.checkpoint_activations()
+    made, found, _ = _run(model, LeanConfig(channels_last=layout))  # type: ignore[arg-type]
+    torch.testing.assert_close(made, stock, rtol=1e-4, atol=1e-5)
+    assert (found - expected).norm() <= PARITY * expected.norm()
+
+
+def _run(model: Model, config: LeanConfig) -> tuple[torch.Tensor, torch.Tensor, int]:
+    with model.attached(), lean(model, config):
+        return gradients(model)
+
+
+def test_lean_layers_keep_less(base_folder: Callable, encoder_folder: Path) -> None:
+    model = build(base_folder("sdxl"), encoder_folder, "base")
+    off = LeanConfig(lean_layers=False, lean_attention=False, channels_last="off")
+    kept = _run(model, off)[2], _run(model, off.model_copy(update={"lean_layers": True}))[2]
+    assert kept[1] < 0.9 * kept[0]
+
+
+def test_a_lean_denoiser_without_gradients_is_the_base_bit_for_bit_and_leaves_no_trace(
+    base_folder: Callable, encoder_folder: Path
+) -> None:
+    model = build(base_folder("sdxl"), encoder_folder, "base")
+    denoiser, (noisy, t, text, _) = model.family.denoiser, inputs(model)
+    base, classes = model.family.predict(noisy, t, text), [type(m) for m in denoiser.modules()]
+    processors, keys = dict(denoiser.attn_processors), list(denoiser.state_dict())
+    with lean(model, LeanConfig(channels_last="off")):
+        found = {type(m) for m in denoiser.modules()}
+        assert {LeanConv2d, LeanGEGLU, LeanResnetBlock2D} <= found
+        assert any(isinstance(p, LeanSelfProcessor) for p in denoiser.attn_processors.values())
+        assert torch.equal(model.family.predict(noisy, t, text), base)
+        assert list(denoiser.state_dict()) == keys
+    with lean(model, LeanConfig(channels_last="on")):
+        pass
+    assert [type(m) for m in denoiser.modules()] == classes
+    assert all(p is processors[name] for name, p in denoiser.attn_processors.items())
+    assert all(p.is_contiguous() for p in denoiser.parameters())
+    assert torch.equal(model.family.predict(noisy, t, text), base)
+
+
+def test_trained_or_unusual_layers_stay_what_they_are() -> None:
+    trained, padded = torch.nn.Conv2d(2, 2, 1), torch.nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect")
+    padded.requires_grad_(False)
+    with lean_layers(torch.nn.Sequential(trained, padded)):
+        assert type(trained) is type(padded) is torch.nn.Conv2d
+
+
+def test_half_precision_takes_channels_last_by_itself(base_folder: Callable, encoder_folder: Path) -> None:
+    model = build(base_folder("sd1"), encoder_folder, "base")
+    weight = model.family.denoiser.conv_in.weight
+    with lean(model, LeanConfig()):
+        assert weight.is_contiguous()
+    model.family.denoiser.to(torch.bfloat16)
+    with lean(model, LeanConfig()):
+        assert model.family.denoiser.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("keys", "frozen"), [(7, True), (7, False), (300, False)])
+def test_explicit_attention_agrees_with_the_fused_kernel(dtype: torch.dtype, keys: int, frozen: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 5, 16, generator=generator).to(dtype).requires_grad_()
+    key, value = (torch.randn(2, keys, 16, generator=generator).to(dtype) for _ in range(2))
+    wanted = [query] if frozen else [query, key.requires_grad_(), value.requires_grad_()]
+    mask = torch.where(torch.arange(keys) % 3 == 0, -1e4, 0.0).to(dtype).expand(2, 4, 1, keys)
+    outs = [how(query, key, value, 4, mask) for how in (attend, attend_lean)]
+    is_explicit = "ScaledDotProduct" not in _names(outs[1])
+    assert is_explicit == (keys <= 256 and (frozen or dtype != torch.float32))
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 2e-2}
+    torch.testing.assert_close(outs[1], outs[0], **tolerance)
+    first, second = (torch.autograd.grad(out.float().square().sum(), wanted) for out in outs)
+    torch.testing.assert_close(second, first, **{name: 4 * value for name, value in tolerance.items()})
+
+
+def _names(out: torch.Tensor) -> str:
+    """The names of the graph's nodes behind a tensor."""
+    seen, waiting = [], [out.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None:
+            seen.append(node.name())
+            waiting += [following for following, _ in node.next_functions]
+    return " ".join(seen)
+
+
+def test_a_prompt_outside_training_attends_by_the_fused_kernel() -> None:
+    prompt = ImagePrompt()
+    with lean_attention(torch.nn.Module(), prompt):
+        assert prompt.attend is attend_lean
+    assert prompt.attend is attend

@@ -8,6 +8,7 @@ and backward; a save writes the UNet as well as the adapter, and the optimizer's
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from benchmarks.rows import Draws, draw
 from benchmarks.sizes import TOKENS, Nets
 from ip_adapter_trainer.core.precision import dtype_of
-from ip_adapter_trainer.core.types import Batch
+from ip_adapter_trainer.core.types import Batch, Pixels
 from ip_adapter_trainer.diffusion import NoiseProcess, ObjectiveConfig
 
 
@@ -85,7 +86,10 @@ class PublishedModel(nn.Module):
         layers = {name: unet.get_submodule(name.removesuffix(".processor")) for name in unet.attn_processors}
         crossing = {name: name.endswith("attn2.processor") for name in layers}
         unet.set_attn_processor(
-            {name: TextAndImageAttention(layer) if crossing[name] else SelfAttention() for name, layer in layers.items()}
+            {
+                name: TextAndImageAttention(layer) if crossing[name] else SelfAttention()
+                for name, layer in layers.items()
+            }
         )
         self.adapter_modules = nn.ModuleList(unet.attn_processors.values())
 
@@ -120,14 +124,14 @@ class PublishedStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     @torch.no_grad()
-    def encode(self, batch: Batch, posterior: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents [B, C, h, w] and image features [B, E]; dropped pictures are encoded first and zeroed after."""
+    def encode(self, batch: Batch) -> tuple[Any, Tensor]:
+        """The latents' posterior and image features [B, E]; dropped pictures are encoded first and zeroed after."""
+        assert isinstance(batch.picture, Pixels)
         vae = self.pipeline.vae
-        latents = vae.encode(batch.picture.pixels.to(vae.dtype)).latent_dist
-        latents = (latents.mean + latents.std * posterior.to(latents.mean)) * vae.config.scaling_factor
+        posterior = vae.encode(batch.picture.pixels.to(vae.dtype)).latent_dist
         features = self.image_encoder(batch.picture.prompt_pixels.to(self.dtype)).image_embeds
         kept = [torch.zeros_like(f) if drop else f for f, drop in zip(features, batch.drop_image.tolist(), strict=True)]
-        return latents.to(self.dtype), torch.stack(kept)
+        return posterior, torch.stack(kept)
 
     @torch.no_grad()
     def encode_text(self, batch: Batch) -> tuple[Tensor, Any]:
@@ -144,6 +148,7 @@ class PublishedStep:
 
     def draws(self, batch: Batch) -> Draws:
         """The chance of a step; given to both sides alike."""
+        assert isinstance(batch.picture, Pixels)
         shape = batch.picture.pixels.shape[-2:]
         factor = self.pipeline.vae_scale_factor
         drawn = draw(self.process, batch, (4, shape[0] // factor, shape[1] // factor))
@@ -151,7 +156,9 @@ class PublishedStep:
 
     def loss(self, batch: Batch, draws: Draws) -> Tensor:
         """Everything encoded, then the squared error of the noise, a scalar."""
-        latents, features = self.encode(batch, draws.posterior)
+        posterior, features = self.encode(batch)
+        latents = posterior.mean + posterior.std * draws.posterior.to(posterior.mean)
+        latents = (latents * self.pipeline.vae.config.scaling_factor).to(self.dtype)
         noise = draws.noise.to(self.dtype)
         noisy = self.process.scheduler.add_noise(latents, noise, draws.timesteps)
         text, added = self.encode_text(batch)
@@ -181,11 +188,14 @@ class PublishedStep:
         self.optimizer.zero_grad()
         return found
 
-    def run(self, batches: Iterator[Batch], steps: int) -> None:
-        """Trains on batches; what each step draws is made before it asks for the next."""
+    def run(self, batches: Iterator[Batch], images: int, steps: int, output: Path) -> float:
+        """Trains, and saves after the last step; returns what the save took, in seconds."""
         for _ in range(steps):
             batch = next(batches)
             self.step(batch, self.draws(batch))
+        began = time.perf_counter()
+        self.save(output)
+        return time.perf_counter() - began
 
     def save(self, folder: Path) -> None:
         """What the script saves: the whole model and the optimizer's state."""

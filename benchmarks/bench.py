@@ -156,6 +156,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--techniques", default=",".join(TECHNIQUES), help="switches to try at each size's first setting"
     )
+    parser.add_argument("--threads", type=int, help="threads of each side; default: as torch chooses")
     parser.add_argument("--minutes", type=float, default=60, help="no further setting is begun after this")
     parser.add_argument("--out", type=Path, default=Path("bench"))
     return parser.parse_args()
@@ -182,6 +183,8 @@ def main() -> None:
 
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
+    if args.threads:
+        os.environ["OMP_NUM_THREADS"] = str(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     began, rows, missing = time.monotonic(), [], []
     with tempfile.TemporaryDirectory(dir=args.out) as scratch:

@@ -5,14 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test slow clean
+.PHONY: demo test slow bench bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/ip-adapter demo --output_dir demo
 
 test: $(STAMP)
-	$(BIN)/ruff check src tests examples
-	$(BIN)/ruff format --check src tests examples
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
@@ -20,6 +20,14 @@ test: $(STAMP)
 slow: $(STAMP)
 	$(BIN)/python -m pip install --quiet 'scikit-image<1'
 	$(BIN)/python -m pytest -s -m slow tests/slow
+
+# The published recipe's step beside ours, into bench/ratios.json and bench/ratios.md (12 GB of memory, 8 GB of disk).
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.bench --sizes tiny,half,sd15 --device cpu --out bench
+
+# The same on one GPU, ended after ten minutes: SD1.5 at 512 px and SDXL at 1024 px.
+bench-gpu: $(STAMP)
+	$(BIN)/python -m benchmarks.bench --sizes sd15,sdxl --device cuda --rounds 3 --minutes 8 --techniques "" --out bench
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -172,10 +172,10 @@ class Model:
 
     def project(self, features: Tensor) -> Tensor:
         """Tokens [B, N, context_dim] of features, in the compute dtype; autocast around the small projector alone."""
-        device = features.device.type
-        with torch.autocast(device, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            tokens = self.adapter.image_proj_model(features if self.dtype != torch.float32 else features.float())
-        return tokens.to(self.dtype)
+        if self.dtype == torch.float32:
+            return self.adapter.image_proj_model(features.float())
+        with torch.autocast(features.device.type, dtype=self.dtype):
+            return self.adapter.image_proj_model(features).to(self.dtype)
 
     def predict(
         self, noisy: Tensor, timesteps: Tensor, text: TextCondition, tokens: Tensor | None, scale: float = 1.0

@@ -1,0 +1,130 @@
+"""Our side: the package's own model, step and training loop, on rows that were encoded once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.sizes import SEED, Nets, Size
+from ip_adapter_trainer.adapters import VARIANTS
+from ip_adapter_trainer.config import compose
+from ip_adapter_trainer.core.precision import dtype_of
+from ip_adapter_trainer.core.types import Batch, Encoded
+from ip_adapter_trainer.diffusion import NoiseProcess, ObjectiveConfig
+from ip_adapter_trainer.encoders import ClipImageEncoder
+from ip_adapter_trainer.families import FAMILIES
+from ip_adapter_trainer.model import Model
+from ip_adapter_trainer.train.launch import start
+from ip_adapter_trainer.train.loop import Trainer
+from ip_adapter_trainer.train.plan import make_plan
+from ip_adapter_trainer.train.signals import StopSignal
+from ip_adapter_trainer.train.step import Step
+from ip_adapter_trainer.train.track import Track
+
+# What can be switched on beside the defaults of a run, each measured against a run without it.
+TECHNIQUES: dict[str, Callable[[Model], object]] = {
+    "channels_last": lambda model: model.family.denoiser.to(memory_format=torch.channels_last),
+    "checkpointing": Model.checkpoint_activations,
+}
+
+
+class Rows:
+    """Batches for a `Trainer` in place of those of a manifest."""
+
+    fingerprint = "benchmark"
+
+    def __init__(self, batches: Iterator[Batch], images: int) -> None:
+        self._batches, self.rows, self.images_per_step = batches, images, images
+
+    def batches(self, first_step: int) -> Iterator[Batch]:
+        """The given batches."""
+        return self._batches
+
+    def fixed(self, count: int, seed: int) -> list[Batch]:
+        """No validation rows: validation is no part of a step."""
+        return []
+
+
+class TimedTrainer(Trainer):
+    """The training loop, with a watch on its saves."""
+
+    save_s = 0.0
+
+    def save(self, track: Track) -> None:
+        """See `Trainer.save`."""
+        began = time.perf_counter()
+        super().save(track)
+        self.save_s = max(self.save_s, time.perf_counter() - began)  # a second call finds nothing to save
+
+
+class OurStep:
+    """The package's model with frozen weights in a precision, and the step over it.
+
+    Args:
+        size: the models' sizes.
+        nets: their frozen parts.
+        weights: the projector's first weights.
+        precision: no, fp16 or bf16, as `--mixed_precision`.
+        device: where everything is.
+        techniques: names out of `TECHNIQUES`.
+    """
+
+    def __init__(
+        self, size: Size, nets: Nets, weights: dict[str, Tensor], precision: str, device: torch.device,
+        techniques: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
+        self.config_class = compose("base", size.family)
+        self.precision, self.device, self.size = precision, device, size
+        dtype = dtype_of(precision)
+        nets.pipeline.to(dtype=dtype)
+        entry: Any = FAMILIES[size.family]
+        encoder = ClipImageEncoder(nets.image_encoder.to(dtype), "random weights")
+        with torch.device(device):
+            self.model = Model(entry(nets.pipeline), encoder, VARIANTS["base"], VARIANTS["base"].Config())
+        self.model.adapter.image_proj_model.load_state_dict(weights)
+        for name in techniques:
+            TECHNIQUES[name](self.model)
+        process = NoiseProcess(nets.pipeline.scheduler.config, ObjectiveConfig())
+        self.loss = Step(self.model, process, SEED, device)
+
+    def encode(self, batch: Batch) -> Encoded:
+        """What preparing a set makes of a batch, once for all steps."""
+        return Encoded(self.model.moments_of(batch.picture), self.model.features_of(batch.picture))
+
+    def release_encoders(self) -> None:
+        """Lets go of what a prepared set makes needless: the VAE's halves and the image encoder."""
+        self.model.encoder.null(self.model.variant.feature)  # remembered by the encoder
+        self.model.encoder.model.to("meta")
+        vae = self.model.family.pipeline.vae
+        vae.encoder = vae.decoder = None
+
+    def gradients(self, batch: Batch) -> dict[str, Tensor]:
+        """Gradients of the trained weights for a batch, by published training key; nothing is stepped."""
+        with self.model.attached():
+            self.loss(batch).backward()
+        found = {name: p.grad.float() for name, p in self.model.adapter.named_parameters() if p.grad is not None}
+        self.model.adapter.zero_grad()
+        return found
+
+    def run(self, batches: Iterator[Batch], images: int, steps: int, output: Path) -> float:
+        """The whole training loop; returns what its checkpoint after the last step took, in seconds."""
+        config = self.config_class(
+            pretrained_model_name_or_path="random weights", image_encoder_path="random weights", data_json_file="none",
+            output_dir=str(output), report_to="none", num_validation_images=0, grid_rows=0, seed=SEED,
+            mixed_precision=self.precision, train_batch_size=images, max_train_steps=steps,
+        )  # fmt: skip
+        output.mkdir(parents=True, exist_ok=True)
+        runtime = start(
+            mixed_precision=self.precision, local_rank=-1, report_to="none", output_dir=str(output), logging_dir="logs"
+        )
+        rows: Any = Rows(batches, images)
+        plan = make_plan(self.model, config, images, images)
+        trainer = TimedTrainer(config, runtime, self.model, rows, self.loss, plan)
+        with StopSignal() as stop:
+            trainer.run(stop)
+        return trainer.save_s

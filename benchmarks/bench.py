@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks import limits, measure, report
 from benchmarks.limits import Flops
 from benchmarks.measure import Measured, Schedule
-from benchmarks.our_step import TECHNIQUES
+from benchmarks.our_step import ON_BY_DEFAULT, TECHNIQUES
 from benchmarks.report import Row
 from benchmarks.sizes import SIZES
 from benchmarks.worker import Contender, DoesNotFit
@@ -133,6 +133,8 @@ class Bench:
 
     def _technique(self, setting: Setting, technique: str, reference: Path | None) -> Row:
         pair = setting.contender("ours", "bf16"), setting.contender("ours", "bf16", technique)
+        if technique in ON_BY_DEFAULT:
+            pair = pair[1], pair[0]
         without, switched = measure.compare(pair, self._schedule(setting), self.scratch)
         parity = measure.difference(switched.gradients, reference) if switched.gradients and reference else None
         return self._timed(f"{report.TECHNIQUE} {technique}, {setting.name}", without.train_s, switched.train_s, parity)

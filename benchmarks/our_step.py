@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +13,29 @@ from torch import Tensor
 from benchmarks.sizes import SEED, Nets, Size
 from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.config import compose
+from ip_adapter_trainer.core.launch import start
 from ip_adapter_trainer.core.precision import dtype_of
+from ip_adapter_trainer.core.signals import StopSignal
 from ip_adapter_trainer.core.types import Batch, Encoded
 from ip_adapter_trainer.diffusion import NoiseProcess, ObjectiveConfig
 from ip_adapter_trainer.encoders import ClipImageEncoder
 from ip_adapter_trainer.families import FAMILIES
 from ip_adapter_trainer.model import Model
-from ip_adapter_trainer.train.launch import start
+from ip_adapter_trainer.train.config import LeanConfig
+from ip_adapter_trainer.train.lean import lean
 from ip_adapter_trainer.train.loop import Trainer
 from ip_adapter_trainer.train.plan import make_plan
-from ip_adapter_trainer.train.signals import StopSignal
 from ip_adapter_trainer.train.step import Step
 from ip_adapter_trainer.train.track import Track
 
-# What can be switched on beside the defaults of a run, each measured against a run without it.
-TECHNIQUES: dict[str, Callable[[Model], object]] = {
-    "channels_last": lambda model: model.family.denoiser.to(memory_format=torch.channels_last),
-    "checkpointing": Model.checkpoint_activations,
+# Settings that turn a technique the other way than the defaults do; each is measured against a run with the defaults.
+TECHNIQUES: dict[str, dict[str, Any]] = {
+    "lean_layers": {"lean_layers": False},
+    "lean_attention": {"lean_attention": False},
+    "channels_last": {"channels_last": "off"},
+    "checkpointing": {"gradient_checkpointing": True},
 }
+ON_BY_DEFAULT = frozenset(("lean_layers", "lean_attention", "channels_last"))
 
 
 class Rows:
@@ -71,7 +76,7 @@ class OurStep:
         weights: the projector's first weights.
         precision: no, fp16 or bf16, as `--mixed_precision`.
         device: where everything is.
-        techniques: names out of `TECHNIQUES`.
+        techniques: names out of `TECHNIQUES`, which are turned the other way.
     """
 
     def __init__(
@@ -79,6 +84,9 @@ class OurStep:
         techniques: tuple[str, ...] = (),
     ) -> None:  # fmt: skip
         self.config_class = compose("base", size.family)
+        self.settings: dict[str, Any] = {}
+        for name in techniques:
+            self.settings |= TECHNIQUES[name]
         self.precision, self.device, self.size = precision, device, size
         dtype = dtype_of(precision)
         nets.pipeline.to(dtype=dtype)
@@ -87,8 +95,8 @@ class OurStep:
         with torch.device(device):
             self.model = Model(entry(nets.pipeline), encoder, VARIANTS["base"], VARIANTS["base"].Config())
         self.model.adapter.image_proj_model.load_state_dict(weights)
-        for name in techniques:
-            TECHNIQUES[name](self.model)
+        if self.settings.get("gradient_checkpointing"):
+            self.model.checkpoint_activations()
         process = NoiseProcess(nets.pipeline.scheduler.config, ObjectiveConfig())
         self.loss = Step(self.model, process, SEED, device)
 
@@ -105,7 +113,8 @@ class OurStep:
 
     def gradients(self, batch: Batch) -> dict[str, Tensor]:
         """Gradients of the trained weights for a batch, by published training key; nothing is stepped."""
-        with self.model.attached():
+        chosen = {name: value for name, value in self.settings.items() if name in LeanConfig.model_fields}
+        with self.model.attached(), lean(self.model, LeanConfig(**chosen)):
             self.loss(batch).backward()
         found = {name: p.grad.float() for name, p in self.model.adapter.named_parameters() if p.grad is not None}
         self.model.adapter.zero_grad()
@@ -117,6 +126,7 @@ class OurStep:
             pretrained_model_name_or_path="random weights", image_encoder_path="random weights", data_json_file="none",
             output_dir=str(output), report_to="none", num_validation_images=0, grid_rows=0, seed=SEED,
             mixed_precision=self.precision, train_batch_size=images, max_train_steps=steps,
+            **self.settings,
         )  # fmt: skip
         output.mkdir(parents=True, exist_ok=True)
         runtime = start(

@@ -40,6 +40,7 @@ class DemoConfig(Part):
     max_train_steps: int = Field(300, ge=1, description="Optimizer steps.")
     train_batch_size: int = Field(32, ge=1, description="Images per step.")
     learning_rate: float = Field(1e-3, gt=0, description="Learning rate; a small adapter takes a large one.")
+    min_timestep: int = Field(400, ge=0, description="First timestep that is trained: stronger noise decides colours.")
     pairs: int = Field(100, ge=8, description="Held-out pairs that are scored.")
     steps: int = Field(25, ge=1, description="Sampler steps.")
     guidance_scale: float = Field(4.0, ge=0, description="Classifier-free guidance.")
@@ -90,7 +91,8 @@ def _train(config: DemoConfig, folder: Path) -> None:
         "data_json_file": folder / "data.json", "data_root_path": folder / "images",
         "output_dir": folder / "run", "resolution": world.SIZE_PX, "grid_rows": 0,
         "train_batch_size": config.train_batch_size, "max_train_steps": config.max_train_steps,
-        "learning_rate": config.learning_rate, "lr_scheduler": "cosine", "seed": config.seed,
+        "learning_rate": config.learning_rate, "lr_scheduler": "cosine",
+        "min_timestep": config.min_timestep, "seed": config.seed,
     }  # fmt: skip
     train(parse_train([f"--{name}={value}" for name, value in flags.items()]), write_resolved)
 

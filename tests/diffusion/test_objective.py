@@ -79,3 +79,13 @@ def test_noise_offset_shifts_whole_channels() -> None:
     shift = offset - plain
     torch.testing.assert_close(shift, shift.mean((2, 3), keepdim=True).expand_as(shift), rtol=1e-3, atol=1e-5)
     assert float(shift.mean((2, 3)).std()) == pytest.approx(0.5, rel=0.15)
+
+
+def test_timesteps_stay_in_the_range_asked_for() -> None:
+    _, everywhere = process().draw(0, range(400), (1, 1, 1))
+    assert everywhere.min() < 50 and everywhere.max() > 950
+    _, some = process(min_timestep=400, max_timestep=500).draw(0, range(400), (1, 1, 1))
+    assert set(some.tolist()) <= set(range(400, 500)) and len(set(some.tolist())) > 80
+    for wrong in ({"min_timestep": 1000}, {"max_timestep": 1001}, {"min_timestep": 5, "max_timestep": 5}):
+        with pytest.raises(Problem, match="no timesteps"):
+            process(**wrong)

@@ -35,6 +35,10 @@ class ObjectiveConfig(Part):
     snr_gamma: float | None = Field(
         None, gt=0, description="Gamma of min-SNR loss weights (arXiv 2303.09556); 5.0 is usual."
     )
+    min_timestep: int = Field(0, ge=0, description="First timestep that training draws; higher: only stronger noise.")
+    max_timestep: int | None = Field(
+        None, gt=0, description="Timestep before which training draws; None: all of the scheduler's."
+    )
 
 
 class NoiseProcess:
@@ -51,6 +55,10 @@ class NoiseProcess:
         if self.prediction not in PREDICTIONS:
             what, remedy = f"unknown prediction type {self.prediction!r}", did_you_mean(self.prediction, PREDICTIONS)
             raise Problem(what, where="--prediction_type", remedy=remedy)
+        self.drawn = config.min_timestep, config.max_timestep or self.num_timesteps  # first, and the one after the last
+        if not self.drawn[0] < self.drawn[1] <= self.num_timesteps:
+            what = f"no timesteps from {self.drawn[0]} to {self.drawn[1]}: the base model has {self.num_timesteps}"
+            raise Problem(what, where="--min_timestep --max_timestep", remedy="leave them out, or give a smaller range")
 
     @property
     def num_timesteps(self) -> int:
@@ -58,7 +66,7 @@ class NoiseProcess:
         return int(self.scheduler.config.num_train_timesteps)
 
     def draw(self, seed: int, indices: Sequence[int], shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-        """Noise [B, C, h, w] and uniform timesteps [B] of the given image indices, from their counter streams."""
+        """Noise [B, C, h, w] and timesteps [B], uniform over the range asked for, from the images' counter streams."""
         import numpy as np
         import torch
 
@@ -69,7 +77,7 @@ class NoiseProcess:
             rng.standard_normal(out=noise[place], dtype=np.float32)
             if self.config.noise_offset:
                 noise[place] += self.config.noise_offset * rng.standard_normal((shape[0], 1, 1), dtype=np.float32)
-            timesteps[place] = stream(seed, "timestep", index).integers(self.num_timesteps)
+            timesteps[place] = stream(seed, "timestep", index).integers(*self.drawn)
         return torch.from_numpy(noise), torch.from_numpy(timesteps)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from ip_adapter_trainer.train.step import Step
 from ip_adapter_trainer.train.track import Track
 from ip_adapter_trainer.train.validate import Validator
 
+FP16_SCALE = 4096.0  # of the loss at first; higher, its calibration would look like steps that are not finite
 MAX_BAD_STEPS = 5  # in a row; then something is wrong that waiting will not mend
 
 
@@ -47,7 +48,9 @@ class Trainer:
         self.optimizer = optim.make_optimizer(parameters, config)
         self.schedule = optim.make_schedule(self.optimizer, config, plan.total_steps)
         self.ema = optim.make_ema(model.adapter, config)
-        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(
+            runtime.device.type, init_scale=FP16_SCALE, enabled=runtime.precision == "fp16"
+        )
         self.validator = Validator(config, model, source, step)
         self.done = 0  # optimizer steps
         self.validated = -1  # the step of the last validation

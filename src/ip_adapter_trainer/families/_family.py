@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -86,12 +87,14 @@ class Family(ABC):
         """The denoiser's output [B, C, h, w] for noisy latents and timesteps [B]."""
 
 
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
 FAMILIES: Registry[Family] = Registry("families", "ip_adapter_trainer.families")
 
 
 def _model_index(path: str) -> dict[str, Any]:
     local = Path(path)
-    if not local.exists() and path.count("/") != 1:
+    if not local.exists() and not _HUB_ID.fullmatch(path):
         raise Problem("no such folder", where=path, remedy="give a diffusers pipeline folder, or a hub id owner/name")
     try:
         file = local / "model_index.json" if local.exists() else _from_hub(path)

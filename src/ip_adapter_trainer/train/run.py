@@ -90,7 +90,7 @@ def _make_trainer(config: TrainConfig, runtime: Runtime, stop: StopSignal) -> Tr
     pipeline.scheduler.register_to_config(prediction_type=process.prediction)
     plan = make_plan(model, config, source.rows, source.images_per_step)
     say("\n".join(plan.lines()))
-    say(f"on {runtime.world} x {runtime.device}, frozen weights {runtime.precision}, predicting {process.prediction}")
+    say(f"on {runtime.world} x {runtime.device.type}, frozen weights {runtime.precision}, predicting {process.prediction}")
     return Trainer(config, runtime, model, source, Step(model, process, config.seed, runtime.device), plan)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -69,7 +69,14 @@ class Model:
             prediction = model.predict(noisy, timesteps, text, model.project(features))
     """
 
-    def __init__(self, family: Family, encoder: ClipImageEncoder, variant: type[Variant], config: Part) -> None:
+    def __init__(
+        self,
+        family: Family,
+        encoder: ClipImageEncoder,
+        variant: type[Variant],
+        config: Part,
+        layers: Sequence[str] = ("all",),
+    ) -> None:
         self.family, self.encoder, self.variant, self.config = family, encoder, variant, config
         kind = variant.feature
         projector = variant.projector(
@@ -80,7 +87,9 @@ class Model:
         )
         self.sites = family.sites()
         self.adapter = Adapter(projector, self.sites)
+        self.adapted = family.chosen_sites(layers)
         self._copy_frozen_pairs()
+        self.silence_others()
         self.prompt = ImagePrompt()
         self._originals: dict[str, object] | None = None
 
@@ -93,6 +102,15 @@ class Model:
             key, value = self.family.site_weights(site)
             pair.to_k_ip.weight.copy_(key)
             pair.to_v_ip.weight.copy_(value)
+
+    @torch.no_grad()
+    def silence_others(self) -> None:
+        """Layers that carry no adapter keep pairs of zeros, which loaders demand and which add exactly nothing."""
+        adapted = {str(site.number) for site in self.adapted}
+        for number, pair in self.adapter.adapter_modules.items():
+            if number not in adapted:
+                for weight in pair.requires_grad_(False).parameters():
+                    weight.zero_()
 
     @property
     def num_tokens(self) -> int:
@@ -117,7 +135,7 @@ class Model:
         pairs = self.adapter.adapter_modules
         processors = {
             s.name: DecoupledProcessor(pairs[str(s.number)], self.prompt, own[s.name])  # type: ignore[arg-type]
-            for s in self.sites
+            for s in self.adapted
         }
         self._originals = self.family.install(processors)
 

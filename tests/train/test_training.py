@@ -178,7 +178,11 @@ def test_not_finite_gradients_stop_the_run_with_its_own_code(
     from ip_adapter_trainer.train.step import Step
 
     honest, scaler = Step.__call__, torch.amp.GradScaler
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, enabled=scaled))
+
+    def forced(device: str, init_scale: float, enabled: bool) -> torch.amp.GradScaler:
+        return scaler(device, init_scale=init_scale, enabled=scaled)
+
+    monkeypatch.setattr(torch.amp, "GradScaler", forced)
     monkeypatch.setattr(Step, "__call__", lambda self, batch: honest(self, batch) * float("nan"))
     with pytest.raises(NotFiniteProblem) as caught:
         run(tmp_path / "out", max_train_steps=9, save_steps=100)

@@ -27,12 +27,14 @@ class Family(ABC):
         pipeline: the loaded diffusers pipeline, which also samples.
         denoiser: the frozen network that the adapter is attached to.
         context_dim: width of the tokens its cross-attention reads.
+        layer_groups: names for sets of sites, each by the beginnings of its layers' names.
     """
 
     Config: ClassVar[type[Part]]
     pipeline: Any
     denoiser: Any
     context_dim: int
+    layer_groups: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     name: str
 
     @classmethod
@@ -48,6 +50,23 @@ class Family(ABC):
     @abstractmethod
     def sites(self) -> list[Site]:
         """The cross-attention layers, in the order and numbering of the adapter file contract."""
+
+    def chosen_sites(self, names: Sequence[str]) -> list[Site]:
+        """The sites that names stand for: `all`, one of `layer_groups`, or the beginning of layers' names.
+
+        Raises:
+            Problem: a name that stands for no site of this model.
+        """
+        sites, chosen = self.sites(), set[str]()
+        for name in names:
+            beginnings = ("",) if name == "all" else self.layer_groups.get(name, (name,))
+            found = {site.name for site in sites if f"{site.name}.".startswith(tuple(_whole(b) for b in beginnings))}
+            if not found:
+                known = {"all", *self.layer_groups, *(site.name.split(".")[0] for site in sites)}
+                what = f"{name!r} is no layer of this base model"
+                raise Problem(what, where="--adapter_layers", remedy=did_you_mean(name, known))
+            chosen |= found
+        return [site for site in sites if site.name in chosen]
 
     @abstractmethod
     def site_weights(self, site: Site) -> tuple[Tensor, Tensor]:
@@ -90,6 +109,11 @@ class Family(ABC):
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 FAMILIES: Registry[Family] = Registry("families", "ip_adapter_trainer.families")
+
+
+def _whole(beginning: str) -> str:
+    """Ends a name at a dot, so that `up_blocks.1` does not stand for `up_blocks.10`."""
+    return f"{beginning}." if beginning and not beginning.endswith(".") else beginning
 
 
 def _model_index(path: str) -> dict[str, Any]:

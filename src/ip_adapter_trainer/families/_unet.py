@@ -39,6 +39,8 @@ def load_pipeline(cls: Any, path: str, *, dtype: torch.dtype, device: torch.devi
 class UNetFamily(Family):
     """A family whose denoiser is a `UNet2DConditionModel` and whose pictures live in an `AutoencoderKL`."""
 
+    layer_groups = {"up": ("up_blocks",)}  # noqa: RUF012
+
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
         self.denoiser = pipeline.unet

@@ -19,6 +19,11 @@ class StableDiffusionXL(UNetFamily):
 
     Config = Part
     name = "sdxl"
+    layer_groups = {  # noqa: RUF012
+        **UNetFamily.layer_groups,
+        "style": ("up_blocks.0.attentions.1",),  # InstantStyle (arXiv 2404.02733), section 3.2
+        "layout": ("down_blocks.2.attentions.1",),
+    }
 
     @classmethod
     def matches(cls, model_index: Mapping[str, Any]) -> bool:

@@ -21,6 +21,11 @@ class ModelConfig(FrozenConfig):
     pretrained_ip_adapter_path: str | None = Field(
         None, description="Adapter file (.bin or .safetensors) or checkpoint to start from; every shape is checked."
     )
+    adapter_layers: tuple[str, ...] = Field(
+        ("all",),
+        min_length=1,
+        description="Layers that carry an adapter: all, up, for SDXL style or layout, or beginnings of layers' names.",
+    )
     gradient_checkpointing: bool = Field(
         False, description="Recompute the denoiser's activations: less memory, slower."
     )

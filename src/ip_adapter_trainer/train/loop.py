@@ -43,7 +43,7 @@ class Trainer:
         self.config, self.runtime, self.model, self.source, self.plan = config, runtime, model, source, plan
         self.output = Path(config.output_dir)
         self.loss_of = step
-        parameters = list(model.adapter.parameters())
+        parameters = [p for p in model.adapter.parameters() if p.requires_grad]
         self.gradients = optim.Gradients(parameters)
         self.optimizer = optim.make_optimizer(parameters, config)
         self.schedule = optim.make_schedule(self.optimizer, config, plan.total_steps)

@@ -11,9 +11,9 @@ from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.train.config import OptimConfig
 
 
-def parameters(module: nn.Module) -> int:
-    """Number of parameters of a module."""
-    return sum(p.numel() for p in module.parameters())
+def parameters(*modules: nn.Module) -> int:
+    """Number of parameters of some modules."""
+    return sum(p.numel() for module in modules for p in module.parameters())
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,17 @@ def total_steps(config: OptimConfig, rows: int, images_per_step: int) -> int:
 
 def make_plan(model: Model, config: OptimConfig, rows: int, images_per_step: int) -> Plan:
     """Derives a run's numbers from its model and settings."""
-    pairs = model.adapter.adapter_modules
+    pairs = [model.adapter.adapter_modules[str(site.number)] for site in model.adapted]
     trained = {
         "projector": parameters(model.adapter.image_proj_model),
-        f"{len(pairs)} key/value pairs": parameters(pairs),
+        f"{len(pairs)} key/value pairs": parameters(*pairs),
     }
     frozen = {"image encoder": parameters(model.encoder.model)}
     frozen |= {n: parameters(m) for n, m in model.family.pipeline.components.items() if isinstance(m, nn.Module)}
-    weights_bytes = 4 * sum(trained.values())
-    moments = 2 / 4 if config.use_8bit_adam else 2
-    copies = 1 + moments + (1 if config.use_ema else 0)
+    weights_bytes = 4 * parameters(model.adapter)  # layers that carry no adapter are written as zeros
+    moments_bytes = 4 * sum(trained.values()) * (2 / 4 if config.use_8bit_adam else 2)
+    copies = 3 if config.use_ema else 1  # published, and with an average also the average and the live weights
     steps = total_steps(config, rows, images_per_step)
-    return Plan(trained, frozen, rows, images_per_step, steps, weights_bytes, int(copies * weights_bytes))
+    return Plan(
+        trained, frozen, rows, images_per_step, steps, weights_bytes, int(copies * weights_bytes + moments_bytes)
+    )

@@ -33,7 +33,7 @@ def build_model(config: TrainConfig, runtime: Runtime) -> Model:
     variant = VARIANTS[config.variant]
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        model = Model(family, encoder, variant, config.part(variant.Config))
+        model = Model(family, encoder, variant, config.part(variant.Config), config.adapter_layers)
     model.adapter.to(runtime.device)
     if config.gradient_checkpointing:
         model.checkpoint_activations()
@@ -41,6 +41,7 @@ def build_model(config: TrainConfig, runtime: Runtime) -> Model:
         from ip_adapter_trainer.loading import read_adapter_into
 
         read_adapter_into(model, config.pretrained_ip_adapter_path)
+        model.silence_others()
         say(f"starting from {config.pretrained_ip_adapter_path}")
     return model
 
@@ -90,7 +91,8 @@ def _make_trainer(config: TrainConfig, runtime: Runtime, stop: StopSignal) -> Tr
     pipeline.scheduler.register_to_config(prediction_type=process.prediction)
     plan = make_plan(model, config, source.rows, source.images_per_step)
     say("\n".join(plan.lines()))
-    say(f"on {runtime.world} x {runtime.device.type}, frozen weights {runtime.precision}, predicting {process.prediction}")
+    where = f"{runtime.world} x {runtime.device.type}"
+    say(f"on {where}, frozen weights {runtime.precision}, predicting {process.prediction}")
     return Trainer(config, runtime, model, source, Step(model, process, config.seed, runtime.device), plan)
 
 

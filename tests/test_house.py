@@ -64,8 +64,9 @@ def test_public_names_are_documented(file: Path) -> None:
     tree = ast.parse(file.read_text())
     kinds = (ast.FunctionDef, ast.ClassDef)
     missing = [
-        n.name for n in tree.body if isinstance(n, kinds) and not n.name.startswith("_") and not ast.get_docstring(n)
-    ]
+        n.name for n in ast.walk(tree)
+        if isinstance(n, kinds) and not n.name.startswith("_") and not ast.get_docstring(n)
+    ]  # fmt: skip
     assert not missing and (ast.get_docstring(tree) or not tree.body)
 
 

@@ -151,6 +151,7 @@ def script(variant: str) -> None:
     """The body of a drop-in training script: published flags from the command line, its variant as the default."""
 
     def run(argv: Sequence[str]) -> int:
+        """Trains with the script's variant as the default."""
         from ip_adapter_trainer.config import parse_train
 
         return run_training(parse_train(argv, prog=os.path.basename(sys.argv[0]), variant=variant))  # noqa: PTH119

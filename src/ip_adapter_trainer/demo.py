@@ -155,6 +155,7 @@ def summary(scores: dict[str, dict[str, float]], seconds: dict[str, float]) -> d
     """The content of `scores.json`: fractions, and seconds by part."""
 
     def mean(condition: str, names: tuple[str, ...]) -> float:
+        """Over attributes that are asked of one source."""
         return round(float(np.mean([scores[condition][name] for name in names])), 4)
 
     return {
@@ -172,6 +173,7 @@ class _Clock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
+        """Takes the time of a `with` block."""
         began = time.monotonic()
         yield
         self.seconds[name] = round(time.monotonic() - began, 1)

@@ -199,7 +199,10 @@ class _Probe:
 
     @classmethod
     def of(cls, model: Model) -> _Probe:
+        """Inputs of the model's own sizes, the same at every export."""
+
         def noise(purpose: str, *shape: int) -> Tensor:
+            """Unit normal, from a stream of its own."""
             return torch.from_numpy(stream(0, f"export-{purpose}").standard_normal(shape, dtype="float32"))
 
         side, size = model.encoder.side_px, (PROBE_PX, PROBE_PX)

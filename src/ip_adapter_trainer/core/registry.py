@@ -34,6 +34,7 @@ class Registry(Generic[T]):
         """Class decorator that enters a class under `name`; a name is given once."""
 
         def enter(entry: type[T]) -> type[T]:
+            """Enters the class and gives it back."""
             known = self._entries.get(name)
             if known is not None and known.__module__ != entry.__module__:
                 raise Problem(f"{self.kind}: {name!r} is registered twice", where=f"{known} and {entry}")

@@ -123,6 +123,7 @@ def _draw(model: Model, prompts: Sequence[str], seeds: Sequence[int], how: Sampl
     """One call of the pipeline."""
 
     def after_step(pipeline: Any, step: int, timestep: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """diffusers' callback: a stop may come between steps."""
         poll()
         last = step == pipeline.num_timesteps - 1
         # A VAE kept in fp32 beside a half precision denoiser cannot decode half precision latents.

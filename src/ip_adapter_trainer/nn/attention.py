@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -94,19 +94,6 @@ class ImageKeyValue(nn.Module):
         return key, value
 
 
-class AttentionLayer(Protocol):
-    """The part of diffusers' `Attention` that a cross-attention site is made of."""
-
-    heads: int
-    norm_cross: Any
-    to_q: nn.Module
-    to_k: nn.Module
-    to_v: nn.Module
-    to_out: nn.ModuleList
-
-    def norm_encoder_hidden_states(self, encoder_hidden_states: Tensor) -> Tensor: ...
-
-
 def decoupled_attention(
     query: Tensor,
     text: tuple[Tensor, Tensor],
@@ -130,46 +117,11 @@ def decoupled_attention(
     return attend(query, *text, heads, mask) + scale * attend(query, *image, heads, None)
 
 
-class DecoupledProcessor:
-    """A diffusers attention processor for one site.
+class _Processor:
+    """A diffusers attention processor that stands before the layer's original one.
 
-    It is no `nn.Module` on purpose: the trained weights belong to the adapter alone. Registering them in the UNet as
-    well is what made the published script's checkpoints drop them as shared duplicates.
+    The names of the arguments are diffusers' own: it passes on to a processor only what it finds in its signature.
     """
-
-    def __init__(self, pair: ImageKeyValue, prompt: ImagePrompt, original: Any) -> None:
-        self.pair, self.prompt, self.original = pair, prompt, original
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Replaces the layer's attention [B, L, C] -> [B, L, C]; without an active image prompt, the original runs."""
-        if not self.prompt.active:
-            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs)
-        assert encoder_hidden_states is not None and self.prompt.tokens is not None
-        if attn.norm_cross:
-            encoder_hidden_states = attn.norm_encoder_hidden_states(encoder_hidden_states)
-        batch, length, _ = encoder_hidden_states.shape
-        if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, length, batch)
-            attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
-        text = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
-        image = self.pair(self.prompt.tokens)
-        prompt, query = self.prompt, attn.to_q(hidden_states)
-        out = decoupled_attention(query, text, image, attn.heads, prompt.scale, attention_mask, prompt.attend)
-        for layer in attn.to_out:
-            out = layer(out)
-        return out
-
-
-class LeanSelfProcessor:
-    """Frozen self-attention by `attend_lean` where gradients flow; else, and for anything unusual, the original."""
 
     def __init__(self, original: Any) -> None:
         self.original = original
@@ -183,15 +135,59 @@ class LeanSelfProcessor:
         temb: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Replaces the layer's attention [B, L, C] -> [B, L, C]."""
-        usual = encoder_hidden_states is None and attention_mask is None and hidden_states.ndim == 3
-        if not usual or not gradient_flows(hidden_states):
+        """Replaces the layer's attention [B, L, C] -> [B, L, C]; what is not taken here, the original computes."""
+        if not self._takes(hidden_states, encoder_hidden_states, attention_mask):
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs)
-        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        out = attend_lean(query, key, value, attn.heads)
+        out = self._attended(attn, hidden_states, encoder_hidden_states, attention_mask)
         for layer in attn.to_out:
             out = layer(out)
         return out
+
+    def _takes(self, hidden_states: Tensor, context: Tensor | None, mask: Tensor | None) -> bool:
+        """Whether this processor computes the attention itself."""
+        raise NotImplementedError
+
+    def _attended(self, attn: Any, hidden_states: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
+        """The attention [B, L, C] before the output projection."""
+        raise NotImplementedError
+
+
+class DecoupledProcessor(_Processor):
+    """Decoupled cross-attention of one site; without an active image prompt, the original runs.
+
+    It is no `nn.Module` on purpose: the trained weights belong to the adapter alone. Registering them in the UNet as
+    well is what made the published script's checkpoints drop them as shared duplicates.
+    """
+
+    def __init__(self, pair: ImageKeyValue, prompt: ImagePrompt, original: Any) -> None:
+        super().__init__(original)
+        self.pair, self.prompt = pair, prompt
+
+    def _takes(self, hidden_states: Tensor, context: Tensor | None, mask: Tensor | None) -> bool:
+        return self.prompt.active
+
+    def _attended(self, attn: Any, hidden_states: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
+        prompt = self.prompt
+        assert context is not None and prompt.tokens is not None
+        if attn.norm_cross:
+            context = attn.norm_encoder_hidden_states(context)
+        batch, length, _ = context.shape
+        if mask is not None:
+            mask = attn.prepare_attention_mask(mask, length, batch).view(batch, attn.heads, -1, length)
+        text, image = (attn.to_k(context), attn.to_v(context)), self.pair(prompt.tokens)
+        query = attn.to_q(hidden_states)
+        return decoupled_attention(query, text, image, attn.heads, prompt.scale, mask, prompt.attend)
+
+
+class LeanSelfProcessor(_Processor):
+    """Frozen self-attention by `attend_lean` where gradients flow; else, and for anything unusual, the original."""
+
+    def _takes(self, hidden_states: Tensor, context: Tensor | None, mask: Tensor | None) -> bool:
+        return context is None and mask is None and hidden_states.ndim == 3 and gradient_flows(hidden_states)
+
+    def _attended(self, attn: Any, hidden_states: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
+        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        return attend_lean(query, key, value, attn.heads)
 
 
 @contextmanager

@@ -29,12 +29,14 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Context, x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+        """`F.conv2d`; `geometry` is stride, padding, dilation and groups."""
         ctx.save_for_backward(weight)
         ctx.shape, ctx.geometry = x.shape, geometry
         return F.conv2d(x, weight, bias, *geometry)
 
     @staticmethod
     def backward(ctx: Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Of [B, D, h, w] to the input's [B, C, H, W]; weight and bias are frozen and get none."""
         (weight,), (stride, padding, dilation, groups) = ctx.saved_tensors, ctx.geometry
         unread = gradients[0].new_empty(1).expand(ctx.shape)  # only its shape matters to the input's gradient
         wanted = [True, False, False]
@@ -48,6 +50,7 @@ class _NormSilu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Context, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+        """The norm by `groups` groups of channels, then SiLU."""
         x, sizes = _dense(x, x), (x.shape[0], x.shape[1], x.shape[2:].numel(), groups)
         normed, mean, rstd = aten.native_group_norm(x, weight, bias, *sizes, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
@@ -56,6 +59,7 @@ class _NormSilu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Computes the norm again, then goes back through SiLU and norm to the input's gradient."""
         x, weight, bias, mean, rstd = ctx.saved_tensors
         normed, _, _ = aten.native_group_norm(x, weight, bias, *ctx.sizes, ctx.eps)
         gradient = _dense(aten.silu_backward(gradients[0], normed), x)
@@ -75,12 +79,14 @@ class _GatedGelu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Context, x: Tensor) -> Tensor:
+        """[..., 2C] to [..., C]."""
         ctx.save_for_backward(x)
         linear, gate = x.chunk(2, -1)
         return F.gelu(gate).mul_(linear)
 
     @staticmethod
     def backward(ctx: Context, *gradients: Tensor) -> Tensor:
+        """Computes the gate again; [..., C] to the input's [..., 2C]."""
         (x,) = ctx.saved_tensors  # once: gradient checkpointing hands them out a single time
         gradient = torch.empty_like(x)
         (linear, gate), (to_linear, to_gate) = x.chunk(2, -1), gradient.chunk(2, -1)

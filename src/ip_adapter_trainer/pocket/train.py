@@ -149,6 +149,7 @@ def autoencoder_stage(seed: int, pool: Pool, steps: int = 2600, batch: int = 24)
     net: AutoencoderKL = models.autoencoder()
 
     def loss(step: int) -> Tensor:
+        """Of pictures [batch, 3, 32, 32] drawn for this step."""
         rng = stream(seed, "pocket-autoencoder", step)
         x = pool.pixels(rng.integers(len(pool.scenes), size=batch))
         posterior = net.encode(x).latent_dist
@@ -203,6 +204,7 @@ def clip_stage(seed: int, pool: Pool, steps: int = 1500, batch: int = 128) -> St
     codes = _codes(pool.scenes)
 
     def loss(step: int) -> Tensor:
+        """Of pictures and partial captions drawn for this step."""
         rng = stream(seed, "pocket-clip", step)
         index = rng.integers(len(pool.scenes), size=batch)
         named = [_partial_caption(pool.scenes[i], rng, full=0.7) for i in index]
@@ -226,6 +228,7 @@ def vision_stage(seed: int, clip: CLIPModel, steps: int = 2000, groups: int = 22
     clip.text_projection.requires_grad_(False)
 
     def loss(step: int) -> Tensor:
+        """Of pictures rendered for this step, in groups that differ in the shape only."""
         rng = stream(seed, "pocket-vision", step)
         rests = {(s.colour, s.pattern, s.background) for s in (world.random_scene(rng) for _ in range(groups))}
         scenes = [Scene(shape, *rest) for rest in sorted(rests) for shape in world.SHAPES]
@@ -274,6 +277,7 @@ def denoiser_stage(
     cache: dict[str, Tensor] = {}
 
     def text(index: int, rng: np.random.Generator) -> Tensor:
+        """Encoding of a caption of a scene, partial or empty by chance, [L, D]."""
         scene = pool.scenes[index]
         caption = "" if rng.random() < 0.07 else world.caption(scene, _partial_caption(scene, rng, full=0.6))
         if caption not in cache:
@@ -281,6 +285,7 @@ def denoiser_stage(
         return cache[caption]
 
     def loss(step: int) -> Tensor:
+        """Weighted noise error of latents [batch, 4, 8, 8] at timesteps drawn for this step."""
         rng = stream(seed, "pocket-denoiser", step)
         index = rng.integers(len(pool.scenes), size=batch)
         normal = [torch.from_numpy(rng.standard_normal((batch, *mean.shape[1:]), dtype=np.float32)) for _ in range(2)]

@@ -19,6 +19,7 @@ def flatten(tree: Any, prefix: str) -> tuple[Flat, Any]:
     tensors: Flat = {}
 
     def walk(node: Any, path: str) -> Any:
+        """The skeleton of a node; its tensors go to `tensors` under their paths."""
         if isinstance(node, Tensor):
             tensors[path] = node.detach().cpu().contiguous().clone()
             return {_TENSOR: path}

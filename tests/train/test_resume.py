@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 
+from ip_adapter_trainer.config import parse_train
 from ip_adapter_trainer.core.checkpoints import newest, verified
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.train import checkpoint
+from ip_adapter_trainer.train import checkpoint, guard
 
 COMPARED = (checkpoint.WEIGHTS, checkpoint.TENSORS)
 
@@ -133,6 +134,14 @@ def test_settings_that_would_make_it_another_run_are_named(run: Callable, tmp_pa
         run(output, seed=7, resume_from_checkpoint="latest")
     with pytest.raises(Problem, match="a step had 2 images and would have 4"):
         run(output, train_batch_size=4, resume_from_checkpoint="latest")
+
+
+def test_a_checkpoint_older_than_a_setting_had_its_default(flags: Callable, tmp_path: Path) -> None:
+    config = parse_train(flags(tmp_path, min_timestep=0))
+    saved = {name: value for name, value in config.model_dump(mode="json").items() if name != "min_timestep"}
+    guard.check_settings(saved, config)
+    with pytest.raises(Problem, match="min_timestep was 0, is 400"):
+        guard.check_settings(saved, config.model_copy(update={"min_timestep": 400}))
 
 
 def test_changed_rows_are_refused(run: Callable, rows_folder: Path, tmp_path: Path) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic_core import to_jsonable_python
+
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.log import say
+from ip_adapter_trainer.core.settings import Part
 
 # These may change between a run and its resumption, and the run says so.
 MAY_CHANGE = frozenset(
@@ -26,12 +29,17 @@ FREE = frozenset(
 # All others must match, so that a new variant's settings are guarded without being listed here.
 
 
-def check_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def check_settings(saved: Mapping[str, Any], config: Part) -> None:
     """Compares a checkpoint's settings with this run's; tells what changed.
+
+    A setting that the checkpoint's version did not have yet stood at its default: defaults do what was done before.
 
     Raises:
         Problem: a setting that must match differs; each is named with both values.
     """
+    new = config.model_dump(mode="json")
+    old = to_jsonable_python({k: f.default for k, f in type(config).model_fields.items() if not f.is_required()})
+    old |= saved
     changed = {k: (old.get(k), new[k]) for k in new if k not in FREE and old.get(k) != new[k]}
     wrong = [f"{k} was {a!r}, is {b!r}" for k, (a, b) in changed.items() if k not in MAY_CHANGE]
     if wrong:

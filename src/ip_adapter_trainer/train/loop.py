@@ -68,7 +68,7 @@ class Trainer:
         """
         saved = checkpoint.read(folder)
         state = saved.state
-        guard.check_settings(state["config"], self.config.model_dump(mode="json"))
+        guard.check_settings(state["config"], self.config)
         guard.check_rows(state["rows"], self.source.fingerprint)
         guard.check_batch(state["images_per_step"], self.plan.images_per_step)
         self.model.adapter.load_state_dict(state["live"] if self.ema else saved.weights)
@@ -76,7 +76,9 @@ class Trainer:
         self.optimizer.load_state_dict(merged)
         if self.ema:
             self.ema.load_state_dict(state["ema"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run had no scaler, which an enabled one refuses
+            self.scaler.load_state_dict(state["scaler"])
+        self.bad_steps = state.get("bad_steps", 0)
         self.done = self.saved = saved.step
         self.validated, self._metrics_bytes = state["validated"], state["metrics_bytes"]
         optim.wind(self.schedule, self.done)
@@ -89,6 +91,7 @@ class Trainer:
             "images_per_step": self.plan.images_per_step,
             "optimizer": self.optimizer.state_dict()["state"],
             "scaler": self.scaler.state_dict(),
+            "bad_steps": self.bad_steps,
             "validated": self.validated,
             "metrics_bytes": metrics_bytes,
         }

@@ -7,6 +7,7 @@ the tracker and the bar.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -98,7 +99,8 @@ class Track:
 
     def _append(self, rows: list[dict[str, float]]) -> None:
         with self._file.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            for row in rows:  # JSON has no word for what is not finite
+                file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}) + "\n")
 
     def metrics_bytes(self) -> int:
         """Length of metrics.jsonl with everything flushed: what a checkpoint remembers of it."""

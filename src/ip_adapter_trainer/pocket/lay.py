@@ -139,5 +139,6 @@ def lay_command(config: PocketConfig) -> str:
         f"ip-adapter train --pretrained_model_name_or_path={folder}/base \\\n"
         f"  --image_encoder_path={folder}/image_encoder \\\n"
         f"  --data_json_file={folder}/data.json --data_root_path={folder}/images --resolution={world.SIZE_PX} \\\n"
-        f"  --max_train_steps=300 --train_batch_size=32 --learning_rate=1e-3 --output_dir={folder}/adapter"
+        f"  --max_train_steps=400 --train_batch_size=32 --learning_rate=1e-3 --min_timestep=400 \\\n"
+        f"  --output_dir={folder}/adapter"
     )

@@ -31,11 +31,12 @@ from ip_adapter_trainer.train.track import Track
 # Settings that turn a technique the other way than the defaults do; each is measured against a run with the defaults.
 TECHNIQUES: dict[str, dict[str, Any]] = {
     "lean_layers": {"lean_layers": False},
+    "product_convolutions": {"product_convolutions": False},
     "lean_attention": {"lean_attention": False},
     "channels_last": {"channels_last": "off"},
     "checkpointing": {"gradient_checkpointing": True},
 }
-ON_BY_DEFAULT = frozenset(("lean_layers", "lean_attention", "channels_last"))
+ON_BY_DEFAULT = frozenset(("lean_layers", "product_convolutions", "lean_attention", "channels_last"))
 
 
 class Rows:

@@ -10,7 +10,7 @@ import torch
 
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.nn.attention import ImagePrompt, LeanSelfProcessor, attend, attend_lean, lean_attention
-from ip_adapter_trainer.nn.lean import LeanConv2d, LeanGEGLU, LeanResnetBlock2D, lean_layers
+from ip_adapter_trainer.nn.lean import LeanGEGLU, LeanResnetBlock2D, ProductConv2d, lean_layers
 from ip_adapter_trainer.train.config import LeanConfig
 from ip_adapter_trainer.train.lean import lean
 from tests import tiny
@@ -76,7 +76,7 @@ def test_a_lean_denoiser_without_gradients_is_the_base_bit_for_bit_and_leaves_no
     processors, keys = dict(denoiser.attn_processors), list(denoiser.state_dict())
     with lean(model, LeanConfig(channels_last="off")):
         found = {type(m) for m in denoiser.modules()}
-        assert {LeanConv2d, LeanGEGLU, LeanResnetBlock2D} <= found
+        assert {ProductConv2d, LeanGEGLU, LeanResnetBlock2D} <= found
         assert any(isinstance(p, LeanSelfProcessor) for p in denoiser.attn_processors.values())
         assert torch.equal(model.family.predict(noisy, t, text), base)
         assert list(denoiser.state_dict()) == keys

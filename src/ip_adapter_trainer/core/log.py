@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
@@ -13,9 +14,17 @@ def say(line: str) -> None:
 
 
 def quiet_loading() -> None:
-    """Turns off the loading bars of diffusers and transformers, which would tear ours."""
+    """Turns off the loading bars of diffusers and transformers, which would tear ours, and advice to install what is
+    not needed."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+    for handler in transformers_logging.get_logger("transformers").handlers:
+        handler.addFilter(_is_no_advice)
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    """Image processors fall back to Pillow without torchvision, which is what this package was measured with."""
+    return "requires torchvision" not in record.getMessage()

@@ -3,7 +3,8 @@
 A layer whose weights are not trained needs less than autograd keeps. A convolution is linear in its input, so its
 backward needs the weight alone, yet PyTorch holds its input as well. GroupNorm, SiLU and a gated GELU in a row hold
 each other's outputs, which follow from the first input at the price of one more elementwise pass. The layers here do
-the same sums in the forward pass; where no gradient flows they are the layers they replace.
+the same sums in the forward pass; where no gradient flows they are the layers they replace, but for convolutions that
+are faster as matrix products.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from ip_adapter_trainer.nn.attention import gradient_flows
+from ip_adapter_trainer.nn.products import product_backward, product_forward, product_pays
 
 Context = Any  # of torch.autograd.Function
 aten = torch.ops.aten
@@ -43,6 +45,23 @@ class _Convolution(torch.autograd.Function):
         options = stride, padding, dilation, False, [0, 0], groups, wanted
         gradient, _, _ = aten.convolution_backward(gradients[0], unread, weight, None, *options)
         return gradient, None, None, None, None, None, None
+
+
+class _Product(torch.autograd.Function):
+    """The same as a matrix product, which a CPU does faster over few positions."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+        """See `product_forward`; `geometry` is stride and padding."""
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.geometry = x.shape, geometry
+        return product_forward(x, weight, bias, geometry)  # type: ignore[arg-type]
+
+    @staticmethod
+    def backward(ctx: Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """See `product_backward`; weight and bias are frozen and get none."""
+        (weight,) = ctx.saved_tensors
+        return product_backward(gradients[0], weight, ctx.shape, ctx.geometry), None, None, None, None
 
 
 class _NormSilu(torch.autograd.Function):
@@ -108,6 +127,18 @@ class LeanConv2d(nn.Conv2d):
         return out
 
 
+class ProductConv2d(LeanConv2d):
+    """The same, as a matrix product where that is the faster way."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, D, h, w]."""
+        stride, padding, dilation = self.stride, self.padding, self.dilation
+        if not product_pays(input, self.weight, stride, dilation, self.groups):  # type: ignore[arg-type]
+            return super().forward(input)
+        out: Tensor = _Product.apply(input, self.weight, self.bias, stride, padding)
+        return out
+
+
 class LeanGEGLU(GEGLU):
     """diffusers' gated feed-forward entry."""
 
@@ -139,13 +170,13 @@ def _norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     return out
 
 
-def _replacement(layer: nn.Module) -> type[nn.Module] | None:
+def _replacement(layer: nn.Module, products: bool) -> type[nn.Module] | None:
     """The lean class of a layer, if there is one that computes what this very layer computes."""
     kind = type(layer)
     if any(parameter.requires_grad for parameter in layer.parameters()):
         return None
     if kind is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
-        return LeanConv2d
+        return ProductConv2d if products else LeanConv2d
     if kind is GEGLU:
         return LeanGEGLU
     if kind is ResnetBlock2D and _is_plain(layer):
@@ -166,9 +197,14 @@ def _is_plain(block: Any) -> bool:
 
 
 @contextmanager
-def lean_layers(net: nn.Module) -> Iterator[None]:
-    """Gives a frozen net's layers their lean classes for a while; parameters and their names stay where they are."""
-    changed = [(layer, type(layer), kind) for layer in net.modules() if (kind := _replacement(layer))]
+def lean_layers(net: nn.Module, products: bool = True) -> Iterator[None]:
+    """Gives a frozen net's layers their lean classes for a while; parameters and their names stay where they are.
+
+    Args:
+        net: whose layers.
+        products: whether convolutions may compute as matrix products.
+    """
+    changed = [(layer, type(layer), kind) for layer in net.modules() if (kind := _replacement(layer, products))]
     for layer, _, kind in changed:
         layer.__class__ = kind
     try:

@@ -45,6 +45,10 @@ class LeanConfig(Part):
     lean_layers: bool = Field(
         True, description="Frozen layers keep for the backward pass only what their input's gradient needs."
     )
+    product_convolutions: bool = Field(
+        True,
+        description="Lean layers on a CPU: convolutions over few positions as matrix products, where those are faster.",
+    )
     lean_attention: bool = Field(
         True,
         description="On a CPU, attention by single products where their backward is faster than the fused kernel's.",

@@ -28,7 +28,7 @@ def lean(model: Model, config: LeanConfig) -> Iterator[None]:
             denoiser.to(memory_format=torch.channels_last)
             stack.callback(denoiser.to, memory_format=torch.contiguous_format)
         if config.lean_layers:
-            stack.enter_context(lean_layers(denoiser))
+            stack.enter_context(lean_layers(denoiser, config.product_convolutions))
         if config.lean_attention:
             stack.enter_context(lean_attention(denoiser, model.prompt))
         yield

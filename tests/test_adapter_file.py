@@ -271,7 +271,7 @@ def model(base_folder: Callable, encoder_folder: Path) -> Model:
 def save_checkpoint(model: Model, base: Path, output: Path, step: int) -> Path:
     card = card_of(model, base=str(base), step=step, images_seen=2 * step)
     output.mkdir(exist_ok=True)
-    return checkpoint.write(output, step, model.adapter.state_dict(), card, {})
+    return checkpoint.write(output, checkpoint.take(step, model.adapter.state_dict(), card, {}))
 
 
 def test_a_run_is_its_newest_whole_checkpoint(

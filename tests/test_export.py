@@ -49,7 +49,7 @@ def trained(base: Path, encoder: Path, variant: str) -> Model:
 def save(model: Model, base: Path, output: Path, step: int = 50) -> Path:
     output.mkdir(exist_ok=True)
     card = card_of(model, base=str(base), step=step, images_seen=8 * step)
-    return checkpoint.write(output, step, model.adapter.state_dict(), card, {})
+    return checkpoint.write(output, checkpoint.take(step, model.adapter.state_dict(), card, {}))
 
 
 def picture() -> Image.Image:

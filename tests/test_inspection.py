@@ -127,7 +127,7 @@ def run_folder(base_folder: Callable, encoder_folder: Path, tmp_path: Path) -> P
     """A run with one checkpoint of a tiny Plus adapter."""
     model = build(base_folder("sd1"), encoder_folder, "plus")
     card = card_of(model, base="a/base", step=1234, images_seen=9)
-    checkpoint.write(tmp_path, 1234, model.adapter.state_dict(), card, {})
+    checkpoint.write(tmp_path, checkpoint.take(1234, model.adapter.state_dict(), card, {}))
     return tmp_path
 
 

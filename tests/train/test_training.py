@@ -191,7 +191,7 @@ def test_not_finite_gradients_stop_the_run_with_its_own_code(
     assert len(skipped) == 5 and all(line.count("data.json, element ") == 2 for line in skipped)
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line, parse_constant=pytest.fail)["loss"] for line in lines]
-    assert losses == [None] * 4, "what is not finite is null, and every line is JSON"
+    assert losses == [None] * 5, "what is not finite is null, and every line is JSON"
 
 
 def test_an_error_in_the_middle_loses_no_steps(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,32 +40,42 @@ class Saved:
     state: dict[str, Any]
 
 
-def write(output: Path, step: int, weights: Mapping[str, Tensor], card: AdapterCard, state: Mapping[str, Any]) -> Path:
-    """Writes `checkpoint-<step>` so that it exists whole or not at all.
+@dataclass(frozen=True)
+class Snapshot:
+    """A checkpoint in the host's memory, which later steps do not change."""
+
+    step: int
+    weights: dict[str, Tensor]
+    card: AdapterCard
+    tensors: dict[str, Tensor]  # of the training state, by path
+    skeleton: Any  # the rest of it, JSON values
+
+
+def take(step: int, weights: Mapping[str, Tensor], card: AdapterCard, state: Mapping[str, Any]) -> Snapshot:
+    """Copies what a checkpoint holds.
 
     Args:
-        output: the run's folder.
         step: optimizer steps done.
         weights: the adapter's published state dict.
         card: the adapter's description.
         state: nested state of JSON values and tensors.
+    """
+    tensors, skeleton = flatten(dict(state), "state")
+    copied = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in weights.items()}
+    return Snapshot(step, copied, card, tensors, skeleton)
+
+
+def write(output: Path, snapshot: Snapshot) -> Path:
+    """Writes `checkpoint-<step>` into the run's folder so that it exists whole or not at all.
 
     Raises:
         StorageProblem: not enough room, or the disk refused; earlier checkpoints are untouched.
     """
-    tensors, skeleton = flatten(dict(state), "state")
-    plain = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
-    _check_room(output, [*plain.values(), *tensors.values()])
-    final = output / f"checkpoint-{step}"
+    _check_room(output, [*snapshot.weights.values(), *snapshot.tensors.values()])
+    final = output / f"checkpoint-{snapshot.step}"
     try:
         with staged_folder(final) as stage:
-            torch.save(plain, stage / WEIGHTS)
-            save_file(tensors, stage / TENSORS)
-            (stage / CARD).write_text(card.to_json(), encoding="utf-8")
-            (stage / STATE).write_text(json.dumps({"step": step, "state": skeleton}, indent=1), encoding="utf-8")
-            files = sorted(f for f in stage.iterdir() if f.is_file())
-            entries = {f.name: {"sha256": sha256_of(f), "bytes": f.stat().st_size} for f in files}
-            (stage / MANIFEST).write_text(json.dumps(entries, indent=1), encoding="utf-8")
+            _fill(stage, snapshot)
     except OSError as error:
         what, remedy = (
             f"the checkpoint was not saved: {error.strerror or error}",
@@ -73,6 +83,17 @@ def write(output: Path, step: int, weights: Mapping[str, Tensor], card: AdapterC
         )
         raise StorageProblem(what, where=str(final), remedy=remedy) from error
     return final
+
+
+def _fill(stage: Path, snapshot: Snapshot) -> None:
+    torch.save(snapshot.weights, stage / WEIGHTS)
+    save_file(snapshot.tensors, stage / TENSORS)
+    (stage / CARD).write_text(snapshot.card.to_json(), encoding="utf-8")
+    state = {"step": snapshot.step, "state": snapshot.skeleton}
+    (stage / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    files = sorted(f for f in stage.iterdir() if f.is_file())
+    entries = {f.name: {"sha256": sha256_of(f), "bytes": f.stat().st_size} for f in files}
+    (stage / MANIFEST).write_text(json.dumps(entries, indent=1), encoding="utf-8")
 
 
 def _check_room(output: Path, tensors: list[Tensor]) -> None:

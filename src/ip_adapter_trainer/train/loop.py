@@ -8,7 +8,7 @@ an image's index, so nothing else need be stored for a resumed run to end with t
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.train import checkpoint, guard, optim
 from ip_adapter_trainer.train.config import TrainConfig
 from ip_adapter_trainer.train.lean import lean
+from ip_adapter_trainer.train.outcomes import Outcome, Outcomes
 from ip_adapter_trainer.train.plan import Plan
+from ip_adapter_trainer.train.saver import Saver
 from ip_adapter_trainer.train.source import Source
 from ip_adapter_trainer.train.step import Step
 from ip_adapter_trainer.train.track import Track
@@ -52,10 +54,13 @@ class Trainer:
             runtime.device.type, init_scale=FP16_SCALE, enabled=runtime.precision == "fp16"
         )
         self.validator = Validator(config, model, source, step)
+        self.outcomes = Outcomes(runtime.device)
+        self.saver = Saver(self.output, config.checkpoints_total_limit)
         self.done = 0  # optimizer steps
         self.validated = -1  # the step of the last validation
         self.saved = -1  # the last step at which a checkpoint was written or tried
-        self.bad_steps = 0
+        self.bad_steps = 0  # in a row
+        self.stopping = False  # as all processes agreed
         self._metrics_bytes = 0
 
     # state ------------------------------------------------------------------------------------------------------
@@ -101,38 +106,52 @@ class Trainer:
         return state
 
     def save(self, track: Track) -> None:
-        """Writes a checkpoint of this very step unless there is one; a full disk is reported and training goes on.
-
-        Raises:
-            StorageProblem: the disk refused the last step's checkpoint, and there will be no later one.
-        """
+        """Begins a checkpoint of this very step unless there is one; `finish` waits for it."""
         if self.saved == self.done:
             return
         metrics_bytes = track.metrics_bytes()
         if self.runtime.is_main:
-            try:
-                self._write(metrics_bytes)
-            except StorageProblem as problem:
-                if self.done >= self.plan.total_steps:
-                    raise
-                say(str(problem))
-        self.saved = self.done  # on every process alike, or they would part ways at the barrier
+            self._tell_of(self.saver.wait)
+            self.saver.start(self._snapshot(metrics_bytes))
+        self.saved = self.done  # on every process alike
+
+    def finish(self) -> None:
+        """Waits until the last checkpoint is on the disk.
+
+        Raises:
+            StorageProblem: the disk refused the last step's checkpoint, and there will be no later one.
+        """
+        if self.done >= self.plan.total_steps:
+            self.saver.wait()
+        else:
+            self._tell_of(self.saver.wait)
         self.runtime.barrier()
 
-    def _write(self, metrics_bytes: int) -> None:
+    def _tell_of(self, saving: Callable[[], None]) -> None:
+        """A full disk is reported and training goes on."""
+        try:
+            saving()
+        except StorageProblem as problem:
+            say(str(problem))
+
+    def _snapshot(self, metrics_bytes: int) -> checkpoint.Snapshot:
         base, seen = self.config.pretrained_model_name_or_path, self.done * self.plan.images_per_step
         card = card_of(self.model, base=base, step=self.done, images_seen=seen)
         state = self._state(metrics_bytes)  # before the average takes the live weights' place
         with self.published_weights() as weights:
-            checkpoint.write(self.output, self.done, weights, card, state)
-        checkpoint.prune(self.output, self.config.checkpoints_total_limit)
-        self.saved = self.done
+            return checkpoint.take(self.done, weights, card, state)
 
     def _rescue(self, track: Track) -> None:
         """After an error of any kind, keeps what was trained; the others are not waited for, they may be gone."""
-        if self.runtime.is_main and self.saved != self.done > 0:
+        if not self.runtime.is_main:
+            return
+        self._tell_of(self.saver.wait)
+        if self.saved != self.done > 0:
+            for outcome in self.outcomes.read(keep=0):
+                self._note(outcome, track)
+            self.saver.start(self._snapshot(track.metrics_bytes()))
             try:
-                self._write(track.metrics_bytes())
+                self.saver.wait()
                 say(f"saved checkpoint-{self.done} before stopping")
             except StorageProblem as problem:
                 say(str(problem))
@@ -164,28 +183,34 @@ class Trainer:
                 track.close()
 
     def _run(self, batches: Iterator[Batch], track: Track, stop: StopSignal) -> None:
-        stopping = False
         if self.done:
-            stopping = self._between_steps(track, stop, resumed=True)
-        while self.done < self.plan.total_steps and not stopping:
+            self._between_steps(track, stop, resumed=True)
+        while self.done < self.plan.total_steps and not self.stopping:
             self._optimize(batches, track, stop)
-            stopping = float(self.gradients.stop_requested) > 0
-            stopping = self._between_steps(track, stop) or stopping
+            self._learn(track, keep=self.outcomes.late)
+            self._between_steps(track, stop)
+        self._learn(track, keep=0)
         self.save(track)
-        if stopping:
+        self.finish()
+        if self.stopping:
             raise Stopped(128 + (stop.received or 15))
 
-    def _between_steps(self, track: Track, stop: StopSignal, resumed: bool = False) -> bool:
-        """Validation, then the checkpoint that remembers it; returns whether a stop came meanwhile."""
+    def _between_steps(self, track: Track, stop: StopSignal, resumed: bool = False) -> None:
+        """Validation, then the checkpoint that remembers it."""
+        self._tell_of(self.saver.check)
         last = self.done >= self.plan.total_steps
-        if self.validator.due(self.done, last) and self.validated != self.done:
+        validates = self.validator.due(self.done, last) and self.validated != self.done
+        saves = not resumed and (last or self.done % self.config.save_steps == 0)
+        if validates or saves:
+            self._learn(track, keep=0)
+        if validates:
             try:
                 self._validate(track, stop)
             except Stopped:
-                return True
-        if not resumed and (last or self.done % self.config.save_steps == 0):
+                self.stopping = True
+                return
+        if saves:
             self.save(track)
-        return False
 
     def _validate(self, track: Track, stop: StopSignal) -> None:
         if self.runtime.is_main:
@@ -209,36 +234,45 @@ class Trainer:
         if stop.received is not None:
             self.gradients.request_stop()
         self.gradients.average(self.runtime.world)
-        norm, rate = self._apply(rows), self.schedule.get_last_lr()[0]
+        report, rate = self._apply(), self.schedule.get_last_lr()[0]
         self.schedule.step()
         self.done += 1
         track.stopwatch.trained(self.plan.images_per_step)
-        track.step(self.done, {"loss": self.gradients.loss, "lr": rate, "grad_norm": norm})
-        if self.done % self.config.logging_steps == 0:
+        self.outcomes.add(self.done, rows, rate, report)
+
+    def _apply(self) -> torch.Tensor:
+        """Unscales, clips and steps, unless something is not finite; gives the step's report, see `Gradients`."""
+        self.scaler.unscale_(self.optimizer)
+        report = self.gradients.report(self.gradients.clip(self.config.max_grad_norm))
+        optim.step_if_finite(self.optimizer, report[2])
+        self.scaler.update()  # lowers fp16's scale after a step that was not taken
+        if self.ema:
+            self.ema.step(self.model.adapter.parameters())
+        return report
+
+    def _learn(self, track: Track, keep: int) -> None:
+        """Reports and judges the steps whose numbers have come, all but the last `keep`."""
+        for outcome in self.outcomes.read(keep):
+            self._note(outcome, track)
+            if outcome.is_finite:
+                self.bad_steps = 0
+            else:
+                self._note_skipped(outcome)
+            self.stopping = self.stopping or outcome.stop
+
+    def _note(self, outcome: Outcome, track: Track) -> None:
+        track.step(outcome.step, {"loss": outcome.loss, "lr": outcome.rate, "grad_norm": outcome.norm})
+        if outcome.step % self.config.logging_steps == 0:
             track.flush()
 
-    def _apply(self, rows: list[int]) -> torch.Tensor:
-        """Unscales, clips and steps; a step whose gradients are not finite is skipped on every process alike."""
-        self.scaler.unscale_(self.optimizer)
-        norm = self.gradients.clip(self.config.max_grad_norm)
-        if bool(torch.isfinite(norm)):
-            self.scaler.step(self.optimizer)
-            self.bad_steps = 0
-            if self.ema:
-                self.ema.step(self.model.adapter.parameters())
-        else:
-            self._skip(rows)
-        self.scaler.update()  # lowers fp16's scale after a step that was skipped
-        return norm
-
-    def _skip(self, rows: list[int]) -> None:
+    def _note_skipped(self, outcome: Outcome) -> None:
         self.bad_steps += 1
-        named = "; ".join(self.source.where(row) for row in self.runtime.gathered(rows))
-        say(f"step {self.done + 1}: not finite, step skipped ({self.bad_steps} in a row); its rows: {named}")
+        named = "; ".join(self.source.where(row) for row in self.runtime.gathered(outcome.rows))
+        say(f"step {outcome.step}: not finite, step skipped ({self.bad_steps} in a row); its rows: {named}")
         if self.bad_steps >= MAX_BAD_STEPS:
             what = f"gradients were not finite for {MAX_BAD_STEPS} steps in a row"
             remedy = "lower --learning_rate, or train with --mixed_precision bf16; the last checkpoint is good"
-            raise NotFiniteProblem(what, where=f"step {self.done + 1}", remedy=remedy)
+            raise NotFiniteProblem(what, where=f"step {outcome.step}", remedy=remedy)
 
     def _tracker_config(self) -> dict[str, Any]:
         simple = (int, float, str, bool)

@@ -59,15 +59,21 @@ class Gradients:
             self.flat *= (max_norm / (norm + 1e-6)).clamp(max=1.0)
         return norm
 
-    @property
-    def loss(self) -> Tensor:
-        """The mean loss of the step, a scalar on the device."""
-        return self._buffer[-2].clone()
+    def report(self, norm: Tensor) -> Tensor:
+        """The step's numbers [4] on the device: loss, norm, one if not finite, more than zero if to stop."""
+        return torch.stack((self._buffer[-2], norm, (~torch.isfinite(norm)).float(), self._buffer[-1]))
 
-    @property
-    def stop_requested(self) -> Tensor:
-        """Above zero when any process was asked to stop."""
-        return self._buffer[-1]
+
+def step_if_finite(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
+    """Steps, unless `bad`, a scalar on the device, is one: then weights and moments stay what they are.
+
+    A fused optimizer of PyTorch's looks at it on the device; for others the host must.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = bad  # type: ignore[attr-defined]
+        optimizer.step()
+    elif not bool(bad):
+        optimizer.step()
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
 from ip_adapter_trainer.core.launch import Runtime
@@ -45,14 +44,11 @@ class Stopwatch:
 
 
 class Track:
-    """Reports of one run; only the main process writes.
-
-    Losses stay on the device until `flush`, so that reporting costs no synchronisation of its own.
-    """
+    """Reports of one run; only the main process writes."""
 
     def __init__(self, runtime: Runtime, folder: Path, total_steps: int, first_step: int, metrics_bytes: int) -> None:
         self._runtime, self._file = runtime, folder / "metrics.jsonl"
-        self._pending: list[tuple[int, dict[str, Tensor | float]]] = []
+        self._pending: list[tuple[int, dict[str, float]]] = []
         self.stopwatch = Stopwatch()
         self._bar: Any = tqdm(
             total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not runtime.is_main
@@ -62,7 +58,7 @@ class Track:
             with self._file.open("r+b") as file:  # what a killed run wrote after its last checkpoint is written again
                 file.truncate(metrics_bytes)
 
-    def step(self, step: int, values: Mapping[str, Tensor | float]) -> None:
+    def step(self, step: int, values: Mapping[str, float]) -> None:
         """Notes the numbers of one optimizer step."""
         self._pending.append((step, dict(values)))
         self._bar.update(1)
@@ -72,7 +68,7 @@ class Track:
         if not self._pending or not self._runtime.is_main:
             self._pending.clear()
             return
-        rows = [{"step": step, **{k: float(v) for k, v in values.items()}} for step, values in self._pending]
+        rows = [{"step": step, **values} for step, values in self._pending]
         self._pending.clear()
         self._append(rows)
         speeds = self.stopwatch.read()

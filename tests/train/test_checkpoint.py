@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,9 @@ import torch
 from ip_adapter_trainer.core.checkpoints import all_checkpoints
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.core.staging import lock
+from ip_adapter_trainer.core.types import Batch
 from ip_adapter_trainer.train import checkpoint
+from ip_adapter_trainer.train.step import Step
 from ip_adapter_trainer.train.tree import flatten, unflatten
 
 
@@ -75,6 +78,33 @@ def test_a_save_that_breaks_off_leaves_no_checkpoint(
     with pytest.raises(StorageProblem, match="No space left"):
         run(tmp_path / "out", max_train_steps=1)
     assert not all_checkpoints(tmp_path / "out")
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_it_holds_the_step_it_is_of(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(tmp_path / "whole", max_train_steps=4, save_steps=2)
+    own_save, own_call, steps, written = checkpoint.save_file, Step.__call__, [], threading.Event()
+
+    def slow_save(tensors: object, path: Path) -> None:
+        if not written.is_set():
+            assert written.wait(60), "the step after the save was never begun"
+        own_save(tensors, path)
+
+    def counted(self: Step, batch: Batch) -> torch.Tensor:
+        steps.append(batch)
+        if len(steps) == 4:  # two steps after the save began
+            assert not all_checkpoints(tmp_path / "out")
+            written.set()
+        return own_call(self, batch)
+
+    monkeypatch.setattr(checkpoint, "save_file", slow_save)
+    monkeypatch.setattr(Step, "__call__", counted)
+    output = run(tmp_path / "out", max_train_steps=4, save_steps=2)
+    for step in (2, 4):
+        for name in (checkpoint.WEIGHTS, checkpoint.TENSORS):
+            folder = f"checkpoint-{step}"
+            assert (output / folder / name).read_bytes() == (whole / folder / name).read_bytes()
 
 
 def test_two_runs_do_not_write_one_folder(tmp_path: Path) -> None:

@@ -46,6 +46,17 @@ def test_only_the_named_layers_are_trained(
     assert exported.difference <= 1e-5, "diffusers computes the same with the zeros as the run without those layers"
 
 
+def test_the_optimizer_knows_only_what_is_trained(run: Callable, tmp_path: Path) -> None:
+    output = run(tmp_path / "out", adapter_layers="mid_block", max_train_steps=1)
+    moments = checkpoint.read(output / "checkpoint-1").state["optimizer"]
+    model = load_model(output)
+    trained = [*model.adapter.image_proj_model.parameters()]
+    for site in model.sites:
+        if site.name.startswith("mid_block"):
+            trained += model.adapter.adapter_modules[str(site.number)].parameters()
+    assert [tuple(m["exp_avg"].shape) for m in moments.values()] == [tuple(p.shape) for p in trained]
+
+
 def test_a_resumed_run_keeps_its_layers_and_its_bytes(run: Callable, tmp_path: Path) -> None:
     extra = {"adapter_layers": "up", "use_ema": True}
     whole, broken = run(tmp_path / "whole", **extra), tmp_path / "broken"

@@ -18,8 +18,11 @@ import torch
 
 from ip_adapter_trainer.config import parse_train
 from ip_adapter_trainer.core.checkpoints import newest, verified
-from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.errors import NotFiniteProblem, Problem
+from ip_adapter_trainer.core.types import Batch
 from ip_adapter_trainer.train import checkpoint, guard
+from ip_adapter_trainer.train.outcomes import Outcomes
+from ip_adapter_trainer.train.step import Step
 
 COMPARED = (checkpoint.WEIGHTS, checkpoint.TENSORS)
 
@@ -115,6 +118,14 @@ def test_two_processes_train_what_one_does_with_the_doubled_batch(
         torch.testing.assert_close(a[key], b[key], rtol=1e-5, atol=1e-6)
 
 
+def test_rows_of_a_bad_step_are_named_from_every_process(flags: Callable, tmp_path: Path) -> None:
+    process = launched(flags(tmp_path / "out", learning_rate=1e30, max_train_steps=9, max_grad_norm=1e9))
+    out, _ = process.communicate()
+    assert "step 6: not finite, step skipped (5 in a row)" in out, out[-3000:]
+    skipped = [line for line in out.splitlines() if "step skipped" in line]
+    assert len(skipped) == 5 and all(line.count("data.json, element ") == 4 for line in skipped)
+
+
 def test_two_killed_processes_go_on_as_if_nothing_had_happened(flags: Callable, tmp_path: Path) -> None:
     length = {"max_train_steps": 24, "save_steps": 4}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -126,6 +137,59 @@ def test_two_killed_processes_go_on_as_if_nothing_had_happened(flags: Callable, 
     assert not (killed / "checkpoint-24").exists(), "it was killed before its end"
     finish(launched(flags(killed, **length, resume_from_checkpoint="latest")))
     assert_same_run(whole, killed, 24)
+
+
+def test_bad_steps_are_counted_across_a_resume(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    honest = Step.__call__
+    monkeypatch.setattr(Step, "__call__", lambda self, batch: honest(self, batch) * float("nan"))
+    output = run(tmp_path / "out", max_train_steps=3)
+    with pytest.raises(NotFiniteProblem, match="5 steps in a row"):
+        run(output, max_train_steps=9, resume_from_checkpoint="latest")
+    counted = [line.split("(")[1].split()[0] for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert counted == ["1", "2", "3", "4", "5"]
+
+
+@pytest.mark.parametrize("finite", [True, False], ids=["finite", "with_bad_steps"])
+def test_learning_of_a_step_late_changes_no_byte(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finite: bool
+) -> None:
+    """As on a GPU, where the host reads a step's numbers while the next one runs."""
+    honest = Step.__call__
+    bad = () if finite else (2, 3)
+
+    def some_bad(self: Step, batch: Batch) -> torch.Tensor:
+        step = int(batch.index[0]) // 2 + 1
+        return honest(self, batch) * (float("nan") if step in bad else 1.0)
+
+    monkeypatch.setattr(Step, "__call__", some_bad)
+    settings = {"max_train_steps": 6, "save_steps": 4, "validation_steps": 3, "use_ema": True}
+    prompt = run(tmp_path / "prompt", **settings)
+    own = Outcomes.__init__
+
+    def late(self: Outcomes, device: torch.device) -> None:
+        own(self, device)
+        self.late = 1
+
+    monkeypatch.setattr(Outcomes, "__init__", late)
+    assert_same_run(prompt, run(tmp_path / "late", **settings), 6)
+
+
+def test_a_step_that_is_not_finite_changes_neither_weights_nor_moments(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = Step.__call__
+
+    def second_bad(self: Step, batch: Batch) -> torch.Tensor:
+        return honest(self, batch) * (float("nan") if int(batch.index[0]) == 2 else 1.0)
+
+    monkeypatch.setattr(Step, "__call__", second_bad)
+    output = run(tmp_path / "out", max_train_steps=2, save_steps=1)
+    one, two = (checkpoint.read(output / f"checkpoint-{step}") for step in (1, 2))
+    assert all(torch.equal(one.weights[key], two.weights[key]) for key in one.weights)
+    for number, moments in one.state["optimizer"].items():
+        assert all(torch.equal(moments[key], two.state["optimizer"][number][key]) for key in moments)
 
 
 def test_settings_that_would_make_it_another_run_are_named(run: Callable, tmp_path: Path) -> None:

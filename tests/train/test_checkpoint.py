@@ -84,21 +84,20 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_it_holds_the_step_it
     run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(tmp_path / "whole", max_train_steps=4, save_steps=2)
-    own_save, own_call, steps, written = checkpoint.save_file, Step.__call__, [], threading.Event()
+    own_fill, own_call, steps, go_on = checkpoint._fill, Step.__call__, [], threading.Event()
 
-    def slow_save(tensors: object, path: Path) -> None:
-        if not written.is_set():
-            assert written.wait(60), "the step after the save was never begun"
-        own_save(tensors, path)
+    def slow_fill(stage: Path, snapshot: checkpoint.Snapshot) -> None:
+        assert go_on.wait(60), "the step after the save was never begun"
+        own_fill(stage, snapshot)
 
     def counted(self: Step, batch: Batch) -> torch.Tensor:
         steps.append(batch)
         if len(steps) == 4:  # two steps after the save began
             assert not all_checkpoints(tmp_path / "out")
-            written.set()
+            go_on.set()
         return own_call(self, batch)
 
-    monkeypatch.setattr(checkpoint, "save_file", slow_save)
+    monkeypatch.setattr(checkpoint, "_fill", slow_fill)
     monkeypatch.setattr(Step, "__call__", counted)
     output = run(tmp_path / "out", max_train_steps=4, save_steps=2)
     for step in (2, 4):

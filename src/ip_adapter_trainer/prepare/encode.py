@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ip_adapter_trainer.core.errors import NotFiniteProblem
 from ip_adapter_trainer.data.index import PICTURES, Record, name_key
-from ip_adapter_trainer.data.prepared import View
+from ip_adapter_trainer.data.recipe import View
 from ip_adapter_trainer.data.shards import TableKind, TableWriter
 from ip_adapter_trainer.encoders import ClipImageEncoder
 from ip_adapter_trainer.families import Family

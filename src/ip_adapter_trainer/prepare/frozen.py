@@ -13,7 +13,7 @@ from torch import nn
 from ip_adapter_trainer.core.launch import Runtime
 from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.data.config import CutConfig
-from ip_adapter_trainer.data.prepared import Recipe
+from ip_adapter_trainer.data.recipe import Recipe
 from ip_adapter_trainer.data.shards import TableKind
 from ip_adapter_trainer.encoders import ClipImageEncoder, FeatureKind
 from ip_adapter_trainer.families import FAMILIES, Family, family_of

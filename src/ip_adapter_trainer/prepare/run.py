@@ -20,7 +20,8 @@ from ip_adapter_trainer.data.config import CutConfig
 from ip_adapter_trainer.data.faults import FILE_NAME, FaultLog
 from ip_adapter_trainer.data.manifest import Manifest, read_manifest
 from ip_adapter_trainer.data.pictures import Pictures, fault_of
-from ip_adapter_trainer.data.prepared import PreparedSet, Recipe, drawn_anew
+from ip_adapter_trainer.data.prepared import PreparedSet
+from ip_adapter_trainer.data.recipe import Recipe, drawn_anew
 from ip_adapter_trainer.encoders import ClipImageEncoder
 from ip_adapter_trainer.families import Family
 from ip_adapter_trainer.images.decode import PictureFault

@@ -11,7 +11,8 @@ from ip_adapter_trainer.core.launch import Runtime
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.data.manifest import Manifest
 from ip_adapter_trainer.data.pictures import Pictures
-from ip_adapter_trainer.data.prepared import PreparedSet, Recipe, drawn_anew
+from ip_adapter_trainer.data.prepared import PreparedSet
+from ip_adapter_trainer.data.recipe import Recipe, drawn_anew
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.prepare.config import command
 from ip_adapter_trainer.prepare.frozen import recipe_of

@@ -124,7 +124,7 @@ def by_size(rows: int, config: DataConfig) -> tuple[float, float, float, float, 
         began = time.process_time()
         prepared = PreparedSet(root, RECIPE, Pictures.of(root, config))
         opened = time.process_time()
-        lacking = list(prepared.lacking([Row(f"{number}.jpg", "") for number in range(rows)]))
+        lacking = list(prepared.lacking([Row(f"{number}.jpg", "") for number in range(rows)], range(rows)))
         checked = time.process_time()
         assert not lacking
         asked = np.random.default_rng(1).permutation(rows)[:ASKED].tolist()

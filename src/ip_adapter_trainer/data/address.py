@@ -49,12 +49,15 @@ class Addresses:
 
     def __call__(self, part: bytes) -> bytes:
         """The address with this part in its place."""
-        told = self.before + len(part).to_bytes(8, "little") + part + self.after
-        return hashlib.blake2b(told, digest_size=KEY_BYTES).digest()
+        return self.of((part,))[0]
 
     def of(self, parts: Iterable[bytes]) -> list[bytes]:
         """The address with each of the parts in its place."""
-        return list(map(self, parts))
+        before, after, blake2b = self.before, self.after, hashlib.blake2b
+        return [
+            blake2b(before + len(part).to_bytes(8, "little") + part + after, digest_size=KEY_BYTES).digest()
+            for part in parts
+        ]
 
 
 def places_of(keys: Sequence[bytes], among: NDArray[np.bytes_]) -> NDArray[np.int64]:

@@ -104,7 +104,7 @@ class PictureIndex:
 
     def places(self, names: Sequence[str]) -> NDArray[np.int64]:
         """The place of each name's record, -1 for one that nothing is known of."""
-        return places_of([name_key(name) for name in names], self._keys)
+        return places_of(_NAMES.of([name.encode("utf-8", "surrogatepass") for name in names]), self._keys)
 
     def find(self, names: Sequence[str]) -> list[Record | None]:
         """What is known of each name."""

@@ -14,7 +14,7 @@ from ip_adapter_trainer.core.types import Encoded, Geometry, Row
 from ip_adapter_trainer.data.address import address
 from ip_adapter_trainer.data.index import PictureIndex, Record
 from ip_adapter_trainer.data.pictures import Pictures
-from ip_adapter_trainer.data.recipe import Recipe, Size
+from ip_adapter_trainer.data.recipe import ALL_USES, Recipe, Size
 from ip_adapter_trainer.data.shards import Table, TableKind
 from ip_adapter_trainer.images import crop
 from ip_adapter_trainer.images.decode import PictureFault, check_bytes, check_size
@@ -59,10 +59,15 @@ class PreparedSet:
             found += [r.size_px if r is not None and r.is_sound and self._admits(r) else None for r in records]
         return found
 
-    def lacking(self, rows: Sequence[Row]) -> Iterator[int]:
-        """Numbers of the rows that cannot be served: not all there, and neither known to be faulty nor gone since."""
-        for first in range(0, len(rows), _CHUNK_ROWS):
-            chunk = rows[first : first + _CHUNK_ROWS]
+    def lacking(self, rows: Sequence[Row], among: range) -> Iterator[int]:
+        """Numbers of the rows that cannot be served: not all there, and neither known to be faulty nor gone since.
+
+        Args:
+            rows: of the manifest.
+            among: numbers of those that are looked up, without gaps.
+        """
+        for first in range(among.start, among.stop, _CHUNK_ROWS):
+            chunk = rows[first : min(first + _CHUNK_ROWS, among.stop)]
             used = [(number, name, use) for number, row in enumerate(chunk) for name, use in self.recipe.uses(row)]
             places = self.index.places([name for _, name, _ in used])
             there = self.all_there(places, np.array([use for _, _, use in used]))
@@ -84,8 +89,9 @@ class PreparedSet:
         known = np.flatnonzero(there)
         buckets = self._buckets(self.index.sizes_px[places[known]])
         known, buckets = known[buckets >= 0], buckets[buckets >= 0]
-        for bucket, use in np.unique(np.stack([buckets, uses[known]]), axis=1).T.tolist():
-            group = known[(buckets == bucket) & (uses[known] == use)]
+        kinds = buckets * ALL_USES + uses[known]
+        for kind in np.unique(kinds).tolist():
+            group, (bucket, use) = known[kinds == kind], divmod(kind, ALL_USES)
             contents = self.index.contents[places[group]].tolist()
             for way in self.recipe.ways(self.recipe.buckets.sizes_px[bucket], use):
                 there[group] &= self.tables[way.kind].find(way.keys.of(contents)) >= 0

@@ -33,6 +33,9 @@ class View:
     mirrored: bool
 
 
+Views = tuple[View, ...]  # of one picture, by the same pixels
+
+
 @dataclass(frozen=True)
 class Way:
     """One way of encoding pictures: all that decides a `View` but for the picture."""

@@ -17,7 +17,7 @@ from ip_adapter_trainer.data.manifest import Manifest
 from ip_adapter_trainer.data.pictures import Pictures
 from ip_adapter_trainer.data.prepared import PreparedSet
 from ip_adapter_trainer.data.reading import Preprocess, framed
-from ip_adapter_trainer.data.recipe import Recipe, View
+from ip_adapter_trainer.data.recipe import Recipe, View, Views
 from ip_adapter_trainer.images import crop
 from ip_adapter_trainer.images.decode import PictureFault
 
@@ -39,7 +39,7 @@ class Read:
 
     item: Item
     record: Record | None  # to be noted; None: what is known of it still holds
-    pixels: tuple[tuple[View, NDArray[np.float32]], ...] = ()  # [3, H, W] each
+    pixels: tuple[tuple[Views, NDArray[np.float32]], ...] = ()  # [3, H, W] each, and what is wanted of them
     fault: PictureFault | None = None
 
 
@@ -106,7 +106,10 @@ class Reading(Dataset[Read]):
         views = self._prepared.recipe.views(key, record.size_px, item.use)
         lacking = [v for v in views if self._prepared.tables[v.kind].find([v.key])[0] < 0]
         sides = {mirrored: crop.mirror(picture) if mirrored else picture for mirrored in {v.mirrored for v in lacking}}
-        pixels = tuple((view, self._pixels(view, sides[view.mirrored])) for view in lacking)
+        alike: dict[tuple[object, bool], list[View]] = {}
+        for view in lacking:
+            alike.setdefault((view.target_px, view.mirrored), []).append(view)
+        pixels = tuple((tuple(views), self._pixels(views[0], sides[views[0].mirrored])) for views in alike.values())
         still_holds = known is not None and known.content == key and known.fits(status)
         return Read(item, None if still_holds else record, pixels)
 

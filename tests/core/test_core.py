@@ -22,6 +22,13 @@ def test_a_stream_is_a_function_of_its_key(seed: int, purpose: str, counters: li
     assert np.array_equal(a, b)
 
 
+@given(st.integers(0, 2**31), st.integers(0, 2**40))
+def test_a_stream_is_philox_under_its_key(seed: int, counter: int) -> None:
+    ours, plain = stream(seed, "noise", counter), np.random.Generator(np.random.Philox(key=key(seed, "noise", counter)))
+    assert ours.random() == plain.random() and ours.integers(1000) == plain.integers(1000)
+    assert np.array_equal(ours.standard_normal(9, np.float32), plain.standard_normal(9, np.float32))
+
+
 @given(st.integers(0, 1000), st.integers(0, 1000))
 def test_neighbouring_keys_differ(i: int, j: int) -> None:
     assert (key(0, "noise", i) == key(0, "noise", j)) == (i == j)

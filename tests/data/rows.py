@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from ip_adapter_trainer.core.types import Fault, Geometry, map_tensors
 from ip_adapter_trainer.data.config import DataConfig
 from ip_adapter_trainer.data.dataset import TrainingSet
 from ip_adapter_trainer.data.layout import lay_out
 from ip_adapter_trainer.data.manifest import read_manifest
+from ip_adapter_trainer.data.order import Pair
+from ip_adapter_trainer.data.reading import Preprocess
 
 NO_DROPS: dict[str, Any] = {"text_drop_rate": 0.0, "image_drop_rate": 0.0, "both_drop_rate": 0.0}
 
@@ -48,11 +51,35 @@ def write_manifest(folder: Path, names: list[str], **more: list[Any]) -> Path:
     return path
 
 
-def training_set(manifest: Path, *, seed: int = 0, **settings: Any) -> TrainingSet:
+class Sample(NamedTuple):
+    """One image of a batch."""
+
+    index: int
+    row: int
+    picture: Any
+    text: str
+    geometry: Geometry
+    drop_text: bool
+    drop_image: bool
+    faults: tuple[Fault, ...]
+
+
+class Singly(TrainingSet):
+    """A training set of which single samples can be asked."""
+
+    def __getitem__(self, pair: Pair) -> Sample:
+        """The one sample of the batch of one (index, row) pair."""
+        b = self.batch([pair])
+        alone = map_tensors(lambda stack: stack[0], b.picture)
+        flags = bool(b.drop_text), bool(b.drop_image)
+        return Sample(int(b.index), int(b.row), alone, b.text[0], b.geometry[0], *flags, b.faults)
+
+
+def training_set(manifest: Path, *, seed: int = 0, preprocess: Preprocess = preprocess, **settings: Any) -> Singly:
     """The samples of a manifest, 32 px unless told."""
     config = DataConfig(data_json_file=str(manifest), **{"resolution": 32, "bucket_step_px": 8, **settings})
     rows = read_manifest(config)
-    return TrainingSet(rows, config, lay_out(rows, config), seed=seed, preprocess=preprocess)
+    return Singly(rows, config, lay_out(rows, config), seed=seed, preprocess=preprocess)
 
 
 def number_of(pixels: Tensor) -> int:

@@ -12,10 +12,9 @@ import torch
 from PIL import Image
 
 from ip_adapter_trainer.core.errors import DataProblem
-from ip_adapter_trainer.core.types import Sample
 from ip_adapter_trainer.data.config import DataConfig
-from ip_adapter_trainer.data.dataset import MAX_TRIES, TrainingSet, collate, drops
-from tests.data.rows import NO_DROPS, number_of, training_set, write_manifest, write_pictures
+from ip_adapter_trainer.data.dataset import MAX_TRIES, drops
+from tests.data.rows import NO_DROPS, Sample, Singly, number_of, training_set, write_manifest, write_pictures
 
 
 @pytest.fixture
@@ -163,9 +162,13 @@ def test_a_manifest_without_a_sound_row_is_a_problem(tmp_path: Path) -> None:
         training_set(write_manifest(tmp_path, ["../a.png"]))
 
 
-def test_collate_stacks_and_empties_dropped_texts(manifest: Path) -> None:
+def test_a_batch_is_its_samples_stacked_and_empties_dropped_texts(manifest: Path) -> None:
     samples = training_set(manifest, **(NO_DROPS | {"text_drop_rate": 0.5}))
-    batch = collate([samples[index, index % 6] for index in range(8)])
+    batch = samples.batch([(index, index % 6) for index in range(8)])
+    for index in range(8):
+        alone, stack = samples[index, index % 6].picture, batch.picture
+        assert torch.equal(alone.pixels, stack.pixels[index])
+        assert torch.equal(alone.prompt_pixels, stack.prompt_pixels[index])
     assert (
         len(batch) == 8
         and batch.picture.pixels.shape == (8, 3, 32, 32)
@@ -180,5 +183,5 @@ def test_collate_stacks_and_empties_dropped_texts(manifest: Path) -> None:
 
 def test_it_travels_to_other_processes(manifest: Path) -> None:
     samples = training_set(manifest)
-    copy: TrainingSet = pickle.loads(pickle.dumps(samples))
+    copy: Singly = pickle.loads(pickle.dumps(samples))
     assert _same(copy[3, 4], samples[3, 4]) and len(copy) == 6

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ip_adapter_trainer.core.errors import DataProblem
 from ip_adapter_trainer.core.types import Batch
-from ip_adapter_trainer.data.dataset import Preprocess
 from ip_adapter_trainer.data.faults import FaultLog
 from ip_adapter_trainer.data.loader import MAX_REPLACEMENTS, Loader, Parcel
 from ip_adapter_trainer.data.order import Order
+from ip_adapter_trainer.data.reading import Preprocess
 from tests.data.rows import NO_DROPS, number_of, preprocess, training_set, write_manifest, write_pictures
 
 ROWS = 12
@@ -30,8 +30,8 @@ def _loader(
 ) -> Loader:  # fmt: skip
     if not (folder / "data.json").exists():
         write_manifest(folder, write_pictures(folder, ROWS))
-    samples = training_set(folder / "data.json", **(NO_DROPS | {"train_batch_size": 2} | settings))
-    samples.preprocess = preparation
+    settings = NO_DROPS | {"train_batch_size": 2} | settings
+    samples = training_set(folder / "data.json", preprocess=preparation, **settings)
     order = Order(samples.layout.bucket_of_row, seed=3, batch_images=batch_images)
     return Loader(samples, order, FaultLog(folder / "run", ROWS, 0.5), rank=rank, world=world, pin=pin)
 

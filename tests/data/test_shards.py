@@ -6,13 +6,15 @@ import json
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.data import shards
+from ip_adapter_trainer.data.address import KEY_BYTES, Addresses, address, framed, places_of
 from ip_adapter_trainer.data.index import PictureIndex, Record
-from ip_adapter_trainer.data.shards import KEY_BYTES, Table, TableKind, TableWriter, address
+from ip_adapter_trainer.data.shards import Table, TableKind, TableWriter
 
 KIND = TableKind("moments", (4, 2), torch.bfloat16)
 
@@ -32,8 +34,10 @@ def test_rows_of_several_shards_are_found(tmp_path: Path, dtype: torch.dtype) ->
     table = pickle.loads(pickle.dumps(Table(tmp_path, kind)))  # as a spawned data worker gets it
     places = table.find([address(number) for number in range(80)])
     assert len(table) == 70 and (places[70:] == -1).all()
+    rows = table.room(70)
+    table.fill(rows, range(69, -1, -1), places[:70].tolist())
     for number in range(70):
-        assert torch.equal(table[int(places[number])], torch.full((4, 2), float(number), dtype=dtype))
+        assert torch.equal(rows[69 - number], torch.full((4, 2), float(number), dtype=dtype))
 
 
 def test_an_empty_table_finds_nothing(tmp_path: Path) -> None:
@@ -46,8 +50,9 @@ def test_more_shards_than_are_kept_open(tmp_path: Path) -> None:
         fill(tmp_path, range(number, number + 1))
     table = Table(tmp_path, KIND, max_maps=2)
     for _ in range(2):
-        for number in range(6):
-            assert float(table[int(table.find([address(number)])[0])][0, 0]) == number
+        rows = table.room(6)
+        table.fill(rows, range(6), table.find([address(number) for number in range(6)]).tolist())
+        assert rows[:, 0, 0].tolist() == list(range(6))
     assert len(table._maps) == 2
 
 
@@ -63,6 +68,19 @@ def test_a_shard_is_sealed_by_size_and_by_time(tmp_path: Path, monkeypatch: pyte
 def test_addresses_tell_their_parts_apart() -> None:
     assert address("ab", "c") != address("a", "bc") and address(1, 2) != address(12)
     assert len(address("x")) == KEY_BYTES
+
+
+def test_many_addresses_of_one_form_are_the_plain_ones() -> None:
+    form = Addresses(framed("a", 1), framed("ü", b"z"))
+    assert form.of([b"", b"xy"]) == [address("a", 1, b"", "ü", b"z"), address("a", 1, b"xy", "ü", b"z")]
+
+
+@pytest.mark.parametrize("asked", [3, 2000])
+def test_addresses_are_found_at_the_first_of_their_places(asked: int) -> None:
+    kept = np.sort(np.frombuffer(b"".join(address(n % 900) for n in range(1000)), f"S{KEY_BYTES}"))
+    places = places_of([address(number) for number in range(asked)], kept)
+    first = {key: place for place, key in reversed(list(enumerate(kept.tolist())))}
+    assert places.tolist() == [first.get(address(n).rstrip(b"\0"), -1) for n in range(asked)]
 
 
 def header(entries: object, tail: int) -> bytes:

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import CLIPVisionModelWithProjection
 
 from ip_adapter_trainer.config import parse
 from ip_adapter_trainer.core.errors import DataProblem, Problem, StorageProblem
 from ip_adapter_trainer.prepare import run as running
 from ip_adapter_trainer.prepare.config import PrepareConfig, command
-from ip_adapter_trainer.prepare.frozen import FEATURES
 from ip_adapter_trainer.prepare.run import Report, prepare
 from tests import tiny
 from tests.data.rows import write_manifest, write_pictures
@@ -128,9 +128,19 @@ def test_other_encoders_encode_their_part(go: Callable, base_folder: Callable, t
     assert go().encoded == 0
 
 
-def test_both_kinds_of_feature_serve_every_variant(go: Callable) -> None:
-    assert go(both_features=True).encoded == 8 * (1 + len(FEATURES))
+def test_both_kinds_of_feature_come_of_one_pass_and_serve_every_variant(
+    go: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = []
+    honest = CLIPVisionModelWithProjection.forward
+    monkeypatch.setattr(
+        CLIPVisionModelWithProjection, "forward", lambda *a, **k: (passes.append(1), honest(*a, **k))[1]
+    )
+    assert go(both_features=True).encoded == 8 * 2 and len(passes) == 4, "batches of two"
     assert go(variant="base").encoded == go(variant="plus").encoded == 0
+    for variant in ("base", "plus"):
+        go(variant=variant, prepared_dir=tmp_path / "apart")
+    assert content(tmp_path / "set") == content(tmp_path / "apart"), "bit for bit as one kind at a time"
 
 
 def test_faults_are_counted_and_tried_again(go: Callable, rows: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from ip_adapter_trainer.prepare.run import Report, prepare
 from ip_adapter_trainer.train import checkpoint
 from tests import tiny
 from tests.data.rows import write_manifest, write_pictures
+from tests.train.test_resume import launched
 
 
 def losses(output: Path) -> list[dict[str, float]]:
@@ -158,6 +159,12 @@ def test_rows_that_a_set_lacks_are_told_with_the_command(run: Callable, flags: C
         run(tmp_path / "encoded", prepared_dir=tmp_path / "set", image_encoder_path=other)
     with pytest.raises(Problem, match="prompt_flip"):
         run(tmp_path / "encoded", prepared_dir=tmp_path / "set", prompt_flip=True)
+
+
+def test_processes_share_the_look_at_a_set_and_tell_all_that_it_lacks(flags: Callable, tmp_path: Path) -> None:
+    prepared(flags, tmp_path / "raw", tmp_path / "set")
+    process = launched(flags(tmp_path / "encoded", prepared_dir=tmp_path / "set", resolution=64))
+    assert "lacks 12 of 12 rows" in process.communicate(timeout=200)[0] and process.returncode
 
 
 def test_auto_prepares_where_it_pays_and_says_so(

@@ -24,6 +24,13 @@ class Runtime:
     world: int
     device: torch.device
     precision: str  # no, fp16 or bf16
+    local_rank: int = 0  # among the processes of this machine
+    local_world: int = 1
+
+    def portion(self, count: int) -> range:
+        """This process's part of so many things, shared by the processes of each machine."""
+        begin, end = (count * (self.local_rank + i) // self.local_world for i in (0, 1))
+        return range(begin, end)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -102,7 +109,9 @@ def start(
     device = accelerator.device
     asked = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     precision = on_device(asked, device.type)
-    return Runtime(accelerator, accelerator.process_index, accelerator.num_processes, device, precision)
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # a launcher that does not tell: nothing is shared
+    local = (accelerator.local_process_index, local_world) if local_world > 1 else (0, 1)
+    return Runtime(accelerator, accelerator.process_index, accelerator.num_processes, device, precision, *local)
 
 
 def claim(folder: Path, runtime: Runtime, flag: str = "--output_dir") -> FileLock | None:

@@ -63,26 +63,12 @@ Picture = Pixels | Encoded
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One training image, decoded and cropped.
-
-    `index` is the image's place in the endless order (epoch * rows + place in the epoch's permutation): the counter of
-    every random draw that concerns it. `row` is the row that supplied the pixels.
-    """
-
-    index: int
-    row: int
-    picture: Picture
-    text: str
-    geometry: Geometry
-    drop_text: bool = False
-    drop_image: bool = False
-    faults: tuple[Fault, ...] = ()  # rows that were tried before this one and could not be read
-
-
-@dataclass(frozen=True)
 class Batch:
-    """Samples of one size, stacked."""
+    """Training images of one size, decoded and cropped, stacked.
+
+    `index` is an image's place in the endless order (epoch * rows + place in the epoch's permutation): the counter of
+    every random draw that concerns it. `row` is the row that supplied the pixels. A dropped text is empty.
+    """
 
     index: Tensor  # [B] int64
     row: Tensor  # [B] int64
@@ -91,7 +77,7 @@ class Batch:
     geometry: tuple[Geometry, ...]
     drop_text: Tensor  # [B] bool
     drop_image: Tensor  # [B] bool
-    faults: tuple[Fault, ...] = ()
+    faults: tuple[Fault, ...] = ()  # rows that were tried before those and could not be read
 
     def __len__(self) -> int:
         return len(self.text)

@@ -1,43 +1,38 @@
-"""From a place in the endless order to a decoded, cropped, augmented sample, and from samples to a batch."""
+"""From places in the endless order to a batch: what is drawn by chance, what is read, what stands in for it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from ip_adapter_trainer.core.errors import DataProblem
 from ip_adapter_trainer.core.rng import stream
-from ip_adapter_trainer.core.types import Batch, Fault, Geometry, Picture, Pixels, Row, Sample, map_tensors
-from ip_adapter_trainer.data.config import CutConfig, DataConfig
+from ip_adapter_trainer.core.types import Batch, Fault, Geometry, Row
+from ip_adapter_trainer.data.config import DataConfig
 from ip_adapter_trainer.data.layout import Layout, Size
 from ip_adapter_trainer.data.manifest import Manifest
 from ip_adapter_trainer.data.order import Pair
 from ip_adapter_trainer.data.pictures import Pictures, fault_of
 from ip_adapter_trainer.data.prepared import PreparedSet
-from ip_adapter_trainer.images import crop
+from ip_adapter_trainer.data.reading import CutReading, Cutter, PreparedReading, Preprocess, Reading, Slot
 from ip_adapter_trainer.images.decode import PictureFault
-
-Preprocess: TypeAlias = Callable[[Image.Image], Tensor]  # RGB picture to [3, S, S], as the image encoder wants it
 
 MAX_TRIES = 16  # rows tried for one image; so many broken neighbours are no accident
 _AHEAD_ROWS = 256  # looked through at first for rows of the same bucket; a set has millions
 
 
-class TrainingSet(Dataset[Sample]):
-    """Samples by (index, row). All chance is drawn from (seed, purpose, index): the same pair gives the same sample.
+class TrainingSet:
+    """Batches by (index, row). All chance is drawn from (seed, purpose, index): the same pair gives the same sample.
 
     Usage::
 
         samples = TrainingSet(manifest, config, layout, seed=0, preprocess=encoder.preprocess)
-        batch = collate([samples[pair] for pair in order.step(0)])
+        batch = samples.batch(order.step(0))
 
-    With a prepared set, samples hold what the encoders said of the same pictures; every draw and every replacement of
+    With a prepared set, batches hold what the encoders said of the same pictures; every draw and every replacement of
     a faulty row is the same.
 
     Raises:
@@ -59,26 +54,56 @@ class TrainingSet(Dataset[Sample]):
             raise DataProblem(f"no row can be used; the first: {first.what}", where=first.where, remedy=first.remedy)
         self.manifest, self.config, self.layout, self.seed = manifest, config, layout, seed
         self.preprocess, self.prepared = preprocess, prepared
-        self._pictures = Pictures.of(manifest.root, config)
+        self._cutter = Cutter(Pictures.of(manifest.root, config), config, preprocess, seed)
 
     def __len__(self) -> int:
         return len(self.manifest.rows)
 
-    def __getitem__(self, pair: Pair) -> Sample:
-        """The sample of an (index, row) pair; an unreadable row is replaced by the next one of its bucket.
+    def batch(self, pairs: Sequence[Pair]) -> Batch:
+        """The samples of (index, row) pairs of one bucket; an unreadable row is replaced by the next of the bucket.
 
         Raises:
-            DataProblem: neither the row nor those after it can be read.
+            DataProblem: neither a row nor those after it can be read.
         """
-        index, row = pair
-        faults: list[Fault] = []
-        for candidate in self._candidates(row):
-            try:
-                return self._sample(index, candidate, tuple(faults))
-            except PictureFault as error:
-                faults.append(fault_of(error, self.manifest.where(candidate)))
-        what = f"{len(faults)} rows in turn cannot be read; the last: {faults[-1].what}"
-        raise DataProblem(what, where=faults[-1].where, remedy="run `ip-adapter check` and mend the rows it names")
+        settled = [self._settled(index) for index, _ in pairs]
+        reading = self._reading(settled, self.layout.size_px(pairs[0][1]))
+        taken = self._read(reading, [row for _, row in pairs])
+        return Batch(
+            index=torch.tensor([slot.index for slot in settled]),
+            row=torch.tensor([one.number for one in taken]),
+            picture=reading.picture(),
+            text=tuple("" if slot.drop_text else one.row.text for slot, one in zip(settled, taken, strict=True)),
+            geometry=tuple(one.geometry for one in taken),
+            drop_text=torch.tensor([slot.drop_text for slot in settled]),
+            drop_image=torch.tensor([slot.drop_image for slot in settled]),
+            faults=tuple(fault for one in taken for fault in one.faults),
+        )
+
+    def _settled(self, index: int) -> Slot:
+        mirrored = self.config.random_flip and stream(self.seed, "flip", index).random() < 0.5
+        return Slot(index, mirrored, *drops(stream(self.seed, "drop", index).random(), self.config))
+
+    def _reading(self, settled: Sequence[Slot], target_px: Size) -> Reading:
+        if self.prepared is None:
+            return CutReading(self._cutter, settled, target_px)
+        return PreparedReading(self.prepared, settled, target_px)
+
+    def _read(self, reading: Reading, numbers: Sequence[int]) -> list[_Taken]:
+        """Fills every slot, with the row of that number or with one that stands in for it."""
+        turns = [_Turn(self._candidates(number)) for number in numbers]
+        waiting = list(range(len(numbers)))
+        taken: dict[int, _Taken] = {}
+        while waiting:
+            chosen = [turns[slot].next() for slot in waiting]
+            rows = [self.manifest.rows[number] for number in chosen]
+            read = reading.read(rows, waiting)
+            for slot, number, row, found in zip(waiting, chosen, rows, read, strict=True):
+                if isinstance(found, PictureFault):
+                    turns[slot].faults.append(fault_of(found, self.manifest.where(number)))
+                else:
+                    taken[slot] = _Taken(number, row, found, turns[slot].faults)
+            waiting = [slot for slot in waiting if slot not in taken]
+        return [taken[slot] for slot in range(len(numbers))]
 
     def _candidates(self, row: int) -> Iterator[int]:
         """The row, then those that follow it in its bucket, around the end; each once, at most `MAX_TRIES`."""
@@ -91,54 +116,35 @@ class TrainingSet(Dataset[Sample]):
             yield from mates.tolist()
             tries, start, ahead = tries + len(mates), start + ahead, 2 * ahead
 
-    def _sample(self, index: int, number: int, faults: tuple[Fault, ...]) -> Sample:
-        row, config, target_px = self.manifest.rows[number], self.config, self.layout.size_px(number)
-        flipped = config.random_flip and self._chance("flip", index).random() < 0.5
-        if self.prepared is None:
-            picture, geometry = self._read(row, index, target_px, flipped)
-        else:
-            picture, geometry = self.prepared.sample(row, target_px, flipped)
-        drop_text, drop_image = drops(self._chance("drop", index).random(), config)
-        return Sample(
-            index=index,
-            row=number,
-            picture=picture,
-            text=row.text,
-            geometry=geometry,
-            drop_text=drop_text,
-            drop_image=drop_image,
-            faults=faults,
-        )
 
-    def _read(self, row: Row, index: int, target_px: Size, flipped: bool) -> tuple[Picture, Geometry]:
-        picture = self._pictures.read(row.image_file).image
-        target = crop.mirror(picture) if flipped else picture
-        own = row.prompt_image_file
-        prompt = target if own is None else self._pictures.read(own).image
-        cut, geometry = crop.fit(target, target_px, self._place(index))
-        return Pixels(crop.to_tensor(cut), self.preprocess(self._augmented(prompt, index))), geometry
+class _Taken(NamedTuple):
+    """The row that an image was taken from."""
 
-    def _augmented(self, prompt: Image.Image, index: int) -> Image.Image:
-        config = self.config
-        if config.prompt_crop_min_share < 1:
-            chance = self._chance("prompt_crop", index)
-            draws = (chance.random(), chance.random(), chance.random())
-            prompt = crop.random_part(prompt, config.prompt_crop_min_share, draws)
-        if config.prompt_flip and self._chance("prompt_flip", index).random() < 0.5:
-            prompt = crop.mirror(prompt)
-        return framed(prompt, config, self._pictures)
-
-    def _place(self, index: int) -> tuple[float, float] | None:
-        chance = self._chance("crop", index)
-        return None if self.config.center_crop else (chance.random(), chance.random())
-
-    def _chance(self, purpose: str, index: int) -> np.random.Generator:
-        return stream(self.seed, purpose, index)
+    number: int
+    row: Row
+    geometry: Geometry
+    faults: list[Fault]  # of the rows that were tried before
 
 
-def framed(prompt: Image.Image, config: CutConfig, pictures: Pictures) -> Image.Image:
-    """An image prompt as it goes to the encoder's preprocessing: padded to a square where the settings say so."""
-    return crop.pad_to_square(prompt, pictures.ground) if config.prompt_pad_square else prompt
+class _Turn:
+    """The rows that may be taken for one image, in turn, and what was wrong with those that were tried."""
+
+    def __init__(self, candidates: Iterator[int]) -> None:
+        self._candidates = candidates
+        self.faults: list[Fault] = []
+
+    def next(self) -> int:
+        """The next one.
+
+        Raises:
+            DataProblem: all were tried.
+        """
+        number = next(self._candidates, None)
+        if number is None:
+            last = self.faults[-1]
+            what = f"{len(self.faults)} rows in turn cannot be read; the last: {last.what}"
+            raise DataProblem(what, where=last.where, remedy="run `ip-adapter check` and mend the rows it names")
+        return number
 
 
 def drops(draw: float, config: DataConfig) -> tuple[bool, bool]:
@@ -147,17 +153,3 @@ def drops(draw: float, config: DataConfig) -> tuple[bool, bool]:
     text_below = image_below + config.text_drop_rate
     both_below = text_below + config.both_drop_rate
     return image_below <= draw < both_below, draw < image_below or text_below <= draw < both_below
-
-
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Samples of one size as a batch; a dropped text is empty."""
-    return Batch(
-        index=torch.tensor([s.index for s in samples]),
-        row=torch.tensor([s.row for s in samples]),
-        picture=map_tensors(lambda *tensors: torch.stack(tensors), *(s.picture for s in samples)),
-        text=tuple("" if s.drop_text else s.text for s in samples),
-        geometry=tuple(s.geometry for s in samples),
-        drop_text=torch.tensor([s.drop_text for s in samples]),
-        drop_image=torch.tensor([s.drop_image for s in samples]),
-        faults=tuple(fault for s in samples for fault in s.faults),
-    )

@@ -14,27 +14,31 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ip_adapter_trainer.data.shards import KEY_BYTES, Table, TableKind, address, places_of
+from ip_adapter_trainer.data.address import KEY_BYTES, Addresses, framed, places_of
+from ip_adapter_trainer.data.shards import Table, TableKind
 
 _LAYOUT = np.dtype(
     [
         ("file_bytes", "<u8"),
         ("mtime_ns", "<i8"),
         ("noted_ns", "<i8"),
-        ("size_px", "<u4", 2),
-        ("content", "u1", KEY_BYTES),
+        ("height_px", "<u4"),
+        ("width_px", "<u4"),
+        ("content", f"V{KEY_BYTES}"),
     ]
 )
 PICTURES = TableKind("pictures", (_LAYOUT.itemsize,), torch.uint8)
 _UNREADABLE = bytes(KEY_BYTES)
+_NAMES = Addresses(framed("picture"))
 _SETTLED_NS = 2_000_000_000  # a file younger than this when it was read may have changed since without a new time
 
 
 def name_key(name: str) -> bytes:
     """The address of what is known of a picture, by its name as rows give it."""
-    return address("picture", name)
+    return _NAMES(name.encode("utf-8", "surrogatepass"))
 
 
 @dataclass(frozen=True)
@@ -70,12 +74,16 @@ class Record:
     def packed(self) -> Tensor:
         """The record as a row of the table, [48] uint8."""
         row = np.zeros(1, _LAYOUT)
-        row[0] = (self.file_bytes, self.mtime_ns, self.noted_ns, self.size_px, np.frombuffer(self.content, np.uint8))
+        row[0] = (self.file_bytes, self.mtime_ns, self.noted_ns, *self.size_px, self.content)
         return torch.from_numpy(row.view(np.uint8))
 
 
 class PictureIndex:
     """The newest record of each picture, all in memory: 64 bytes each.
+
+    Attributes:
+        contents: hash of each picture's file, [pictures].
+        sizes_px: height and width of each, [pictures, 2]; zeros: no picture could be read.
 
     Raises:
         Problem: a damaged shard.
@@ -88,15 +96,25 @@ class PictureIndex:
         keys = table.keys[order]
         newest = np.append(keys[1:] != keys[:-1], True)[: len(keys)]
         self._keys, self._records = keys[newest], records[order[newest]]
+        self.contents: NDArray[np.void] = self._records["content"]
+        self.sizes_px = np.stack([self._records["height_px"], self._records["width_px"]], axis=1)
 
     def __len__(self) -> int:
         return len(self._keys)
 
+    def places(self, names: Sequence[str]) -> NDArray[np.int64]:
+        """The place of each name's record, -1 for one that nothing is known of."""
+        return places_of(_NAMES.of([name.encode("utf-8", "surrogatepass") for name in names]), self._keys)
+
     def find(self, names: Sequence[str]) -> list[Record | None]:
         """What is known of each name."""
-        places = places_of([name_key(name) for name in names], self._keys)
-        return [self._record(place) if place >= 0 else None for place in places.tolist()]
+        return self.records(self.places(names))
 
-    def _record(self, place: int) -> Record:
-        file_bytes, mtime_ns, noted_ns, size_px, content = self._records[place].item()
-        return Record(file_bytes, mtime_ns, noted_ns, (int(size_px[0]), int(size_px[1])), bytes(content))
+    def records(self, places: NDArray[np.int64]) -> list[Record | None]:
+        """The record at each place, None at -1."""
+        records: list[Record | None] = [None] * len(places)
+        known = np.flatnonzero(places >= 0)
+        found = zip(known.tolist(), self._records[places[known]].tolist(), strict=True)
+        for number, (file_bytes, mtime_ns, noted_ns, height, width, content) in found:
+            records[number] = Record(file_bytes, mtime_ns, noted_ns, (height, width), content)
+        return records

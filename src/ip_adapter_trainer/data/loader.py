@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from ip_adapter_trainer.core.errors import DataProblem
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.types import Batch, Fault, map_tensors
-from ip_adapter_trainer.data.dataset import TrainingSet, collate
+from ip_adapter_trainer.data.dataset import TrainingSet
 from ip_adapter_trainer.data.faults import FaultLog
 from ip_adapter_trainer.data.order import Order, Pair, share
 
@@ -52,14 +52,14 @@ class Parcel:
 
 
 class _MicroBatches(Dataset[Parcel]):
-    """Whole micro-batches by their pairs, so that workers stack what they read."""
+    """Whole micro-batches by their pairs, as torch's loader asks for them."""
 
     def __init__(self, samples: TrainingSet) -> None:
         self._samples = samples
 
     def __getitem__(self, micro: Micro) -> Parcel:
         try:
-            return Parcel(collate([self._samples[pair] for pair in micro]))
+            return Parcel(self._samples.batch(micro))
         except DataProblem as problem:
             return Parcel(Fault("unreadable_rows", problem.what, problem.where, problem.remedy))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.core.files import safe_join
+from ip_adapter_trainer.core.files import safe_join, stat_plain
 from ip_adapter_trainer.core.types import Fault
 from ip_adapter_trainer.data.config import ReadConfig
 from ip_adapter_trainer.images.decode import Limits, Picture, PictureFault, decode, read_file, read_size
@@ -71,8 +71,9 @@ class Pictures:
         Raises:
             PictureFault: the name is refused.
         """
+        status = stat_plain(self.root, name)
         try:
-            return self._path(name).stat()
+            return status or self._path(name).stat()
         except OSError:
             return None
 

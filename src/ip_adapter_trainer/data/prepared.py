@@ -1,117 +1,34 @@
-"""A prepared set: what the frozen encoders said of each picture, looked up by what was encoded and how.
-
-Nothing here is found by a row's number. The address of a row of latents is a hash of the picture's content, the cut,
-the autoencoder and the dtype, so another crop, another encoder or a changed picture is another address: what is served
-is right or is not there.
-"""
+"""A prepared set: what the frozen encoders said of each picture, looked up by what was encoded and how."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ip_adapter_trainer.core.types import Encoded, Geometry, Row
-from ip_adapter_trainer.data.config import CutConfig
+from ip_adapter_trainer.data.address import address
 from ip_adapter_trainer.data.index import PictureIndex, Record
 from ip_adapter_trainer.data.pictures import Pictures
-from ip_adapter_trainer.data.shards import Table, TableKind, address
+from ip_adapter_trainer.data.recipe import ALL_USES, Recipe, Size
+from ip_adapter_trainer.data.shards import Table, TableKind
 from ip_adapter_trainer.images import crop
-from ip_adapter_trainer.images.buckets import Buckets
 from ip_adapter_trainer.images.decode import PictureFault, check_bytes, check_size
-from ip_adapter_trainer.images.ground import Colour
 
-Size = tuple[int, int]
-
-FORMAT = 1  # part of every address; raise it when the same settings cut or preprocess to other pixels than before
-TARGET, PROMPT, MIRRORED_PROMPT = 1, 2, 4  # what a picture is used as; added up
 _AGAIN = "run `ip-adapter prepare` again"
-_CHUNK_ROWS = 8192
+_CHUNK_ROWS = 65536
 _MAX_MAPS = 512  # shards mapped at a time over all tables, half the usual limit of open files
 
 
-@dataclass(frozen=True)
-class View:
-    """One encoding of one picture, and where it is kept."""
+class _Found(NamedTuple):
+    """Where a row's values are and how its target was cut."""
 
-    kind: TableKind
-    key: bytes
-    target_px: Size | None  # cut to this size for the autoencoder; None: preprocessed for the image encoder
-    mirrored: bool
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """All that decides what a picture is encoded to, but for the picture.
-
-    Attributes:
-        buckets: sizes of the targets.
-        ground: colour under transparent pictures.
-        pad_square: whether prompts are padded to a square.
-        mirrors: whether mirrored pictures are wanted too.
-        autoencoder: identity of the latents' encoder, config and weights.
-        encoder: identity of the image encoder.
-        moments: the table of each size.
-        features: the tables of the kinds of feature wanted.
-    """
-
-    buckets: Buckets
-    ground: Colour
-    pad_square: bool
-    mirrors: bool
-    autoencoder: str
-    encoder: str
-    moments: dict[Size, TableKind]
-    features: tuple[TableKind, ...]
-
-    @property
-    def tables(self) -> list[TableKind]:
-        """All tables, each once; sizes whose latents have one shape share theirs."""
-        return list(dict.fromkeys([*self.moments.values(), *self.features]))
-
-    def target(self, content: bytes, target_px: Size, mirrored: bool) -> View:
-        """The moments of a picture of this content, cut to a size."""
-        kind = self.moments[target_px]
-        cut = (FORMAT, *self.ground, *target_px, int(mirrored))
-        return View(kind, address(kind.name, content, *cut, self.autoencoder, str(kind.dtype)), target_px, mirrored)
-
-    def prompt(self, content: bytes, kind: TableKind, mirrored: bool) -> View:
-        """The features of a picture of this content."""
-        how = (FORMAT, *self.ground, int(self.pad_square), int(mirrored))
-        return View(kind, address(kind.name, content, *how, self.encoder, str(kind.dtype)), None, mirrored)
-
-    def views(self, content: bytes, size_px: Size, use: int) -> list[View]:
-        """All that is wanted of a picture of this content and size, used so."""
-        found: list[View] = []
-        if use & TARGET:
-            target_px = self.buckets.sizes_px[self.buckets.nearest(size_px)]
-            found += [self.target(content, target_px, mirrored) for mirrored in self._sides(self.mirrors)]
-        if use & PROMPT:
-            sides = self._sides(bool(use & MIRRORED_PROMPT))
-            found += [self.prompt(content, kind, mirrored) for kind in self.features for mirrored in sides]
-        return found
-
-    def _sides(self, both: bool) -> tuple[bool, ...]:
-        return (False, True) if both else (False,)
-
-    def uses(self, row: Row) -> list[tuple[str, int]]:
-        """The pictures that a row names and what it uses each as; its own prompt image is never mirrored."""
-        own = row.prompt_image_file
-        if own is None:
-            return [(row.image_file, TARGET | PROMPT | (MIRRORED_PROMPT if self.mirrors else 0))]
-        return [(row.image_file, TARGET), (own, PROMPT)]
-
-
-def drawn_anew(config: CutConfig) -> list[str]:
-    """The flags by which each image is drawn otherwise every time, so that nothing could be encoded beforehand."""
-    anew = {
-        "--no_center_crop": not config.center_crop,
-        "--prompt_crop_min_share": config.prompt_crop_min_share < 1,
-        "--prompt_flip": config.prompt_flip,
-    }
-    return [flag for flag, on in anew.items() if on]
+    keys: tuple[bytes, ...]  # one for each table that a batch is filled from
+    geometry: Geometry
 
 
 class PreparedSet:
@@ -120,7 +37,8 @@ class PreparedSet:
     Usage::
 
         prepared = PreparedSet(folder, recipe, Pictures.of(manifest.root, config))
-        encoded, geometry = prepared.sample(row, layout.size_px(number), mirrored=False)
+        encoded = prepared.room(len(rows), target_px)
+        geometry = prepared.read(rows, [False] * len(rows), target_px, encoded, range(len(rows)))
 
     Raises:
         Problem: a damaged shard.
@@ -141,56 +59,114 @@ class PreparedSet:
             found += [r.size_px if r is not None and r.is_sound and self._admits(r) else None for r in records]
         return found
 
-    def lacking(self, rows: Sequence[Row]) -> Iterator[int]:
-        """Numbers of the rows that cannot be served: not all there, and neither known to be faulty nor gone since."""
-        for first in range(0, len(rows), _CHUNK_ROWS):
-            chunk = rows[first : first + _CHUNK_ROWS]
+    def lacking(self, rows: Sequence[Row], among: range) -> Iterator[int]:
+        """Numbers of the rows that cannot be served: not all there, and neither known to be faulty nor gone since.
+
+        Args:
+            rows: of the manifest.
+            among: numbers of those that are looked up, without gaps.
+        """
+        for first in range(among.start, among.stop, _CHUNK_ROWS):
+            chunk = rows[first : min(first + _CHUNK_ROWS, among.stop)]
             used = [(number, name, use) for number, row in enumerate(chunk) for name, use in self.recipe.uses(row)]
-            records = self.index.find([name for _, name, _ in used])
-            there = self.all_there([(record, use) for record, (_, _, use) in zip(records, used, strict=True)])
+            places = self.index.places([name for _, name, _ in used])
+            there = self.all_there(places, np.array([use for _, _, use in used]))
             missing = {
-                number
-                for (number, name, _), record, is_there in zip(used, records, there, strict=True)
-                if not is_there and (record is None or self._pictures.stat(name) is not None)
+                used[place][0]
+                for place in np.flatnonzero(~there).tolist()
+                if places[place] < 0 or self._pictures.stat(used[place][1]) is not None
             }
             yield from (first + number for number in sorted(missing))
 
-    def all_there(self, pictures: Sequence[tuple[Record | None, int]]) -> list[bool]:
-        """Whether everything wanted of each picture, used so, is in the set; a known fault wants nothing."""
-        there = [record is not None for record, _ in pictures]
-        wanted: dict[TableKind, list[tuple[int, bytes]]] = {}
-        for number, (record, use) in enumerate(pictures):
-            if record is not None and record.is_sound:
-                for view in self.recipe.views(record.content, record.size_px, use):
-                    wanted.setdefault(view.kind, []).append((number, view.key))
-        for kind, views in wanted.items():
-            places = self.tables[kind].find([key for _, key in views])
-            for (number, _), place in zip(views, places.tolist(), strict=True):
-                there[number] &= place >= 0
+    def all_there(self, places: NDArray[np.int64], uses: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether everything wanted of each picture, used so, is in the set; a known fault wants nothing.
+
+        Args:
+            places: of the pictures in the index, -1 for one that is not there, [pictures].
+            uses: what each is used as, [pictures].
+        """
+        there = places >= 0
+        known = np.flatnonzero(there)
+        buckets = self._buckets(self.index.sizes_px[places[known]])
+        known, buckets = known[buckets >= 0], buckets[buckets >= 0]
+        kinds = buckets * ALL_USES + uses[known]
+        for kind in np.unique(kinds).tolist():
+            group, (bucket, use) = known[kinds == kind], divmod(kind, ALL_USES)
+            contents = self.index.contents[places[group]].tolist()
+            for way in self.recipe.ways(self.recipe.buckets.sizes_px[bucket], use):
+                there[group] &= self.tables[way.kind].find(way.keys.of(contents)) >= 0
         return there
 
-    def sample(self, row: Row, target_px: Size, mirrored: bool) -> tuple[Encoded, Geometry]:
-        """What the encoders said of a row's pictures, and how its target was cut.
+    def _buckets(self, sizes_px: NDArray[np.uint32]) -> NDArray[np.int64]:
+        """The bucket of each picture by its size, [pictures, 2]; -1 for one that could not be read."""
+        buckets = self.recipe.buckets
+        if len(buckets) == 1:
+            return np.where(sizes_px[:, 0] > 0, 0, -1)
+        distinct, which = np.unique(sizes_px[:, 0].astype(np.int64) << 32 | sizes_px[:, 1], return_inverse=True)
+        numbers = [buckets.nearest((size >> 32, size & 0xFFFFFFFF)) if size else -1 for size in distinct.tolist()]
+        return np.array(numbers, np.int64)[which]
 
-        Raises:
-            PictureFault: a picture that could not be read, changed since, or is not in the set.
+    def room(self, count: int, target_px: Size) -> Encoded:
+        """Tensors for so many rows of one size, of which nothing is set."""
+        moments, features = (self.tables[kind].room(count) for kind in self._kinds(target_px))
+        return Encoded(moments, features)
+
+    def _kinds(self, target_px: Size) -> tuple[TableKind, ...]:
+        return self.recipe.moments[target_px], self.recipe.features[0]
+
+    def read(
+        self, rows: Sequence[Row], mirrored: Sequence[bool], target_px: Size, into: Encoded, slots: Sequence[int]
+    ) -> list[Geometry | PictureFault]:
+        """Copies what the encoders said of rows into slots of a batch, and says how each row's target was cut.
+
+        A row has a fault in place of its geometry, and nothing in its slot, if one of its pictures could not be read,
+        changed since, or is not in the set.
         """
-        target = self._record(row.image_file)
-        own = row.prompt_image_file
-        prompt, prompt_mirrored = (target, mirrored) if own is None else (self._record(own), False)
-        moments = self._value(self.recipe.target(target.content, target_px, mirrored))
-        features = self._value(self.recipe.prompt(prompt.content, self.recipe.features[0], prompt_mirrored))
-        return Encoded(moments, features), crop.plan(target.size_px, target_px)[1]
+        found = self._found(rows, mirrored, target_px)
+        for column, (kind, stack) in enumerate(zip(self._kinds(target_px), (into.moments, into.features), strict=True)):
+            self._fill(self.tables[kind], column, found, stack, slots)
+        return [one if isinstance(one, PictureFault) else one.geometry for one in found]
 
-    def _value(self, view: View) -> Tensor:
-        place = int(self.tables[view.kind].find([view.key])[0])
-        if place < 0:
-            raise PictureFault("not_prepared", f"its {view.kind.name} are not in the prepared set", _AGAIN)
-        return self.tables[view.kind][place]
+    def _found(self, rows: Sequence[Row], mirrored: Sequence[bool], target_px: Size) -> list[_Found | PictureFault]:
+        """The addresses of each row's values, if its pictures are what they were when they were encoded."""
+        own = [row.prompt_image_file for row in rows]
+        records = self._records([row.image_file for row in rows] + [name for name in own if name is not None])
+        others = iter(records[len(rows) :])
+        found: list[_Found | PictureFault] = []
+        for target, name, side in zip(records, own, mirrored, strict=False):
+            prompt, prompt_side = (target, side) if name is None else (next(others), False)
+            if isinstance(target, PictureFault) or isinstance(prompt, PictureFault):
+                found.append(target if isinstance(target, PictureFault) else prompt)  # type: ignore[arg-type]
+                continue
+            moments = self.recipe.targets[target_px, side].keys(target.content)
+            features = self.recipe.prompts[self.recipe.features[0], prompt_side].keys(prompt.content)
+            found.append(_Found((moments, features), crop.plan(target.size_px, target_px)[1]))
+        return found
 
-    def _record(self, name: str) -> Record:
-        """The record of a picture whose file, if there still is one, holds what was encoded."""
-        record = self.index.find([name])[0]
+    def _fill(
+        self, table: Table, column: int, found: list[_Found | PictureFault], stack: Tensor, slots: Sequence[int]
+    ) -> None:
+        """Copies one value of each row into its slot; what is not there makes the row a fault."""
+        asked = [(number, one.keys[column]) for number, one in enumerate(found) if not isinstance(one, PictureFault)]
+        places = table.find([key for _, key in asked]).tolist()
+        there = [(slots[number], place) for (number, _), place in zip(asked, places, strict=True) if place >= 0]
+        table.fill(stack, [slot for slot, _ in there], [place for _, place in there])
+        for (number, _), place in zip(asked, places, strict=True):
+            if place < 0:
+                what = f"its {table.kind.name} are not in the prepared set"
+                found[number] = PictureFault("not_prepared", what, _AGAIN)
+
+    def _records(self, names: Sequence[str]) -> list[Record | PictureFault]:
+        """The record of each picture whose file, if there still is one, holds what was encoded."""
+        records: list[Record | PictureFault] = []
+        for name, record in zip(names, self.index.find(names), strict=True):
+            try:
+                records.append(self._trusted(name, record))
+            except PictureFault as fault:
+                records.append(fault)
+        return records
+
+    def _trusted(self, name: str, record: Record | None) -> Record:
         if record is None:
             raise PictureFault("not_prepared", "the picture is not in the prepared set", _AGAIN)
         if not record.is_sound:

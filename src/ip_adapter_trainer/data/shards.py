@@ -26,31 +26,11 @@ from torch import Tensor
 
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.core.staging import staged_file
+from ip_adapter_trainer.data.address import KEY, KEY_BYTES, places_of
 
-KEY_BYTES = 16
-_KEY = np.dtype(f"S{KEY_BYTES}")  # compared with its trailing zeros left out, which keeps the order of whole keys
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}  # in safetensors
 _MAX_HEADER_BYTES = 4096  # ours have about 200
 _SEAL_BYTES, _SEAL_S = 256 * 2**20, 60.0  # a kill loses at most so much
-
-
-def address(*parts: bytes | str | int) -> bytes:
-    """The 16 bytes under which a thing is kept: a hash of all that decides it, each part with its length."""
-    digest = hashlib.blake2b(digest_size=KEY_BYTES)
-    for part in parts:
-        content = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
-        digest.update(len(content).to_bytes(8, "little"))
-        digest.update(content)
-    return digest.digest()
-
-
-def places_of(keys: Sequence[bytes], among: NDArray[np.bytes_]) -> NDArray[np.int64]:
-    """The first place of each address among sorted ones, -1 for one that is not there."""
-    wanted = np.frombuffer(b"".join(keys), _KEY)
-    places = np.searchsorted(among, wanted)
-    there = places < len(among)
-    there[there] = among[places[there]] == wanted[there]
-    return np.where(there, places, -1)
 
 
 @dataclass(frozen=True)
@@ -87,8 +67,9 @@ class Table:
     Usage::
 
         table = Table(folder, TableKind("moments", (8, 64, 64), torch.bfloat16))
-        place = table.find([address("a")])[0]
-        moments = table[place] if place >= 0 else None
+        places = table.find([address("a"), address("b")])
+        rows = table.room(2)  # [2, 8, 64, 64]
+        table.fill(rows, [0, 1], places.tolist())
 
     Args:
         root: the set's folder.
@@ -103,7 +84,7 @@ class Table:
         self.kind, self._max_maps = kind, max_maps
         self._value_bytes = kind.row_bytes - KEY_BYTES
         self._shards = [_open_shard(path, kind) for path in sorted((root / kind.folder).glob("[!.]*.safetensors"))]
-        keys = np.frombuffer(b"".join(_read(shard, shard.key_at, KEY_BYTES) for shard in self._shards), _KEY)
+        keys = np.frombuffer(b"".join(_read(shard, shard.key_at, KEY_BYTES) for shard in self._shards), KEY)
         order = np.argsort(keys, kind="stable")
         self._keys = keys[order]
         starts = np.cumsum([0, *(shard.rows for shard in self._shards)])
@@ -126,13 +107,22 @@ class Table:
         """The place of each address, -1 for one that is not there; of several rows of one address, the first."""
         return places_of(keys, self._keys)
 
-    def __getitem__(self, place: int) -> Tensor:
-        """The row at a place that `find` gave, as a tensor of its own."""
+    def room(self, count: int) -> Tensor:
+        """A tensor for so many rows, [count, ...], of which nothing is set."""
+        return torch.empty((count, *self.kind.shape), dtype=self.kind.dtype)
+
+    def fill(self, rows: Tensor, slots: Sequence[int], places: Sequence[int]) -> None:
+        """Copies the rows at places that `find` gave into slots of a tensor [B, ...] that `room` made."""
+        into, length = rows.view(len(rows), -1).view(torch.uint8).numpy(), self._value_bytes
+        found = [self._located(place) for place in places]
+        for mapped, at in found:
+            _fetch(mapped, at, length)
+        for slot, (mapped, at) in zip(slots, found, strict=True):
+            into[slot] = np.frombuffer(mapped, np.uint8, length, at)
+
+    def _located(self, place: int) -> tuple[mmap.mmap, int]:
         number = int(self._shard[place])
-        mapped, at = self._mapped(number), self._shards[number].value_at + int(self._row[place]) * self._value_bytes
-        _fetch(mapped, at, self._value_bytes)
-        row = np.frombuffer(mapped, np.uint8, self._value_bytes, at).copy()
-        return torch.from_numpy(row).view(self.kind.dtype).view(self.kind.shape)
+        return self._mapped(number), self._shards[number].value_at + int(self._row[place]) * self._value_bytes
 
     def values(self) -> NDArray[np.uint8]:
         """The bytes of all rows in the order of `keys`, [rows, bytes], in memory; for tables of small rows."""
@@ -160,7 +150,7 @@ def _map(path: Path) -> mmap.mmap:
 
 
 def _fetch(mapped: mmap.mmap, at: int, length: int) -> None:
-    """Has the disk read a whole row at once, where it is not in memory, instead of a page at every fault."""
+    """Has the disk read a whole row, where it is not in memory, and goes on: the rows of a batch are read together."""
     if hasattr(mmap, "MADV_WILLNEED"):
         page = at // mmap.PAGESIZE * mmap.PAGESIZE
         mapped.madvise(mmap.MADV_WILLNEED, page, at + length - page)

@@ -50,8 +50,7 @@ class RowTable(Sequence[Row]):
         return self._row(numbers) if isinstance(numbers, int) else [self._row(one) for one in numbers]
 
     def _row(self, number: int) -> Row:
-        start, image, text, prompt = self._ends[_FIELDS * number : _FIELDS * number + _FIELDS + 1]
-        image_file, words, prompt_file = (
-            self._text[begin:end].decode() for begin, end in ((start, image), (image, text), (text, prompt))
-        )
-        return Row(image_file, words, prompt_file or None)
+        ends, text = self._ends, self._text
+        start, image, words, prompt = ends[_FIELDS * number : _FIELDS * number + _FIELDS + 1]
+        own = text[words:prompt].decode() if prompt > words else None
+        return Row(text[start:image].decode(), text[image:words].decode(), own)

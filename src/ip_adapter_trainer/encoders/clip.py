@@ -6,6 +6,7 @@ training what its users will feed it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import CLIPVisionModelWithProjection
 
 FeatureKind = Literal["image_embeds", "penultimate"]
+FEATURES: tuple[FeatureKind, ...] = ("image_embeds", "penultimate")
 
 
 class ClipPreprocess:
@@ -90,13 +92,16 @@ class ClipImageEncoder:
         """Number of feature vectors of one picture: 1, or CLS and every patch."""
         return 1 if kind == "image_embeds" else (self.side_px // int(self.config.patch_size)) ** 2 + 1
 
-    @torch.no_grad()
     def encode(self, pixels: Tensor, kind: FeatureKind) -> Tensor:
         """Features of preprocessed pixels [B, 3, S, S]: [B, E] for `image_embeds`, [B, T, E] for `penultimate`."""
-        pixels = pixels.to(self.model.device, self.model.dtype)
-        if kind == "image_embeds":
-            return self.model(pixels).image_embeds
-        return self.model(pixels, output_hidden_states=True).hidden_states[-2]
+        return self.encode_each(pixels, (kind,))[kind]
+
+    @torch.no_grad()
+    def encode_each(self, pixels: Tensor, kinds: Sequence[FeatureKind]) -> dict[str, Tensor]:
+        """Several kinds of feature of the same pixels, by one pass; see `encode`."""
+        deep = "penultimate" in kinds
+        output = self.model(pixels.to(self.model.device, self.model.dtype), output_hidden_states=deep)
+        return {kind: output.hidden_states[-2] if kind == "penultimate" else output.image_embeds for kind in kinds}
 
     def null(self, kind: FeatureKind) -> Tensor:
         """The feature that loaders feed as "no picture", with a batch of one.

@@ -6,7 +6,7 @@ neither on how the work was shared nor on where a run was broken off.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,22 +16,25 @@ from torch import Tensor
 
 from ip_adapter_trainer.core.errors import NotFiniteProblem
 from ip_adapter_trainer.data.index import PICTURES, Record, name_key
-from ip_adapter_trainer.data.prepared import View
+from ip_adapter_trainer.data.recipe import Views
 from ip_adapter_trainer.data.shards import TableKind, TableWriter
-from ip_adapter_trainer.encoders import ClipImageEncoder
+from ip_adapter_trainer.encoders import FEATURES, ClipImageEncoder
 from ip_adapter_trainer.families import Family
 
-Encode = Callable[[Tensor], Tensor]  # pixels [B, 3, H, W] to values [B, ...]
+Encode = Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]]  # pixels [B, 3, H, W]; [B, ...] for each table's name
 Size = tuple[int, int]
+Kinds = tuple[TableKind, ...]  # tables that one pass of an encoder fills
 
 
-def encoders_of(family: Family, encoder: ClipImageEncoder) -> dict[str, Encode]:
-    """What fills each table, by the table's name."""
-    return {
-        "moments": family.encode_moments,
-        "image_embeds": lambda pixels: encoder.encode(pixels, "image_embeds"),
-        "penultimate": lambda pixels: encoder.encode(pixels, "penultimate"),
-    }
+def encode_with(family: Family, encoder: ClipImageEncoder) -> Encode:
+    """What fills the tables: the autoencoder the moments, the image encoder all features at once."""
+
+    def encode(pixels: Tensor, names: Sequence[str]) -> Mapping[str, Tensor]:
+        if names == ["moments"]:
+            return {"moments": family.encode_moments(pixels)}
+        return encoder.encode_each(pixels, [kind for kind in FEATURES if kind in names])
+
+    return encode
 
 
 class Encoding:
@@ -39,38 +42,39 @@ class Encoding:
 
     Usage::
 
-        encoding = Encoding(folder, encoders_of(family, encoder), batch_images=8)
-        encoding.take(view, pixels)
+        encoding = Encoding(folder, encode_with(family, encoder), batch_images=8)
+        encoding.take(views, pixels)
         encoding.finish()
         encoding.seal()
 
     Attributes:
-        encoded: pictures that went through an encoder and were handed to a table.
+        encoded: pictures that went through an encoder, counted each time.
     """
 
-    def __init__(self, root: Path, encoders: Mapping[str, Encode], batch_images: int) -> None:
-        self._root, self._encoders, self._batch_images = root, encoders, batch_images
+    def __init__(self, root: Path, encode: Encode, batch_images: int) -> None:
+        self._root, self._encode_with, self._batch_images = root, encode, batch_images
         self._writers: dict[TableKind, TableWriter] = {}
-        self._waiting: dict[tuple[TableKind, Size | None], list[tuple[View, NDArray[np.float32]]]] = {}
+        self._waiting: dict[tuple[Kinds, Size | None], list[tuple[Views, NDArray[np.float32]]]] = {}
         self.encoded = 0
 
     def note(self, name: str, record: Record) -> None:
         """Writes down what is known of a picture."""
         self._writer(PICTURES).add(name_key(name), record.packed())
 
-    def take(self, view: View, pixels: NDArray[np.float32]) -> None:
-        """Encodes [3, H, W] once there are enough of its size."""
-        waiting = self._waiting.setdefault((view.kind, view.target_px), [])
-        waiting.append((view, pixels))
+    def take(self, views: Views, pixels: NDArray[np.float32]) -> None:
+        """Encodes [3, H, W] once there are enough of its size; the views are what is wanted of these pixels."""
+        kinds = tuple(view.kind for view in views)
+        waiting = self._waiting.setdefault((kinds, views[0].target_px), [])
+        waiting.append((views, pixels))
         if len(waiting) == self._batch_images:
-            self._encode(view.kind, waiting)
+            self._encode(kinds, waiting)
             waiting.clear()
 
     def finish(self) -> None:
         """Encodes what still waits for company."""
-        for (kind, _), waiting in self._waiting.items():
+        for (kinds, _), waiting in self._waiting.items():
             if waiting:
-                self._encode(kind, waiting)
+                self._encode(kinds, waiting)
         self._waiting.clear()
 
     def seal(self) -> None:
@@ -78,14 +82,16 @@ class Encoding:
         for writer in self._writers.values():
             writer.seal()
 
-    def _encode(self, kind: TableKind, waiting: list[tuple[View, NDArray[np.float32]]]) -> None:
+    def _encode(self, kinds: Kinds, waiting: list[tuple[Views, NDArray[np.float32]]]) -> None:
         filled = [pixels for _, pixels in waiting] + [waiting[0][1]] * (self._batch_images - len(waiting))
-        values = self._encoders[kind.name](torch.from_numpy(np.stack(filled)))[: len(waiting)].cpu()
-        if not bool(torch.isfinite(values).all()):
-            what = f"an encoder gave {kind.name} that are not finite in {kind.dtype}"
-            raise NotFiniteProblem(what, where="--mixed_precision", remedy="take bf16, or no")
-        for (view, _), value in zip(waiting, values, strict=True):
-            self._writer(kind).add(view.key, value)
+        made = self._encode_with(torch.from_numpy(np.stack(filled)), [kind.name for kind in kinds])
+        for number, kind in enumerate(kinds):
+            values = made[kind.name][: len(waiting)].cpu()
+            if not bool(torch.isfinite(values).all()):
+                what = f"an encoder gave {kind.name} that are not finite in {kind.dtype}"
+                raise NotFiniteProblem(what, where="--mixed_precision", remedy="take bf16, or no")
+            for (views, _), value in zip(waiting, values, strict=True):
+                self._writer(kind).add(views[number].key, value)
         self.encoded += len(waiting)
 
     def _writer(self, kind: TableKind) -> TableWriter:

@@ -13,14 +13,13 @@ from torch import nn
 from ip_adapter_trainer.core.launch import Runtime
 from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.data.config import CutConfig
-from ip_adapter_trainer.data.prepared import Recipe
+from ip_adapter_trainer.data.recipe import Recipe
 from ip_adapter_trainer.data.shards import TableKind
-from ip_adapter_trainer.encoders import ClipImageEncoder, FeatureKind
+from ip_adapter_trainer.encoders import FEATURES, ClipImageEncoder, FeatureKind
 from ip_adapter_trainer.families import FAMILIES, Family, family_of
 from ip_adapter_trainer.images.ground import parse_colour
 from ip_adapter_trainer.prepare.config import FrozenConfig
 
-FEATURES: tuple[FeatureKind, ...] = ("image_embeds", "penultimate")
 _SAYS_NOTHING = ("architectures", "dtype", "torch_dtype", "transformers_version")  # and names that begin with "_"
 
 

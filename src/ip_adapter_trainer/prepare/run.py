@@ -20,13 +20,14 @@ from ip_adapter_trainer.data.config import CutConfig
 from ip_adapter_trainer.data.faults import FILE_NAME, FaultLog
 from ip_adapter_trainer.data.manifest import Manifest, read_manifest
 from ip_adapter_trainer.data.pictures import Pictures, fault_of
-from ip_adapter_trainer.data.prepared import PreparedSet, Recipe, drawn_anew
-from ip_adapter_trainer.encoders import ClipImageEncoder
+from ip_adapter_trainer.data.prepared import PreparedSet
+from ip_adapter_trainer.data.recipe import Recipe, drawn_anew
+from ip_adapter_trainer.encoders import FEATURES, ClipImageEncoder
 from ip_adapter_trainer.families import Family
 from ip_adapter_trainer.images.decode import PictureFault
 from ip_adapter_trainer.prepare.config import PrepareConfig
-from ip_adapter_trainer.prepare.encode import Encoding, encoders_of
-from ip_adapter_trainer.prepare.frozen import FEATURES, load_frozen, recipe_of
+from ip_adapter_trainer.prepare.encode import Encoding, encode_with
+from ip_adapter_trainer.prepare.frozen import load_frozen, recipe_of
 from ip_adapter_trainer.prepare.work import Reading, missing, read_all, share_of
 
 _FLAG = "--prepared_dir"
@@ -39,7 +40,7 @@ class Report:
     folder: Path
     pictures: int  # that the rows name
     read: int  # of them, now
-    encoded: int  # times that an encoder saw one of them
+    encoded: int  # passes of one of them through an encoder
     faulty_rows: int
 
     def __str__(self) -> str:
@@ -120,7 +121,7 @@ class Job:
         claimed = claim(self.folder, self.runtime, _FLAG)
         try:
             self._begin()
-            encoding = Encoding(self.folder, encoders_of(family, encoder), batch_images)
+            encoding = Encoding(self.folder, encode_with(family, encoder), batch_images)
             self._fill(encoding, Reading(self.prepared, self.pictures, self.config, encoder.preprocess), poll)
             self.runtime.barrier()
             log = self._log()
@@ -154,8 +155,8 @@ class Job:
                 if read.fault is not None:
                     faulty[read.item.name] = read.fault
                     log.add([fault_of(read.fault, self.manifest.where(read.item.row))])
-                for view, pixels in read.pixels:
-                    encoding.take(view, pixels)
+                for views, pixels in read.pixels:
+                    encoding.take(views, pixels)
             encoding.finish()
         finally:
             encoding.seal()

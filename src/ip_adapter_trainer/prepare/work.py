@@ -10,17 +10,18 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 from torch.utils.data import DataLoader, Dataset
 
+from ip_adapter_trainer.data.address import address
 from ip_adapter_trainer.data.config import CutConfig
-from ip_adapter_trainer.data.dataset import Preprocess, framed
 from ip_adapter_trainer.data.index import PICTURES, Record, name_key
 from ip_adapter_trainer.data.manifest import Manifest
 from ip_adapter_trainer.data.pictures import Pictures
-from ip_adapter_trainer.data.prepared import PreparedSet, Recipe, View
-from ip_adapter_trainer.data.shards import address
+from ip_adapter_trainer.data.prepared import PreparedSet
+from ip_adapter_trainer.data.reading import Preprocess, framed
+from ip_adapter_trainer.data.recipe import Recipe, View, Views
 from ip_adapter_trainer.images import crop
 from ip_adapter_trainer.images.decode import PictureFault
 
-_CHUNK = 8192
+_CHUNK = 65536
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Read:
 
     item: Item
     record: Record | None  # to be noted; None: what is known of it still holds
-    pixels: tuple[tuple[View, NDArray[np.float32]], ...] = ()  # [3, H, W] each
+    pixels: tuple[tuple[Views, NDArray[np.float32]], ...] = ()  # [3, H, W] each, and what is wanted of them
     fault: PictureFault | None = None
 
 
@@ -59,9 +60,9 @@ def missing(items: list[Item], prepared: PreparedSet, pictures: Pictures) -> tup
     need_bytes = 0
     for start in range(0, len(items), _CHUNK):
         chunk = items[start : start + _CHUNK]
-        records = prepared.index.find([item.name for item in chunk])
-        there = prepared.all_there([(record, item.use) for record, item in zip(records, chunk, strict=True)])
-        for item, record, is_there in zip(chunk, records, there, strict=True):
+        places = prepared.index.places([item.name for item in chunk])
+        there = prepared.all_there(places, np.array([item.use for item in chunk])).tolist()
+        for item, record, is_there in zip(chunk, prepared.index.records(places), there, strict=True):
             if not (is_there and record is not None and _still_holds(record, item.name, pictures)):
                 left.append(item)
                 need_bytes += PICTURES.row_bytes + (0 if is_there else _bytes_of(item, record, prepared.recipe))
@@ -105,7 +106,10 @@ class Reading(Dataset[Read]):
         views = self._prepared.recipe.views(key, record.size_px, item.use)
         lacking = [v for v in views if self._prepared.tables[v.kind].find([v.key])[0] < 0]
         sides = {mirrored: crop.mirror(picture) if mirrored else picture for mirrored in {v.mirrored for v in lacking}}
-        pixels = tuple((view, self._pixels(view, sides[view.mirrored])) for view in lacking)
+        alike: dict[tuple[object, bool], list[View]] = {}
+        for view in lacking:
+            alike.setdefault((view.target_px, view.mirrored), []).append(view)
+        pixels = tuple((tuple(views), self._pixels(views[0], sides[views[0].mirrored])) for views in alike.values())
         still_holds = known is not None and known.content == key and known.fits(status)
         return Read(item, None if still_holds else record, pixels)
 

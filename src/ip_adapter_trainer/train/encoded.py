@@ -11,7 +11,8 @@ from ip_adapter_trainer.core.launch import Runtime
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.data.manifest import Manifest
 from ip_adapter_trainer.data.pictures import Pictures
-from ip_adapter_trainer.data.prepared import PreparedSet, Recipe, drawn_anew
+from ip_adapter_trainer.data.prepared import PreparedSet
+from ip_adapter_trainer.data.recipe import Recipe, drawn_anew
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.prepare.config import command
 from ip_adapter_trainer.prepare.frozen import recipe_of
@@ -36,16 +37,18 @@ def prepared_set(
     if config.prepared_dir is None:
         return None
     demand_preparable(config)
-    return _opened(config, manifest, _recipe(config, model), Path(config.prepared_dir))
+    return _opened(config, runtime, manifest, _recipe(config, model), Path(config.prepared_dir))
 
 
 def _recipe(config: TrainConfig, model: Model) -> Recipe:
     return recipe_of(config, model.family, model.encoder, (model.variant.feature,))
 
 
-def _opened(config: TrainConfig, manifest: Manifest, recipe: Recipe, folder: Path) -> PreparedSet:
+def _opened(config: TrainConfig, runtime: Runtime, manifest: Manifest, recipe: Recipe, folder: Path) -> PreparedSet:
+    """The set, once the processes of each machine have together looked for every row in the set as they see it."""
     prepared = PreparedSet(folder, recipe, Pictures.of(manifest.root, config))
-    lacking = list(prepared.lacking(manifest.rows))
+    mine = prepared.lacking(manifest.rows, runtime.portion(len(manifest.rows)))
+    lacking = sorted(set(runtime.gathered(list(mine))))
     if lacking:
         what = f"the prepared set lacks {len(lacking)} of {len(manifest.rows)} rows as these settings need them"
         where = f"{folder}; the first: {manifest.where(lacking[0])}"
@@ -78,4 +81,4 @@ def _prepared_if_it_pays(
         return None
     say(f"preparing first: {epochs:.1f} epochs, and it pays from {least} on")
     say(str(job.run(model.family, model.encoder, config.encode_batch_size, poll)))
-    return _opened(config, manifest, recipe, folder)
+    return _opened(config, runtime, manifest, recipe, folder)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ip_adapter_trainer.core.launch import Runtime
 from ip_adapter_trainer.core.rng import stream
 from ip_adapter_trainer.core.types import Batch
-from ip_adapter_trainer.data.dataset import TrainingSet, collate
+from ip_adapter_trainer.data.dataset import TrainingSet
 from ip_adapter_trainer.data.faults import FaultLog
 from ip_adapter_trainer.data.layout import lay_out
 from ip_adapter_trainer.data.loader import Loader
@@ -92,4 +92,4 @@ class Source:
             by_size.setdefault(layout.size_px(row), []).append(row)
         most = self._config.train_batch_size
         parts = [group[i : i + most] for group in by_size.values() for i in range(0, len(group), most)]
-        return [collate([samples[row, row] for row in part]) for part in parts]
+        return [samples.batch([(row, row) for row in part]) for part in parts]

@@ -1,0 +1,77 @@
+"""Addresses: hashes of all that decides a thing, under which it is kept and by which alone it is found."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+KEY_BYTES = 16
+KEY = np.dtype(f"S{KEY_BYTES}")  # compared with its trailing zeros left out, which keeps the order of whole keys
+_MANY = 256  # from so many on it pays to search in order: each step then finds its neighbours in the cache
+
+
+def address(*parts: bytes | str | int) -> bytes:
+    """The 16 bytes under which a thing is kept: a hash of all that decides it, each part with its length."""
+    digest = hashlib.blake2b(digest_size=KEY_BYTES)
+    for part in parts:
+        content = _content(part)
+        digest.update(len(content).to_bytes(8, "little"))
+        digest.update(content)
+    return digest.digest()
+
+
+def framed(*parts: bytes | str | int) -> bytes:
+    """What `address` hashes of some of its parts."""
+    contents = [_content(part) for part in parts]
+    return b"".join([len(content).to_bytes(8, "little") + content for content in contents])
+
+
+def _content(part: bytes | str | int) -> bytes:
+    return part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Many addresses that differ in one part only.
+
+    Usage::
+
+        contents = Addresses(framed("moments"), framed("vae"))
+        assert contents(b"a") == address("moments", b"a", "vae")
+    """
+
+    before: bytes = b""  # parts before the one that differs, framed
+    after: bytes = b""  # and those after it
+
+    def __call__(self, part: bytes) -> bytes:
+        """The address with this part in its place."""
+        return self.of((part,))[0]
+
+    def of(self, parts: Iterable[bytes]) -> list[bytes]:
+        """The address with each of the parts in its place."""
+        before, after, blake2b = self.before, self.after, hashlib.blake2b
+        return [
+            blake2b(before + len(part).to_bytes(8, "little") + part + after, digest_size=KEY_BYTES).digest()
+            for part in parts
+        ]
+
+
+def places_of(keys: Sequence[bytes], among: NDArray[np.bytes_]) -> NDArray[np.int64]:
+    """The first place of each address among sorted ones, -1 for one that is not there."""
+    wanted = np.frombuffer(b"".join(keys), KEY)
+    places = _search(among, wanted) if len(wanted) >= _MANY else np.searchsorted(among, wanted)
+    there = places < len(among)
+    there[there] = among[places[there]] == wanted[there]
+    return np.where(there, places, -1)
+
+
+def _search(among: NDArray[np.bytes_], wanted: NDArray[np.bytes_]) -> NDArray[np.int64]:
+    """`np.searchsorted`, asked in nearly the order of the addresses: that of their first halves."""
+    order = np.argsort(wanted.view(">u8")[::2].astype(np.uint64))
+    places = np.empty(len(wanted), np.int64)
+    places[order] = np.searchsorted(among, wanted[order])
+    return places

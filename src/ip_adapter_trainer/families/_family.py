@@ -16,6 +16,7 @@ from ip_adapter_trainer.core.errors import Problem, did_you_mean
 from ip_adapter_trainer.core.registry import Registry
 from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.core.types import Geometry, Site, TextCondition
+from ip_adapter_trainer.nn.packed import Storage
 
 
 class Family(ABC):
@@ -44,8 +45,10 @@ class Family(ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, path: str, config: Part, *, dtype: torch.dtype, device: torch.device | str) -> Family:
-        """Loads every frozen part from a pipeline folder or hub id."""
+    def load(
+        cls, path: str, config: Part, *, dtype: torch.dtype, device: torch.device | str, storage: Storage = "none"
+    ) -> Family:
+        """Loads every frozen part from a pipeline folder or hub id; `storage` is how the denoiser keeps its weights."""
 
     @abstractmethod
     def sites(self) -> list[Site]:

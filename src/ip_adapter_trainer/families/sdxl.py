@@ -11,6 +11,7 @@ from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.core.types import Geometry, TextCondition
 from ip_adapter_trainer.families._family import FAMILIES
 from ip_adapter_trainer.families._unet import UNetFamily, load_pipeline
+from ip_adapter_trainer.nn.packed import Storage
 
 
 @FAMILIES.register("sdxl")
@@ -31,12 +32,16 @@ class StableDiffusionXL(UNetFamily):
         return model_index.get("_class_name") == "StableDiffusionXLPipeline"
 
     @classmethod
-    def load(cls, path: str, config: Part, *, dtype: torch.dtype, device: torch.device | str) -> StableDiffusionXL:
+    def load(
+        cls, path: str, config: Part, *, dtype: torch.dtype, device: torch.device | str, storage: Storage = "none"
+    ) -> StableDiffusionXL:
         """See `Family.load`."""
         from diffusers import StableDiffusionXLPipeline
 
-        without = {"image_encoder": None, "add_watermarker": False}
-        pipeline = load_pipeline(StableDiffusionXLPipeline, path, dtype=dtype, device=device, **without)
+        without: dict[str, Any] = {"image_encoder": None, "add_watermarker": False}
+        pipeline = load_pipeline(
+            StableDiffusionXLPipeline, path, dtype=dtype, device=device, storage=storage, **without
+        )
         if dtype == torch.float16 and pipeline.vae.config.force_upcast:
             pipeline.vae.to(torch.float32)  # SDXL's own VAE overflows in fp16; the pipeline upcasts it likewise
         return cls(pipeline)

@@ -10,6 +10,7 @@ from ip_adapter_trainer.core.settings import Part, alias
 from ip_adapter_trainer.data.config import DataConfig
 from ip_adapter_trainer.diffusion import ObjectiveConfig
 from ip_adapter_trainer.evaluate.config import ValidationConfig
+from ip_adapter_trainer.nn.packed import Storage
 from ip_adapter_trainer.prepare.config import FrozenConfig, SetConfig
 
 P = TypeVar("P", bound=Part)
@@ -25,6 +26,9 @@ class ModelConfig(FrozenConfig):
         ("all",),
         min_length=1,
         description="Layers that carry an adapter: all, up, for SDXL style or layout, or beginnings of layers' names.",
+    )
+    quantize: Storage = Field(
+        "none", description="How the frozen denoiser keeps its weights: as loaded, int8, or nf4 (4 bits; extra bnb)."
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute the denoiser's activations: less memory, slower."

@@ -29,6 +29,7 @@ class Family(ABC):
         denoiser: the frozen network that the adapter is attached to.
         context_dim: width of the tokens its cross-attention reads.
         layer_groups: names for sets of sites, each by the beginnings of its layers' names.
+        small_cards: settings that `--low_memory` stands for, by a card's memory in GB; see benchmarks/memory_budget.py.
     """
 
     Config: ClassVar[type[Part]]
@@ -36,6 +37,7 @@ class Family(ABC):
     denoiser: Any
     context_dim: int
     layer_groups: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    small_cards: ClassVar[Mapping[int, Mapping[str, Any]]] = {}
     name: str
 
     @classmethod

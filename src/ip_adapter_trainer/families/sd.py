@@ -20,6 +20,11 @@ class StableDiffusion(UNetFamily):
 
     Config = Part
     name = "sd"
+    small_cards = {  # noqa: RUF012
+        8: {"mixed_precision": "bf16", "prepare": "auto", "encode_batch_size": 4, "train_batch_size": 4},
+        12: {"mixed_precision": "bf16", "prepare": "auto", "train_batch_size": 8},
+        24: {"mixed_precision": "bf16", "prepare": "auto", "train_batch_size": 16},
+    }
 
     @classmethod
     def matches(cls, model_index: Mapping[str, Any]) -> bool:

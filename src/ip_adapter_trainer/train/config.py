@@ -35,6 +35,14 @@ class ModelConfig(FrozenConfig):
     )
 
 
+class CardConfig(Part):
+    """What the settings are chosen for."""
+
+    low_memory: Literal[8, 12, 24] | None = Field(
+        None, description="GB of a small card: its family's settings for it become the defaults of other flags."
+    )
+
+
 class SourceConfig(SetConfig):
     """Where latents and image features come from."""
 
@@ -121,6 +129,7 @@ class TrainConfig(
     SourceConfig,
     DataConfig,
     LeanConfig,
+    CardConfig,
     ModelConfig,
 ):
     """Every setting of a run but those of its variant and family, which `config.compose` adds.

@@ -24,7 +24,7 @@ FREE = frozenset(
     "output_dir save_steps checkpoints_total_limit resume_from_checkpoint logging_dir report_to tracker_project_name "  # noqa: SIM905
     "logging_steps local_rank dry_run validation_steps num_validation_images validation_seed grid_rows grid_steps "
     "grid_guidance_scale grid_prompt dataloader_num_workers prefetch_factor data_timeout_s max_fault_rate "
-    "pretrained_ip_adapter_path encode_batch_size".split()
+    "pretrained_ip_adapter_path encode_batch_size low_memory".split()
 )
 # All others must match, so that a new variant's settings are guarded without being listed here.
 

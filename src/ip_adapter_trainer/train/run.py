@@ -93,6 +93,9 @@ def _make_trainer(config: TrainConfig, runtime: Runtime, stop: StopSignal) -> Tr
     say("\n".join(plan.lines()))
     where = f"{runtime.world} x {runtime.device.type}"
     say(f"on {where}, frozen weights {runtime.precision}, predicting {process.prediction}")
+    if config.low_memory:
+        chosen = {name: getattr(config, name) for name in model.family.small_cards[config.low_memory]}
+        say(f"low_memory {config.low_memory}: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
     return Trainer(config, runtime, model, source, Step(model, process, config.seed, runtime.device), plan)
 
 

@@ -93,6 +93,7 @@ class ClipImageEncoder:
     @torch.no_grad()
     def encode(self, pixels: Tensor, kind: FeatureKind) -> Tensor:
         """Features of preprocessed pixels [B, 3, S, S]: [B, E] for `image_embeds`, [B, T, E] for `penultimate`."""
+        assert self.model.device.type != "meta", "the encoder's weights were released"
         pixels = pixels.to(self.model.device, self.model.dtype)
         if kind == "image_embeds":
             return self.model(pixels).image_embeds
@@ -110,3 +111,8 @@ class ClipImageEncoder:
                 value = self.encode(torch.zeros(1, 3, self.side_px, self.side_px), kind)
             self._null[kind] = value
         return self._null[kind]
+
+    def release(self, kind: FeatureKind) -> None:
+        """Lets go of the weights and remembers one kind of "no picture": where all features are there already."""
+        self.null(kind)
+        self.model.to("meta")

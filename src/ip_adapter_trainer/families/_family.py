@@ -99,6 +99,10 @@ class Family(ABC):
         """Mean and log variance [B, 2C, h, w] of the latents' posterior of pixels [B, 3, H, W], unscaled."""
 
     @abstractmethod
+    def release_encoder(self) -> None:
+        """Lets go of the weights that `encode_moments` alone needs, where all moments are there already."""
+
+    @abstractmethod
     def sample_latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         """Scaled fp32 latents [B, C, h, w], drawn from a posterior's moments [B, 2C, h, w] with given normal noise."""
 

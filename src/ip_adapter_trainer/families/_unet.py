@@ -112,6 +112,10 @@ class UNetFamily(Family):
         moments: Tensor = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.parameters
         return moments
 
+    def release_encoder(self) -> None:
+        """See `Family.release_encoder`; the other half still decodes."""
+        self.pipeline.vae.encoder = self.pipeline.vae.quant_conv = None
+
     @torch.no_grad()
     def sample_latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         """See `Family.sample_latents`; normalised by `latents_mean` and `latents_std` where the VAE has them."""

@@ -91,6 +91,8 @@ def _make_trainer(config: TrainConfig, runtime: Runtime, stop: StopSignal) -> Tr
     pipeline.scheduler.register_to_config(prediction_type=process.prediction)
     plan = make_plan(model, config, source.rows, source.images_per_step)
     say("\n".join(plan.lines()))
+    if prepared:
+        model.release_encoders()
     where = f"{runtime.world} x {runtime.device.type}"
     say(f"on {where}, frozen weights {runtime.precision}, predicting {process.prediction}")
     if config.low_memory:

@@ -106,11 +106,9 @@ class OurStep:
         return Encoded(self.model.moments_of(batch.picture), self.model.features_of(batch.picture))
 
     def release_encoders(self) -> None:
-        """Lets go of what a prepared set makes needless: the VAE's halves and the image encoder."""
-        self.model.encoder.null(self.model.variant.feature)  # remembered by the encoder
-        self.model.encoder.model.to("meta")
-        vae = self.model.family.pipeline.vae
-        vae.encoder = vae.decoder = None
+        """Lets go of what a prepared set makes needless, and of the VAE's other half, which only grids need."""
+        self.model.release_encoders()
+        self.model.family.pipeline.vae.decoder = None
 
     def gradients(self, batch: Batch) -> dict[str, Tensor]:
         """Gradients of the trained weights for a batch, by published training key; nothing is stepped."""

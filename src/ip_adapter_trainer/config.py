@@ -85,20 +85,37 @@ def parse_train(argv: Sequence[str], *, prog: str = "ip-adapter train", variant:
         variant: the default variant, for scripts that are named after one.
     """
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("config", "variant", "family", "pretrained_model_name_or_path"):
+    for name in ("config", "variant", "family", "low_memory", "pretrained_model_name_or_path"):
         peek.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name)
     known, flags = peek.parse_known_args(list(argv))
     beneath = read_yaml(known.config) if known.config else {}
-    chosen = {"variant": variant, "family": "auto"} | beneath
-    chosen |= {k: v for k, v in vars(known).items() if v is not None and k != "config"}
+    given = {k: v for k, v in vars(known).items() if v is not None and k != "config"}
+    chosen = {"variant": variant, "family": "auto"} | beneath | given
     base = chosen.get("pretrained_model_name_or_path")
     asks_help = "-h" in flags or "--help" in flags
     family = chosen["family"] if asks_help or not base else family_of(str(base), str(chosen["family"]))
     kind = compose(str(chosen["variant"]), str(family))
     if known.config:
         check_keys(beneath, kind, known.config)
+    card = _small_card(str(family), chosen.get("low_memory"))
+    chosen = card | chosen if "low_memory" in beneath and "low_memory" not in given else chosen | card
     # What a file says comes first, so that a flag given on the command line has the last word.
     return parse(kind, [*as_flags(chosen), *flags], prog=prog)
+
+
+def _small_card(family: str, memory: object) -> dict[str, Any]:
+    """The settings that `--low_memory` stands for: over a file where the flag is given, under the file that has it.
+
+    Raises:
+        Problem: the family has none for so much memory.
+    """
+    if memory is None or family == "auto":
+        return {}
+    cards = {str(size): settings for size, settings in FAMILIES[family].small_cards.items()}
+    if str(memory) not in cards:
+        remedy = f"give one of {', '.join(cards)}" if cards else "set --quantize, --gradient_checkpointing and others"
+        raise Problem(f"no settings of {family} for {memory} GB", where="--low_memory", remedy=remedy)
+    return dict(cards[str(memory)])
 
 
 def read_yaml(path: str) -> dict[str, Any]:

@@ -163,6 +163,11 @@ class Model:
         self.family.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
         self.family.denoiser.train()
 
+    def release_encoders(self) -> None:
+        """Lets go of the weights that only turn pictures into features and moments, where all were encoded before."""
+        self.encoder.release(self.variant.feature)
+        self.family.release_encoder()
+
     @torch.no_grad()
     def features(self, prompt_pixels: Tensor, drop: Tensor | None = None) -> Tensor:
         """Image features of [B, 3, S, S]; where `drop` [B] is true, the loaders' own "no picture" feature."""

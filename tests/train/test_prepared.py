@@ -7,8 +7,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ip_adapter_trainer.config import parse
 from ip_adapter_trainer.core.errors import Problem
@@ -103,7 +105,37 @@ def test_nothing_is_encoded_in_a_step(
 
     monkeypatch.setattr(ClipImageEncoder, "encode", refuse)
     monkeypatch.setattr(UNetFamily, "encode_moments", refuse)
-    run(tmp_path / "encoded", prepared_dir=tmp_path / "set")
+    run(tmp_path / "encoded", prepared_dir=tmp_path / "set", grid_rows=2, grid_steps=1)
+
+
+def held_bytes(*modules: torch.nn.Module | None) -> int:
+    """Bytes of weights that are on a device."""
+    return sum(t.nbytes for m in modules if m for t in (*m.parameters(), *m.buffers()) if t.device.type != "meta")
+
+
+@pytest.mark.parametrize("variant", ["base", "plus"])
+def test_a_prepared_run_holds_no_encoders_and_draws_the_same_grid(
+    run: Callable, flags: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str
+) -> None:
+    from ip_adapter_trainer.train.loop import Trainer
+
+    extra = own_rows(tmp_path / "rows", 8) | {"grid_rows": 3, "grid_steps": 2, "use_ema": True, "variant": variant}
+    extra |= {"aspect_ratio_buckets": True, "bucket_step_px": 8}
+    prepared(flags, tmp_path / "raw", tmp_path / "set", **extra)
+    held, go = [], Trainer.run
+
+    def look(self: Trainer, *args: object) -> None:
+        vae = self.model.family.pipeline.vae
+        held.append((held_bytes(self.model.encoder.model), held_bytes(vae.encoder, vae.quant_conv)))
+        go(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Trainer, "run", look)
+    raw = run(tmp_path / "raw", **extra)
+    encoded = run(tmp_path / "encoded", prepared_dir=tmp_path / "set", **extra)
+    assert min(held[0]) > 0 and held[1] == (0, 0)
+    assert_same_training(raw, encoded)
+    grids = [np.asarray(Image.open(next((output / "grids").iterdir()))).astype(int) for output in (raw, encoded)]
+    assert np.abs(grids[0] - grids[1]).max() <= 1, "rounding: pictures were encoded in other batches"
 
 
 def test_a_faulty_row_is_replaced_by_the_same_row(run: Callable, flags: Callable, tmp_path: Path) -> None:
@@ -135,12 +167,13 @@ def test_a_set_serves_without_its_pictures_and_then_draws_no_grid(
 
 
 def test_a_picture_that_changed_is_a_fault_and_never_served_stale(
-    run: Callable, flags: Callable, tmp_path: Path
+    run: Callable, flags: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    extra = own_rows(tmp_path / "rows", 6) | {"max_fault_rate": 0.5}
+    extra = own_rows(tmp_path / "rows", 6) | {"max_fault_rate": 0.5, "grid_rows": 6, "grid_steps": 1}
     prepared(flags, tmp_path / "raw", tmp_path / "set", **extra)
     shutil.copy(tmp_path / "rows" / "0.png", tmp_path / "rows" / "3.png")
     encoded = run(tmp_path / "encoded", prepared_dir=tmp_path / "set", **extra)
+    assert "no grid, the pictures cannot be read" in capsys.readouterr().err
     fault = json.loads((encoded / "faults.jsonl").read_text())
     assert fault["kind"] == "changed" and "3.png" in fault["where"] and "prepare" in fault["remedy"]
     report = prepared(flags, tmp_path / "raw", tmp_path / "set", **extra)

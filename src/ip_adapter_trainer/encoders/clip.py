@@ -99,6 +99,7 @@ class ClipImageEncoder:
     @torch.no_grad()
     def encode_each(self, pixels: Tensor, kinds: Sequence[FeatureKind]) -> dict[str, Tensor]:
         """Several kinds of feature of the same pixels, by one pass; see `encode`."""
+        assert self.model.device.type != "meta", "the encoder's weights were released"
         deep = "penultimate" in kinds
         output = self.model(pixels.to(self.model.device, self.model.dtype), output_hidden_states=deep)
         return {kind: output.hidden_states[-2] if kind == "penultimate" else output.image_embeds for kind in kinds}
@@ -115,3 +116,8 @@ class ClipImageEncoder:
                 value = self.encode(torch.zeros(1, 3, self.side_px, self.side_px), kind)
             self._null[kind] = value
         return self._null[kind]
+
+    def release(self, kind: FeatureKind) -> None:
+        """Lets go of the weights and remembers one kind of "no picture": where all features are there already."""
+        self.null(kind)
+        self.model.to("meta")

@@ -45,8 +45,22 @@ def grid(
     return lay_out(HEADINGS, _rows(model, references, tokens, prompts, seeds, how, poll), prompts)
 
 
-def validation_grid(model: Model, batches: Sequence[Batch], config: ValidationConfig, poll: Poll = no_poll) -> Image:
-    """The grid of the first `grid_rows` rows of some batches of pixels, each drawn at the size of its target."""
+def validation_grid(
+    model: Model,
+    batches: Sequence[Batch],
+    config: ValidationConfig,
+    poll: Poll = no_poll,
+    features: Tensor | None = None,
+) -> Image:
+    """The grid of the first `grid_rows` rows of some batches of pixels, each drawn at the size of its target.
+
+    Args:
+        model: attached or not; it is given back as it was found.
+        batches: of pixels.
+        config: how many rows, how they are drawn.
+        poll: called before the first step of every drawing and after every step.
+        features: of the batches' image prompts [R, ...], where they were encoded before.
+    """
     count = config.grid_rows
     captions = [text for batch in batches for text in batch.text][:count]
     prompts = captions if config.grid_prompt is None else [config.grid_prompt] * len(captions)
@@ -58,7 +72,8 @@ def validation_grid(model: Model, batches: Sequence[Batch], config: ValidationCo
     for height_px, width_px in dict.fromkeys(sizes):
         places = [place for place, size in enumerate(sizes) if size == (height_px, width_px)]
         how = Sampling(height_px, width_px, config.grid_steps, config.grid_guidance_scale)
-        tokens, seeds = tokens_of(model, pixels[places]), [config.validation_seed + place for place in places]
+        tokens = tokens_of(model, pixels[places], None if features is None else features[places])
+        seeds = [config.validation_seed + place for place in places]
         texts, shown = [prompts[place] for place in places], [references[place] for place in places]
         rows |= zip(places, _rows(model, shown, tokens, texts, seeds, how, poll), strict=True)
     return lay_out(HEADINGS, [rows[place] for place in range(len(sizes))], prompts)

@@ -60,9 +60,9 @@ def image_tokens(model: Model, references: Sequence[Sequence[Image]]) -> Tensor:
 
 
 @torch.no_grad()
-def tokens_of(model: Model, pixels: Tensor) -> Tensor:
-    """Tokens [B, N, D] of preprocessed pixels [B, 3, S, S]."""
-    return model.project(model.features(pixels))
+def tokens_of(model: Model, pixels: Tensor, features: Tensor | None = None) -> Tensor:
+    """Tokens [B, N, D] of preprocessed pixels [B, 3, S, S], or of their features where they were encoded before."""
+    return model.project(model.features(pixels) if features is None else features)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from ip_adapter_trainer.core.errors import Problem, did_you_mean
 from ip_adapter_trainer.core.registry import Registry
 from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.core.types import Geometry, Site, TextCondition
+from ip_adapter_trainer.nn.packed import Storage
 
 
 class Family(ABC):
@@ -28,6 +29,7 @@ class Family(ABC):
         denoiser: the frozen network that the adapter is attached to.
         context_dim: width of the tokens its cross-attention reads.
         layer_groups: names for sets of sites, each by the beginnings of its layers' names.
+        small_cards: settings that `--low_memory` stands for, by a card's memory in GB; see benchmarks/memory_budget.py.
     """
 
     Config: ClassVar[type[Part]]
@@ -35,6 +37,7 @@ class Family(ABC):
     denoiser: Any
     context_dim: int
     layer_groups: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    small_cards: ClassVar[Mapping[int, Mapping[str, Any]]] = {}
     name: str
 
     @classmethod
@@ -44,8 +47,10 @@ class Family(ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, path: str, config: Part, *, dtype: torch.dtype, device: torch.device | str) -> Family:
-        """Loads every frozen part from a pipeline folder or hub id."""
+    def load(
+        cls, path: str, config: Part, *, dtype: torch.dtype, device: torch.device | str, storage: Storage = "none"
+    ) -> Family:
+        """Loads every frozen part from a pipeline folder or hub id; `storage` is how the denoiser keeps its weights."""
 
     @abstractmethod
     def sites(self) -> list[Site]:
@@ -92,6 +97,10 @@ class Family(ABC):
     @abstractmethod
     def encode_moments(self, pixels: Tensor) -> Tensor:
         """Mean and log variance [B, 2C, h, w] of the latents' posterior of pixels [B, 3, H, W], unscaled."""
+
+    @abstractmethod
+    def release_encoder(self) -> None:
+        """Lets go of the weights that `encode_moments` alone needs, where all moments are there already."""
 
     @abstractmethod
     def sample_latents(self, moments: Tensor, noise: Tensor) -> Tensor:

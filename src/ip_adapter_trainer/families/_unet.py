@@ -12,15 +12,20 @@ from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.log import quiet_loading
 from ip_adapter_trainer.core.types import Site, TextCondition
 from ip_adapter_trainer.families._family import Family
+from ip_adapter_trainer.nn.packed import Storage, pack
 
 PROCESSOR = ".processor"
+# Not packed: both ends, the embeddings of time, which all layers read, and the text's K and V, which pairs start from.
+_SPARED = ("conv_in", "conv_out", "time_embedding", "add_embedding", "time_emb_proj", "attn2.to_k", "attn2.to_v")
 
 
-def load_pipeline(cls: Any, path: str, *, dtype: torch.dtype, device: torch.device | str, **kwargs: Any) -> Any:
-    """Loads a pipeline's frozen parts.
+def load_pipeline(
+    cls: Any, path: str, *, dtype: torch.dtype, device: torch.device | str, storage: Storage = "none", **kwargs: Any
+) -> Any:
+    """Loads a pipeline's frozen parts; the UNet's weights are packed on their way to the device.
 
     Raises:
-        Problem: a folder or hub id that diffusers cannot load.
+        Problem: a folder or hub id that diffusers cannot load, or a storage whose library is not installed.
     """
     quiet_loading()
     try:
@@ -28,12 +33,22 @@ def load_pipeline(cls: Any, path: str, *, dtype: torch.dtype, device: torch.devi
     except (OSError, ValueError, TypeError) as error:
         what = f"cannot load the base model: {str(error).splitlines()[0]}"
         raise Problem(what, where=path, remedy="give a diffusers pipeline folder or a hub id") from error
-    pipeline.to(device)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(False)
+    pack_denoiser(pipeline.unet, storage, device)
+    pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def pack_denoiser(unet: torch.nn.Module, storage: Storage, device: torch.device | str) -> None:
+    """Packs a frozen UNet's large layers.
+
+    Raises:
+        Problem: the storage's library is not installed.
+    """
+    pack(unet, storage, device, lambda name: any(part in name for part in _SPARED))
 
 
 class UNetFamily(Family):
@@ -96,6 +111,10 @@ class UNetFamily(Family):
         vae = self.pipeline.vae
         moments: Tensor = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.parameters
         return moments
+
+    def release_encoder(self) -> None:
+        """See `Family.release_encoder`; the other half still decodes."""
+        self.pipeline.vae.encoder = self.pipeline.vae.quant_conv = None
 
     @torch.no_grad()
     def sample_latents(self, moments: Tensor, noise: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.core.types import Geometry, TextCondition
 from ip_adapter_trainer.families._family import FAMILIES
 from ip_adapter_trainer.families._unet import UNetFamily, load_pipeline
+from ip_adapter_trainer.nn.packed import Storage
 
 
 @FAMILIES.register("sd")
@@ -19,6 +20,11 @@ class StableDiffusion(UNetFamily):
 
     Config = Part
     name = "sd"
+    small_cards = {  # noqa: RUF012
+        8: {"mixed_precision": "bf16", "prepare": "auto", "encode_batch_size": 4, "train_batch_size": 4},
+        12: {"mixed_precision": "bf16", "prepare": "auto", "train_batch_size": 8},
+        24: {"mixed_precision": "bf16", "prepare": "auto", "train_batch_size": 16},
+    }
 
     @classmethod
     def matches(cls, model_index: Mapping[str, Any]) -> bool:
@@ -26,12 +32,14 @@ class StableDiffusion(UNetFamily):
         return model_index.get("_class_name") == "StableDiffusionPipeline"
 
     @classmethod
-    def load(cls, path: str, config: Part, *, dtype: torch.dtype, device: torch.device | str) -> StableDiffusion:
+    def load(
+        cls, path: str, config: Part, *, dtype: torch.dtype, device: torch.device | str, storage: Storage = "none"
+    ) -> StableDiffusion:
         """See `Family.load`."""
         from diffusers import StableDiffusionPipeline
 
         without = {"safety_checker": None, "requires_safety_checker": False, "image_encoder": None}
-        return cls(load_pipeline(StableDiffusionPipeline, path, dtype=dtype, device=device, **without))
+        return cls(load_pipeline(StableDiffusionPipeline, path, dtype=dtype, device=device, storage=storage, **without))
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str], geometry: Sequence[Geometry]) -> TextCondition:

@@ -11,6 +11,10 @@ from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.core.types import Geometry, TextCondition
 from ip_adapter_trainer.families._family import FAMILIES
 from ip_adapter_trainer.families._unet import UNetFamily, load_pipeline
+from ip_adapter_trainer.nn.packed import Storage
+
+_ONE_BY_ONE = {"mixed_precision": "bf16", "prepare": "auto", "encode_batch_size": 1, "train_batch_size": 1}
+_RECOMPUTED = _ONE_BY_ONE | {"gradient_checkpointing": True, "use_8bit_adam": True}
 
 
 @FAMILIES.register("sdxl")
@@ -24,6 +28,11 @@ class StableDiffusionXL(UNetFamily):
         "style": ("up_blocks.0.attentions.1",),  # InstantStyle (arXiv 2404.02733), section 3.2
         "layout": ("down_blocks.2.attentions.1",),
     }
+    small_cards = {  # noqa: RUF012
+        8: _RECOMPUTED | {"quantize": "nf4"},
+        12: _RECOMPUTED | {"quantize": "int8"},
+        24: _ONE_BY_ONE,
+    }
 
     @classmethod
     def matches(cls, model_index: Mapping[str, Any]) -> bool:
@@ -31,12 +40,16 @@ class StableDiffusionXL(UNetFamily):
         return model_index.get("_class_name") == "StableDiffusionXLPipeline"
 
     @classmethod
-    def load(cls, path: str, config: Part, *, dtype: torch.dtype, device: torch.device | str) -> StableDiffusionXL:
+    def load(
+        cls, path: str, config: Part, *, dtype: torch.dtype, device: torch.device | str, storage: Storage = "none"
+    ) -> StableDiffusionXL:
         """See `Family.load`."""
         from diffusers import StableDiffusionXLPipeline
 
-        without = {"image_encoder": None, "add_watermarker": False}
-        pipeline = load_pipeline(StableDiffusionXLPipeline, path, dtype=dtype, device=device, **without)
+        without: dict[str, Any] = {"image_encoder": None, "add_watermarker": False}
+        pipeline = load_pipeline(
+            StableDiffusionXLPipeline, path, dtype=dtype, device=device, storage=storage, **without
+        )
         if dtype == torch.float16 and pipeline.vae.config.force_upcast:
             pipeline.vae.to(torch.float32)  # SDXL's own VAE overflows in fp16; the pipeline upcasts it likewise
         return cls(pipeline)

@@ -10,6 +10,7 @@ from ip_adapter_trainer.core.settings import Part, alias
 from ip_adapter_trainer.data.config import DataConfig
 from ip_adapter_trainer.diffusion import ObjectiveConfig
 from ip_adapter_trainer.evaluate.config import ValidationConfig
+from ip_adapter_trainer.nn.packed import Storage
 from ip_adapter_trainer.prepare.config import FrozenConfig, SetConfig
 
 P = TypeVar("P", bound=Part)
@@ -26,8 +27,19 @@ class ModelConfig(FrozenConfig):
         min_length=1,
         description="Layers that carry an adapter: all, up, for SDXL style or layout, or beginnings of layers' names.",
     )
+    quantize: Storage = Field(
+        "none", description="How the frozen denoiser keeps its weights: as loaded, int8, or nf4 (4 bits; extra bnb)."
+    )
     gradient_checkpointing: bool = Field(
         False, description="Recompute the denoiser's activations: less memory, slower."
+    )
+
+
+class CardConfig(Part):
+    """What the settings are chosen for."""
+
+    low_memory: Literal[8, 12, 24] | None = Field(
+        None, description="GB of a small card: its family's settings for it become the defaults of other flags."
     )
 
 
@@ -121,6 +133,7 @@ class TrainConfig(
     SourceConfig,
     DataConfig,
     LeanConfig,
+    CardConfig,
     ModelConfig,
 ):
     """Every setting of a run but those of its variant and family, which `config.compose` adds.

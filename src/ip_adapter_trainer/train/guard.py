@@ -15,7 +15,7 @@ from ip_adapter_trainer.core.settings import Part
 MAY_CHANGE = frozenset(
     "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm lr_scheduler lr_warmup_steps "  # noqa: SIM905
     "lr_num_cycles lr_power ema_decay num_train_epochs max_train_steps mixed_precision gradient_checkpointing "
-    "lean_layers product_convolutions lean_attention channels_last "
+    "lean_layers product_convolutions lean_attention channels_last quantize "
     "pretrained_model_name_or_path image_encoder_path data_json_file data_root_path image_column text_column "
     "prompt_image_column train_batch_size gradient_accumulation_steps prepared_dir prepare".split()
 )
@@ -24,7 +24,7 @@ FREE = frozenset(
     "output_dir save_steps checkpoints_total_limit resume_from_checkpoint logging_dir report_to tracker_project_name "  # noqa: SIM905
     "logging_steps local_rank dry_run validation_steps num_validation_images validation_seed grid_rows grid_steps "
     "grid_guidance_scale grid_prompt dataloader_num_workers prefetch_factor data_timeout_s max_fault_rate "
-    "pretrained_ip_adapter_path encode_batch_size".split()
+    "pretrained_ip_adapter_path encode_batch_size low_memory".split()
 )
 # All others must match, so that a new variant's settings are guarded without being listed here.
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from ip_adapter_trainer.model import Model
+from ip_adapter_trainer.nn.packed import packed_weights
 from ip_adapter_trainer.train.config import OptimConfig
 
 
 def parameters(*modules: nn.Module) -> int:
-    """Number of parameters of some modules."""
-    return sum(p.numel() for module in modules for p in module.parameters())
+    """Number of parameters of some modules, packed weights among them."""
+    return sum(packed_weights(m) + sum(p.numel() for p in m.parameters()) for m in modules)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ WriteResolved = Callable[[TrainConfig, Path], Path]
 
 def build_model(config: TrainConfig, runtime: Runtime) -> Model:
     """Loads the frozen base and image encoder and makes the adapter, its first weights drawn from the run's seed."""
-    family, encoder = load_frozen(config, runtime)
+    family, encoder = load_frozen(config, runtime, config.quantize)
     variant = VARIANTS[config.variant]
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
@@ -91,8 +91,13 @@ def _make_trainer(config: TrainConfig, runtime: Runtime, stop: StopSignal) -> Tr
     pipeline.scheduler.register_to_config(prediction_type=process.prediction)
     plan = make_plan(model, config, source.rows, source.images_per_step)
     say("\n".join(plan.lines()))
+    if prepared:
+        model.release_encoders()
     where = f"{runtime.world} x {runtime.device.type}"
     say(f"on {where}, frozen weights {runtime.precision}, predicting {process.prediction}")
+    if config.low_memory:
+        chosen = {name: getattr(config, name) for name in model.family.small_cards[config.low_memory]}
+        say(f"low_memory {config.low_memory}: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
     return Trainer(config, runtime, model, source, Step(model, process, config.seed, runtime.device), plan)
 
 

@@ -69,6 +69,11 @@ class Source:
         rank, world, pin = self._runtime.rank, self._runtime.world, self._runtime.device.type == "cuda"
         return Loader(self._samples, self._order, log, rank=rank, world=world, pin=pin).from_step(first_step)
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether rows come encoded."""
+        return self._samples.prepared is not None
+
     def where(self, row: int) -> str:
         """Where a row stands in the manifest, for people."""
         return self._manifest.where(row)

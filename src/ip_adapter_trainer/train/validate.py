@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from ip_adapter_trainer.core.errors import DataProblem
 from ip_adapter_trainer.core.log import say
+from ip_adapter_trainer.core.types import Batch, Encoded
 from ip_adapter_trainer.evaluate.grid import validation_grid
 from ip_adapter_trainer.evaluate.lend import Poll
 from ip_adapter_trainer.evaluate.losses import validation_losses
@@ -40,15 +44,31 @@ class Validator:
 
     def _draw(self, done: int, output: Path, track: Track, poll: Poll) -> None:
         """The grid shows the pictures themselves; a prepared set may have come without them."""
-        config = self.config
+        config, device = self.config, self.step.device
         try:
             batches = self.source.fixed(config.grid_rows, config.validation_seed, pixels=True)
+            features = self._features(batches) if self.source.is_prepared else None
         except DataProblem as problem:
             say(f"step {done}: no grid, the pictures cannot be read ({problem.where}: {problem.what})")
             return
-        picture = validation_grid(self.model, [batch.to(self.step.device) for batch in batches], config, poll)
+        picture = validation_grid(self.model, [batch.to(device) for batch in batches], config, poll, features)
         file = output / "grids" / f"step-{done:07d}.png"
         file.parent.mkdir(exist_ok=True)
         picture.save(file)
         track.picture(done, "validation/grid", picture)
         say(f"step {done}: grid {file}")
+
+    def _features(self, batches: list[Batch]) -> Tensor:
+        """What a prepared set holds of the same rows [R, ...].
+
+        Raises:
+            DataProblem: some row is served from another picture than it shows now.
+        """
+        config = self.config
+        encoded = self.source.fixed(config.grid_rows, config.validation_seed)
+        shown = [row for batch in batches for row in batch.row.tolist()]
+        if shown != [row for batch in encoded for row in batch.row.tolist()]:
+            what, where = "some are not those that were prepared", str(config.prepared_dir or "the prepared set")
+            raise DataProblem(what, where=where, remedy="run `ip-adapter prepare` again")
+        pictures = [batch.to(self.step.device).picture for batch in encoded]
+        return torch.cat([picture.features for picture in pictures if isinstance(picture, Encoded)])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ip_adapter_trainer.adapters import Variant
+from ip_adapter_trainer.core.devices import to_device
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.core.types import Encoded, Picture, Site, TextCondition
@@ -190,7 +191,7 @@ class Model:
     def _dropped(self, features: Tensor, drop: Tensor | None) -> Tensor:
         if drop is None or not bool(drop.any()):
             return features
-        mask = drop.to(features.device).view(-1, *[1] * (features.ndim - 1))
+        mask = to_device(drop, features.device).view(-1, *[1] * (features.ndim - 1))
         return torch.where(mask, self.encoder.null(self.variant.feature).to(features.dtype), features)
 
     def project(self, features: Tensor) -> Tensor:

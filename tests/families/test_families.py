@@ -63,6 +63,26 @@ def test_the_empty_prompt_of_sd_is_the_encoding_of_nothing(base_folder: Callable
     torch.testing.assert_close(family.encode_text([""], [SQUARE]).context, negative)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", tiny.BASES)
+def test_texts_are_encoded_as_the_pipeline_encodes_prompts(
+    base_folder: Callable, kind: tiny.Base, masked: bool
+) -> None:
+    """Texts longer than the encoder takes, and encoders that ask for the mask of padding, among them."""
+    family = load(base_folder(kind))
+    family.pipeline.text_encoder.config.use_attention_mask = masked and kind != "sdxl"  # SDXL's pipeline never asks
+    texts = ["a star", "two words " * 100, "  spaces, UPPER case and é  "]
+    expected = (
+        family.pipeline.encode_prompt(texts, family.pipeline.device, 1, False)
+        if kind != "sdxl"
+        else (family.pipeline.encode_prompt(texts, device="cpu", do_classifier_free_guidance=False))
+    )
+    found = family.encode_text(texts, [SQUARE] * 3)
+    assert torch.equal(found.context, expected[0])
+    if kind == "sdxl":
+        assert torch.equal(found.extra["text_embeds"], expected[2])
+
+
 def test_micro_conditioning_is_the_pipelines(base_folder: Callable) -> None:
     family = load(base_folder("sdxl"))
     geometry = Geometry((48, 64), (3, 5), (32, 40))

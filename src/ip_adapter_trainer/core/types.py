@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+from ip_adapter_trainer.core.devices import to_device
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 P = TypeVar("P", bound="Pixels | Encoded")
@@ -82,9 +85,9 @@ class Batch:
     def __len__(self) -> int:
         return len(self.text)
 
-    def to(self, device: Any) -> Batch:
+    def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
-        return replace(self, picture=map_tensors(lambda t: t.to(device, non_blocking=True), self.picture))
+        return replace(self, picture=map_tensors(lambda t: to_device(t, device), self.picture))
 
 
 def map_tensors(function: Callable[..., Tensor], first: P, *others: P) -> P:

@@ -56,6 +56,7 @@ class ClipImageEncoder:
         self.side_px = int(model.config.image_size)
         self.preprocess = ClipPreprocess(self.side_px)
         self._null: dict[FeatureKind, Tensor] = {}
+        self._is_released = False
 
     @classmethod
     def load(cls, path: str, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> ClipImageEncoder:
@@ -99,7 +100,7 @@ class ClipImageEncoder:
     @torch.no_grad()
     def encode_each(self, pixels: Tensor, kinds: Sequence[FeatureKind]) -> dict[str, Tensor]:
         """Several kinds of feature of the same pixels, by one pass; see `encode`."""
-        assert self.model.device.type != "meta", "the encoder's weights were released"
+        assert not self._is_released, "the encoder's weights are gone"
         deep = "penultimate" in kinds
         output = self.model(pixels.to(self.model.device, self.model.dtype), output_hidden_states=deep)
         return {kind: output.hidden_states[-2] if kind == "penultimate" else output.image_embeds for kind in kinds}
@@ -121,3 +122,4 @@ class ClipImageEncoder:
         """Lets go of the weights and remembers one kind of "no picture": where all features are there already."""
         self.null(kind)
         self.model.to("meta")
+        self._is_released = True

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ip_adapter_trainer.core.devices import to_device
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.log import quiet_loading
 from ip_adapter_trainer.core.types import Site, TextCondition
@@ -122,9 +123,10 @@ class UNetFamily(Family):
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
         posterior, config = DiagonalGaussianDistribution(moments.float()), self.pipeline.vae.config
-        latents = posterior.mean + posterior.std * noise.to(moments.device)
+        latents = posterior.mean + posterior.std * to_device(noise, moments.device)
         if getattr(config, "latents_mean", None) and getattr(config, "latents_std", None):
-            mean, std = (latents.new_tensor(v).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
+            stated = torch.tensor([config.latents_mean, config.latents_std], dtype=latents.dtype)
+            mean, std = to_device(stated, latents.device).view(2, 1, -1, 1, 1)
             return (latents - mean) * config.scaling_factor / std
         return latents * config.scaling_factor
 

@@ -10,6 +10,7 @@ import torch
 from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.core.types import Geometry, TextCondition
 from ip_adapter_trainer.families._family import FAMILIES
+from ip_adapter_trainer.families._text import run_text_encoder
 from ip_adapter_trainer.families._unet import UNetFamily, load_pipeline
 from ip_adapter_trainer.nn.packed import Storage
 
@@ -43,6 +44,6 @@ class StableDiffusion(UNetFamily):
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str], geometry: Sequence[Geometry]) -> TextCondition:
-        """Last hidden states of the text encoder, by the pipeline's own rules; geometry plays no part."""
-        context, _ = self.pipeline.encode_prompt(list(texts), self.pipeline.device, 1, False)
-        return TextCondition(context)
+        """Last hidden states of the text encoder, as `pipeline.encode_prompt` gives them; geometry plays no part."""
+        output = run_text_encoder(self.pipeline.tokenizer, self.pipeline.text_encoder, texts)
+        return TextCondition(output.last_hidden_state)

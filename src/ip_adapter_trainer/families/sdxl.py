@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from ip_adapter_trainer.core.devices import to_device
 from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.core.types import Geometry, TextCondition
 from ip_adapter_trainer.families._family import FAMILIES
+from ip_adapter_trainer.families._text import run_text_encoder
 from ip_adapter_trainer.families._unet import UNetFamily, load_pipeline
 from ip_adapter_trainer.nn.packed import Storage
 
@@ -61,12 +63,13 @@ class StableDiffusionXL(UNetFamily):
         Where the pipeline zeroes the empty prompt (`force_zeros_for_empty_prompt`), an empty text is zeros here too:
         the encoding of "" is not what it feeds as unconditional.
         """
-        context, _, pooled, _ = self.pipeline.encode_prompt(
-            list(texts), device=self.pipeline.device, do_classifier_free_guidance=False
-        )
+        pipeline = self.pipeline
+        first = run_text_encoder(pipeline.tokenizer, pipeline.text_encoder, texts)
+        second = run_text_encoder(pipeline.tokenizer_2, pipeline.text_encoder_2, texts)
+        context, pooled = torch.cat((first.hidden_states[-2], second.hidden_states[-2]), -1), second.text_embeds
         if self.pipeline.config.force_zeros_for_empty_prompt:
-            named = torch.tensor([bool(text) for text in texts], device=context.device, dtype=context.dtype)
+            named = to_device(torch.tensor([bool(text) for text in texts], dtype=context.dtype), context.device)
             context, pooled = context * named[:, None, None], pooled * named[:, None]
         numbers = [[*g.original_px, *g.crop_px, *g.target_px] for g in geometry]
-        time_ids = torch.tensor(numbers, device=context.device, dtype=context.dtype)
+        time_ids = to_device(torch.tensor(numbers, dtype=context.dtype), context.device)
         return TextCondition(context, {"text_embeds": pooled, "time_ids": time_ids})

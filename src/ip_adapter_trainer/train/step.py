@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ip_adapter_trainer.core.devices import to_device
 from ip_adapter_trainer.core.rng import stream
 from ip_adapter_trainer.core.types import Batch, TextCondition
 from ip_adapter_trainer.diffusion import NoiseProcess
@@ -27,7 +28,7 @@ class Step:
         """
         latents, text, features = self.encode(batch)
         noise, timesteps = self.process.draw(self.seed, batch.index.tolist(), tuple(latents.shape[1:]))  # type: ignore[arg-type]
-        noise, timesteps = noise.to(self.device), timesteps.to(self.device)
+        noise, timesteps = to_device(noise, self.device), to_device(timesteps, self.device)
         noisy = self.process.add_noise(latents, noise, timesteps)
         tokens = self.model.project(features)
         prediction = self.model.predict(noisy.to(self.model.dtype), timesteps, text, tokens)

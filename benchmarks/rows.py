@@ -41,7 +41,7 @@ def make_batch(size: Size, side_px: int, images: int, device: torch.device | str
         geometry=(Geometry(square, (0, 0), square),) * images,
         drop_text=torch.zeros(images, dtype=torch.bool),
         drop_image=(places == images - 1) & (places > 0),
-    ).to(device)
+    ).to(torch.device(device))
 
 
 def at_step(batch: Batch, step: int) -> Batch:

@@ -23,6 +23,7 @@ def quiet_loading() -> None:
     transformers_logging.disable_progress_bar()
     for handler in transformers_logging.get_logger("transformers").handlers:
         handler.addFilter(_is_no_advice)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # speaks of kernels from the hub
 
 
 def _is_no_advice(record: logging.LogRecord) -> bool:

@@ -150,6 +150,25 @@ def test_a_picture_that_changed_is_a_fault_and_never_served_stale(
     )
 
 
+def test_values_that_were_damaged_on_the_disk_are_faults_that_name_the_file(
+    run: Callable, flags: Callable, tmp_path: Path
+) -> None:
+    extra = own_rows(tmp_path / "rows", 6) | {"max_fault_rate": 0.5}
+    prepared(flags, tmp_path / "raw", tmp_path / "set", **extra)
+    (shard,) = (tmp_path / "set").glob("moments/*/*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 64  # values come last, or in other versions of safetensors first
+    shard.write_bytes(content)
+    encoded = run(tmp_path / "encoded", prepared_dir=tmp_path / "set", **extra)
+    fault = json.loads((encoded / "faults.jsonl").read_text())
+    assert fault["kind"] == "damaged_values" and str(shard) in fault["remedy"]
+    shard.unlink()
+    prepared(flags, tmp_path / "raw", tmp_path / "set", **extra)
+    assert_same_training(
+        run(tmp_path / "raw", **extra), run(tmp_path / "again", prepared_dir=tmp_path / "set", **extra)
+    )
+
+
 def test_rows_that_a_set_lacks_are_told_with_the_command(run: Callable, flags: Callable, tmp_path: Path) -> None:
     prepared(flags, tmp_path / "raw", tmp_path / "set")
     with pytest.raises(Problem, match=r"lacks 12 of 12 rows[^$]*ip-adapter prepare[^$]*--resolution=64"):

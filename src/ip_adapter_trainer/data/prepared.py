@@ -146,15 +146,18 @@ class PreparedSet:
     def _fill(
         self, table: Table, column: int, found: list[_Found | PictureFault], stack: Tensor, slots: Sequence[int]
     ) -> None:
-        """Copies one value of each row into its slot; what is not there makes the row a fault."""
+        """Copies one value of each row into its slot; what is not there or damaged makes the row a fault."""
         asked = [(number, one.keys[column]) for number, one in enumerate(found) if not isinstance(one, PictureFault)]
         places = table.find([key for _, key in asked]).tolist()
         there = [(slots[number], place) for (number, _), place in zip(asked, places, strict=True) if place >= 0]
-        table.fill(stack, [slot for slot, _ in there], [place for _, place in there])
+        damaged = table.fill(stack, [slot for slot, _ in there], [place for _, place in there])
         for (number, _), place in zip(asked, places, strict=True):
             if place < 0:
                 what = f"its {table.kind.name} are not in the prepared set"
                 found[number] = PictureFault("not_prepared", what, _AGAIN)
+            elif place in damaged:
+                what = f"its {table.kind.name} in the prepared set are not what was written"
+                found[number] = PictureFault("damaged_values", what, f"remove {table.file_of(place)} and {_AGAIN}")
 
     def _records(self, names: Sequence[str]) -> list[Record | PictureFault]:
         """The record of each picture whose file, if there still is one, holds what was encoded."""

@@ -7,6 +7,7 @@ neither on how the work was shared nor on where a run was broken off.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +29,13 @@ Kinds = tuple[TableKind, ...]  # tables that one pass of an encoder fills
 
 def encode_with(family: Family, encoder: ClipImageEncoder) -> Encode:
     """What fills the tables: the autoencoder the moments, the image encoder all features at once."""
+    return partial(_encode, family, encoder)
 
-    def encode(pixels: Tensor, names: Sequence[str]) -> Mapping[str, Tensor]:
-        if names == ["moments"]:
-            return {"moments": family.encode_moments(pixels)}
-        return encoder.encode_each(pixels, [kind for kind in FEATURES if kind in names])
 
-    return encode
+def _encode(family: Family, encoder: ClipImageEncoder, pixels: Tensor, names: Sequence[str]) -> Mapping[str, Tensor]:
+    if "moments" in names:
+        return {"moments": family.encode_moments(pixels)}
+    return encoder.encode_each(pixels, [kind for kind in FEATURES if kind in names])
 
 
 class Encoding:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPVisionModelWithProjection
+from diffusers import UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 from ip_adapter_trainer.config import parse
 from ip_adapter_trainer.core.errors import DataProblem, Problem, StorageProblem
@@ -141,6 +142,18 @@ def test_both_kinds_of_feature_come_of_one_pass_and_serve_every_variant(
     for variant in ("base", "plus"):
         go(variant=variant, prepared_dir=tmp_path / "apart")
     assert content(tmp_path / "set") == content(tmp_path / "apart"), "bit for bit as one kind at a time"
+
+
+@pytest.mark.parametrize("base", ["sd1", "sdxl"])
+def test_only_the_encoders_are_loaded(
+    go: Callable, base_folder: Callable, monkeypatch: pytest.MonkeyPatch, base: str
+) -> None:
+    def refuse(*args: object, **settings: object) -> None:
+        raise AssertionError("loaded")
+
+    for needless in (UNet2DConditionModel, CLIPTextModel, CLIPTextModelWithProjection):
+        monkeypatch.setattr(needless, "from_pretrained", refuse)
+    assert go(pretrained_model_name_or_path=base_folder(base)).encoded == 16
 
 
 def test_faults_are_counted_and_tried_again(go: Callable, rows: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from ip_adapter_trainer.core.errors import Problem, did_you_mean
 from ip_adapter_trainer.core.registry import Registry
 from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.core.types import Geometry, Site, TextCondition
+
+PartName = Literal["autoencoder", "denoiser", "text"]
+PARTS: tuple[PartName, ...] = ("autoencoder", "denoiser", "text")
 
 
 class Family(ABC):
@@ -44,8 +47,16 @@ class Family(ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, path: str, config: Part, *, dtype: torch.dtype, device: torch.device | str) -> Family:
-        """Loads every frozen part from a pipeline folder or hub id."""
+    def load(
+        cls,
+        path: str,
+        config: Part,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        parts: Sequence[PartName] = PARTS,
+    ) -> Family:
+        """Loads frozen parts from a pipeline folder or hub id; what needs another part must not be asked then."""
 
     @abstractmethod
     def sites(self) -> list[Site]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.log import quiet_loading
 from ip_adapter_trainer.core.types import Site, TextCondition
-from ip_adapter_trainer.families._family import Family
+from ip_adapter_trainer.families._family import Family, PartName
 
 PROCESSOR = ".processor"
 
@@ -36,19 +36,32 @@ def load_pipeline(cls: Any, path: str, *, dtype: torch.dtype, device: torch.devi
     return pipeline
 
 
+def _context_dim(unet: Any) -> int:
+    dim = unet.config.cross_attention_dim
+    if not isinstance(dim, int):
+        what = f"the UNet's cross_attention_dim is {dim}, one width for all blocks is needed"
+        raise Problem(what, where="unet/config.json", remedy="no adapter file could describe this model")
+    return dim
+
+
 class UNetFamily(Family):
     """A family whose denoiser is a `UNet2DConditionModel` and whose pictures live in an `AutoencoderKL`."""
 
     layer_groups = {"up": ("up_blocks",)}  # noqa: RUF012
+    components: ClassVar[Mapping[PartName, tuple[str, ...]]] = {
+        "autoencoder": ("vae",), "denoiser": ("unet",), "text": ("tokenizer", "text_encoder"),
+    }  # fmt: skip
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
         self.denoiser = pipeline.unet
-        dim = self.denoiser.config.cross_attention_dim
-        if not isinstance(dim, int):
-            what = f"the UNet's cross_attention_dim is {dim}, one width for all blocks is needed"
-            raise Problem(what, where="unet/config.json", remedy="no adapter file could describe this model")
-        self.context_dim = dim
+        if self.denoiser is not None:
+            self.context_dim = _context_dim(self.denoiser)
+
+    @classmethod
+    def without(cls, parts: Sequence[PartName]) -> dict[str, None]:
+        """What a pipeline is told so that it loads only these parts."""
+        return {name: None for part, names in cls.components.items() if part not in parts for name in names}
 
     def sites(self) -> list[Site]:
         """N counts every attention processor in module order (down, up, mid), so cross-attention has the odd ones."""

@@ -9,7 +9,7 @@ import torch
 
 from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.core.types import Geometry, TextCondition
-from ip_adapter_trainer.families._family import FAMILIES
+from ip_adapter_trainer.families._family import FAMILIES, PARTS, PartName
 from ip_adapter_trainer.families._unet import UNetFamily, load_pipeline
 
 
@@ -26,11 +26,20 @@ class StableDiffusion(UNetFamily):
         return model_index.get("_class_name") == "StableDiffusionPipeline"
 
     @classmethod
-    def load(cls, path: str, config: Part, *, dtype: torch.dtype, device: torch.device | str) -> StableDiffusion:
+    def load(
+        cls,
+        path: str,
+        config: Part,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        parts: Sequence[PartName] = PARTS,
+    ) -> StableDiffusion:
         """See `Family.load`."""
         from diffusers import StableDiffusionPipeline
 
         without = {"safety_checker": None, "requires_safety_checker": False, "image_encoder": None}
+        without |= cls.without(parts)
         return cls(load_pipeline(StableDiffusionPipeline, path, dtype=dtype, device=device, **without))
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 
 from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.core.types import Geometry, TextCondition
-from ip_adapter_trainer.families._family import FAMILIES
+from ip_adapter_trainer.families._family import FAMILIES, PARTS, PartName
 from ip_adapter_trainer.families._unet import UNetFamily, load_pipeline
 
 
@@ -24,6 +24,10 @@ class StableDiffusionXL(UNetFamily):
         "style": ("up_blocks.0.attentions.1",),  # InstantStyle (arXiv 2404.02733), section 3.2
         "layout": ("down_blocks.2.attentions.1",),
     }
+    components = {  # noqa: RUF012
+        **UNetFamily.components,
+        "text": ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
+    }
 
     @classmethod
     def matches(cls, model_index: Mapping[str, Any]) -> bool:
@@ -31,13 +35,21 @@ class StableDiffusionXL(UNetFamily):
         return model_index.get("_class_name") == "StableDiffusionXLPipeline"
 
     @classmethod
-    def load(cls, path: str, config: Part, *, dtype: torch.dtype, device: torch.device | str) -> StableDiffusionXL:
+    def load(
+        cls,
+        path: str,
+        config: Part,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        parts: Sequence[PartName] = PARTS,
+    ) -> StableDiffusionXL:
         """See `Family.load`."""
         from diffusers import StableDiffusionXLPipeline
 
-        without = {"image_encoder": None, "add_watermarker": False}
+        without = {"image_encoder": None, "add_watermarker": False, **cls.without(parts)}
         pipeline = load_pipeline(StableDiffusionXLPipeline, path, dtype=dtype, device=device, **without)
-        if dtype == torch.float16 and pipeline.vae.config.force_upcast:
+        if dtype == torch.float16 and pipeline.vae is not None and pipeline.vae.config.force_upcast:
             pipeline.vae.to(torch.float32)  # SDXL's own VAE overflows in fp16; the pipeline upcasts it likewise
         return cls(pipeline)
 

@@ -16,22 +16,25 @@ from ip_adapter_trainer.data.config import CutConfig
 from ip_adapter_trainer.data.recipe import Recipe
 from ip_adapter_trainer.data.shards import TableKind
 from ip_adapter_trainer.encoders import FEATURES, ClipImageEncoder, FeatureKind
-from ip_adapter_trainer.families import FAMILIES, Family, family_of
+from ip_adapter_trainer.families import FAMILIES, PARTS, Family, PartName, family_of
 from ip_adapter_trainer.images.ground import parse_colour
 from ip_adapter_trainer.prepare.config import FrozenConfig
 
 _SAYS_NOTHING = ("architectures", "dtype", "torch_dtype", "transformers_version")  # and names that begin with "_"
 
 
-def load_frozen(config: FrozenConfig, runtime: Runtime) -> tuple[Family, ClipImageEncoder]:
-    """The base model and the image encoder of a run; the family's own settings are taken from the run's.
+def load_frozen(
+    config: FrozenConfig, runtime: Runtime, parts: Sequence[PartName] = PARTS
+) -> tuple[Family, ClipImageEncoder]:
+    """Parts of the base model and the image encoder of a run; the family's own settings are taken from the run's.
 
     Raises:
         Problem: something is missing or of an unknown kind.
     """
     path = config.pretrained_model_name_or_path
     entry = FAMILIES[family_of(path, config.family)]
-    family = entry.load(path, _part(config, entry.Config), dtype=runtime.dtype, device=runtime.device)
+    own = _part(config, entry.Config)
+    family = entry.load(path, own, dtype=runtime.dtype, device=runtime.device, parts=parts)
     return family, ClipImageEncoder.load(config.image_encoder_path, dtype=runtime.dtype, device=runtime.device)
 
 

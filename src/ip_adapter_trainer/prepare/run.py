@@ -70,7 +70,7 @@ def prepare(config: PrepareConfig) -> Report:
             logging_dir="",
         )
         manifest = read_manifest(config)
-        family, encoder = load_frozen(config, runtime)
+        family, encoder = load_frozen(config, runtime, ("autoencoder",))
         kinds = FEATURES if config.both_features else (VARIANTS[config.variant].feature,)
         recipe = recipe_of(config, family, encoder, kinds)
         job = Job(config, runtime, manifest, recipe, folder)

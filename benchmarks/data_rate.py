@@ -28,7 +28,7 @@ from ip_adapter_trainer.data.index import PICTURES, Record, name_key
 from ip_adapter_trainer.data.layout import lay_out
 from ip_adapter_trainer.data.manifest import read_manifest
 from ip_adapter_trainer.data.pictures import Pictures
-from ip_adapter_trainer.data.prepared import PreparedSet
+from ip_adapter_trainer.data.prepared import Asked, PreparedSet
 from ip_adapter_trainer.data.recipe import Recipe
 from ip_adapter_trainer.data.shards import TableKind, TableWriter, sums_of
 from ip_adapter_trainer.encoders.clip import ClipPreprocess
@@ -113,9 +113,9 @@ def each_us(prepared: PreparedSet, asked: list[int]) -> float:
     """Microseconds a row, asked for in batches."""
     began = time.process_time()
     for start in range(0, len(asked), BATCH):
-        rows = [Row(f"{number}.jpg", "") for number in asked[start : start + BATCH]]
+        rows = [Asked(Row(f"{number}.jpg", ""), mirrored=False, text="") for number in asked[start : start + BATCH]]
         encoded = prepared.room(len(rows), SIZE_PX)
-        prepared.read(rows, [False] * len(rows), SIZE_PX, encoded, range(len(rows)))
+        prepared.read(rows, SIZE_PX, encoded, range(len(rows)))
     return (time.process_time() - began) / len(asked) * 1e6
 
 

@@ -12,6 +12,8 @@ import torch
 
 from ip_adapter_trainer.config import parse
 from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.families.sd import StableDiffusion
+from ip_adapter_trainer.families.sdxl import StableDiffusionXL
 from ip_adapter_trainer.prepare.config import PrepareConfig
 from ip_adapter_trainer.prepare.run import Report, prepare
 from ip_adapter_trainer.train import checkpoint
@@ -104,6 +106,34 @@ def test_nothing_is_encoded_in_a_step(
     monkeypatch.setattr(ClipImageEncoder, "encode", refuse)
     monkeypatch.setattr(UNetFamily, "encode_moments", refuse)
     run(tmp_path / "encoded", prepared_dir=tmp_path / "set")
+
+
+@pytest.mark.parametrize("base", ["sd1", "sd2v", "sdxl"])
+def test_text_that_was_kept_trains_the_same_and_is_not_encoded_again(
+    run: Callable, flags: Callable, tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extra = {"base": base, "text_drop_rate": 0.4}
+    prepared(flags, tmp_path / "raw", tmp_path / "set", prepare_text=True, **extra)
+    raw = run(tmp_path / "raw", **extra)
+    kind = StableDiffusionXL if base == "sdxl" else StableDiffusion
+    honest = kind.encode_captions
+
+    def probe_only(self: object, texts: list[str]) -> dict[str, torch.Tensor]:
+        assert texts == [""], "only what the tables look like is asked"
+        return honest(self, texts)
+
+    monkeypatch.setattr(kind, "encode_captions", probe_only)
+    assert_same_training(raw, run(tmp_path / "encoded", prepared_dir=tmp_path / "set", prepare_text=True, **extra))
+
+
+def test_a_set_without_text_is_told_where_text_is_wanted(run: Callable, flags: Callable, tmp_path: Path) -> None:
+    prepared(flags, tmp_path / "raw", tmp_path / "set")
+    with pytest.raises(Problem, match=r"lacks 12 of 12 rows[^$]*ip-adapter prepare[^$]*--prepare_text"):
+        run(tmp_path / "encoded", prepared_dir=tmp_path / "set", prepare_text=True)
+    with pytest.raises(Problem, match="no prepared set to keep text in"):
+        run(tmp_path / "encoded", prepare_text=True)
+    run(tmp_path / "auto", prepare="auto", prepare_text=True, max_train_steps=14)
+    assert list((tmp_path / "auto" / "prepared" / "context").iterdir())
 
 
 def test_a_faulty_row_is_replaced_by_the_same_row(run: Callable, flags: Callable, tmp_path: Path) -> None:

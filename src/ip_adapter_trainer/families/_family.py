@@ -91,9 +91,28 @@ class Family(ABC):
     def processors(self) -> dict[str, Any]:
         """The processors now in place, by site name."""
 
-    @abstractmethod
     def encode_text(self, texts: Sequence[str], geometry: Sequence[Geometry]) -> TextCondition:
         """Text condition of B prompts; the empty prompt is encoded as the pipeline encodes its unconditional."""
+        return self.condition(self.encode_captions(texts), geometry)
+
+    @abstractmethod
+    def encode_captions(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """What depends on B prompts alone: `context` [B, L, D] and the family's own, [B, ...] each."""
+
+    def condition(self, captions: Mapping[str, Tensor], geometry: Sequence[Geometry]) -> TextCondition:
+        """The text condition of what `encode_captions` gave, now or when a set was prepared."""
+        own = {name: tensor for name, tensor in captions.items() if name != "context"}
+        return TextCondition(captions["context"], own)
+
+    @property
+    @abstractmethod
+    def text_encoders(self) -> Sequence[Any]:
+        """The modules that `encode_captions` runs, each with a `config`."""
+
+    @property
+    @abstractmethod
+    def text_rules(self) -> str:
+        """What else `encode_captions` depends on, but for the text: the tokenizers' words, the family's own rules."""
 
     @property
     @abstractmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -97,6 +98,21 @@ class UNetFamily(Family):
         """See `Family.latent_shape`."""
         factor = 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
         return int(self.pipeline.vae.config.latent_channels), height_px // factor, width_px // factor
+
+    def _text(self, kind: str) -> list[Any]:
+        """The pipeline's text encoders or tokenizers, which are called alike and numbered from the second on."""
+        return [self.pipeline.components[name] for name in self.components["text"] if name.startswith(kind)]
+
+    @property
+    def text_encoders(self) -> Sequence[Any]:
+        """See `Family.text_encoders`."""
+        return self._text("text_encoder")
+
+    @property
+    def text_rules(self) -> str:
+        """See `Family.text_rules`."""
+        words = [(sorted(t.get_vocab().items()), t.model_max_length) for t in self._text("tokenizer")]
+        return json.dumps([words, self.pipeline.config.get("force_zeros_for_empty_prompt")])
 
     @property
     def autoencoder(self) -> Any:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ip_adapter_trainer.core.settings import Part
-from ip_adapter_trainer.core.types import Geometry, TextCondition
 from ip_adapter_trainer.families._family import FAMILIES, PARTS, PartName
 from ip_adapter_trainer.families._unet import UNetFamily, load_pipeline
 
@@ -43,7 +43,7 @@ class StableDiffusion(UNetFamily):
         return cls(load_pipeline(StableDiffusionPipeline, path, dtype=dtype, device=device, **without))
 
     @torch.no_grad()
-    def encode_text(self, texts: Sequence[str], geometry: Sequence[Geometry]) -> TextCondition:
-        """Last hidden states of the text encoder, by the pipeline's own rules; geometry plays no part."""
+    def encode_captions(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Last hidden states of the text encoder, by the pipeline's own rules."""
         context, _ = self.pipeline.encode_prompt(list(texts), self.pipeline.device, 1, False)
-        return TextCondition(context)
+        return {"context": context}

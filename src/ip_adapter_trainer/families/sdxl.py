@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.core.types import Geometry, TextCondition
@@ -54,8 +55,8 @@ class StableDiffusionXL(UNetFamily):
         return cls(pipeline)
 
     @torch.no_grad()
-    def encode_text(self, texts: Sequence[str], geometry: Sequence[Geometry]) -> TextCondition:
-        """Both encoders' penultimate states side by side, the pooled embedding, and six numbers of geometry a picture.
+    def encode_captions(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Both encoders' penultimate states side by side, and the second one's pooled embedding [B, P].
 
         Where the pipeline zeroes the empty prompt (`force_zeros_for_empty_prompt`), an empty text is zeros here too:
         the encoding of "" is not what it feeds as unconditional.
@@ -66,6 +67,11 @@ class StableDiffusionXL(UNetFamily):
         if self.pipeline.config.force_zeros_for_empty_prompt:
             named = torch.tensor([bool(text) for text in texts], device=context.device, dtype=context.dtype)
             context, pooled = context * named[:, None, None], pooled * named[:, None]
+        return {"context": context, "text_embeds": pooled}
+
+    def condition(self, captions: Mapping[str, Tensor], geometry: Sequence[Geometry]) -> TextCondition:
+        """See `Family.condition`; adds six numbers of geometry a picture, `time_ids` [B, 6]."""
+        context = captions["context"]
         numbers = [[*g.original_px, *g.crop_px, *g.target_px] for g in geometry]
         time_ids = torch.tensor(numbers, device=context.device, dtype=context.dtype)
-        return TextCondition(context, {"text_embeds": pooled, "time_ids": time_ids})
+        return TextCondition(context, {"text_embeds": captions["text_embeds"], "time_ids": time_ids})

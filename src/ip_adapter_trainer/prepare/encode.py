@@ -87,13 +87,21 @@ class Encoding:
         filled = [pixels for _, pixels in waiting] + [waiting[0][1]] * (self._batch_images - len(waiting))
         made = self._encode_with(torch.from_numpy(np.stack(filled)), [kind.name for kind in kinds])
         for number, kind in enumerate(kinds):
-            values = made[kind.name][: len(waiting)].cpu()
-            if not bool(torch.isfinite(values).all()):
-                what = f"an encoder gave {kind.name} that are not finite in {kind.dtype}"
-                raise NotFiniteProblem(what, where="--mixed_precision", remedy="take bf16, or no")
-            for (views, _), value in zip(waiting, values, strict=True):
-                self._writer(kind).add(views[number].key, value)
+            self.keep(kind, [views[number].key for views, _ in waiting], made[kind.name][: len(waiting)])
         self.encoded += len(waiting)
+
+    def keep(self, kind: TableKind, keys: Sequence[bytes], values: Tensor) -> None:
+        """Adds values [B, ...] to a table.
+
+        Raises:
+            NotFiniteProblem: some are not finite.
+        """
+        values = values.cpu()
+        if not bool(torch.isfinite(values).all()):
+            what = f"an encoder gave {kind.name} that are not finite in {kind.dtype}"
+            raise NotFiniteProblem(what, where="--mixed_precision", remedy="take bf16, or no")
+        for key, value in zip(keys, values, strict=True):
+            self._writer(kind).add(key, value)
 
     def _writer(self, kind: TableKind) -> TableWriter:
         if kind not in self._writers:

@@ -180,6 +180,19 @@ def test_a_picture_that_changed_is_a_fault_and_never_served_stale(
     )
 
 
+def test_a_picture_that_became_a_link_out_of_the_root_is_the_same_fault(
+    run: Callable, flags: Callable, tmp_path: Path
+) -> None:
+    extra = own_rows(tmp_path / "rows", 6) | {"max_fault_rate": 0.5}
+    prepared(flags, tmp_path / "raw", tmp_path / "set", **extra)
+    (tmp_path / "rows" / "3.png").rename(tmp_path / "3.png")
+    (tmp_path / "rows" / "3.png").symlink_to(tmp_path / "3.png")
+    raw, encoded = run(tmp_path / "raw", **extra), run(tmp_path / "encoded", prepared_dir=tmp_path / "set", **extra)
+    assert_same_training(raw, encoded)
+    a, b = ((output / "faults.jsonl").read_text() for output in (raw, encoded))
+    assert a == b and json.loads(a)["kind"] == "unsafe_path"
+
+
 def test_values_that_were_damaged_on_the_disk_are_faults_that_name_the_file(
     run: Callable, flags: Callable, tmp_path: Path
 ) -> None:

@@ -21,16 +21,16 @@ import torch
 from PIL import Image
 
 from ip_adapter_trainer.core.types import Row
-from ip_adapter_trainer.data.address import address
+from ip_adapter_trainer.data.address import KEY, address
 from ip_adapter_trainer.data.config import DataConfig
 from ip_adapter_trainer.data.dataset import TrainingSet
 from ip_adapter_trainer.data.index import PICTURES, Record, name_key
 from ip_adapter_trainer.data.layout import lay_out
 from ip_adapter_trainer.data.manifest import read_manifest
 from ip_adapter_trainer.data.pictures import Pictures
-from ip_adapter_trainer.data.prepared import PreparedSet
+from ip_adapter_trainer.data.prepared import Asked, PreparedSet
 from ip_adapter_trainer.data.recipe import Recipe
-from ip_adapter_trainer.data.shards import TableKind, TableWriter
+from ip_adapter_trainer.data.shards import TableKind, TableWriter, sums_of
 from ip_adapter_trainer.encoders.clip import ClipPreprocess
 from ip_adapter_trainer.images.buckets import Buckets
 
@@ -84,15 +84,18 @@ def sparse_table(root: Path, kind: TableKind, rows: int, key_of: Callable[[int],
     folder.mkdir(parents=True)
     for start in range(0, rows, SHARD_ROWS):
         count = min(SHARD_ROWS, rows - start)
-        keys, end = count * 16, count * kind.row_bytes
+        addresses = b"".join(key_of(number) for number in range(start, start + count))
+        keys, sums, end = count * 16, count * 24, count * kind.row_bytes
         header = {
             "key": {"dtype": "U8", "shape": [count, 16], "data_offsets": [0, keys]},
-            "value": {"dtype": "BF16", "shape": [count, *kind.shape], "data_offsets": [keys, end]},
+            "sum": {"dtype": "U8", "shape": [count, 8], "data_offsets": [keys, sums]},
+            "value": {"dtype": "BF16", "shape": [count, *kind.shape], "data_offsets": [sums, end]},
         }
         text = json.dumps(header).encode()
         with (folder / f"{start:08d}.safetensors").open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            file.write(b"".join(key_of(number) for number in range(start, start + count)))
+            file.write(addresses)
+            file.write(sums_of(np.frombuffer(addresses, KEY), np.zeros((count, 8), np.uint8)).tobytes())
             file.truncate(8 + len(text) + end)
 
 
@@ -110,9 +113,9 @@ def each_us(prepared: PreparedSet, asked: list[int]) -> float:
     """Microseconds a row, asked for in batches."""
     began = time.process_time()
     for start in range(0, len(asked), BATCH):
-        rows = [Row(f"{number}.jpg", "") for number in asked[start : start + BATCH]]
+        rows = [Asked(Row(f"{number}.jpg", ""), mirrored=False, text="") for number in asked[start : start + BATCH]]
         encoded = prepared.room(len(rows), SIZE_PX)
-        prepared.read(rows, [False] * len(rows), SIZE_PX, encoded, range(len(rows)))
+        prepared.read(rows, SIZE_PX, encoded, range(len(rows)))
     return (time.process_time() - began) / len(asked) * 1e6
 
 

@@ -12,7 +12,7 @@ from ip_adapter_trainer.adapters import Variant
 from ip_adapter_trainer.core.devices import to_device
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.settings import Part
-from ip_adapter_trainer.core.types import Encoded, Picture, Site, TextCondition
+from ip_adapter_trainer.core.types import Batch, Encoded, Picture, Site, TextCondition
 from ip_adapter_trainer.encoders import ClipImageEncoder
 from ip_adapter_trainer.families import Family
 from ip_adapter_trainer.nn.attention import DecoupledProcessor, ImageKeyValue, ImagePrompt
@@ -187,6 +187,15 @@ class Model:
         """
         moments = picture.moments if isinstance(picture, Encoded) else self.family.encode_moments(picture.pixels)
         return moments.contiguous()
+
+    def text_of(self, batch: Batch) -> TextCondition:
+        """Text condition of a batch's captions, which may have been encoded before."""
+        picture = batch.picture
+        if isinstance(picture, Encoded) and picture.text:
+            device = next(self.family.denoiser.parameters()).device
+            kept = {name: tensor.to(device) for name, tensor in picture.text.items()}
+            return self.family.condition(kept, batch.geometry)
+        return self.family.encode_text(batch.text, batch.geometry)
 
     def _dropped(self, features: Tensor, drop: Tensor | None) -> Tensor:
         if drop is None or not bool(drop.any()):

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ip_adapter_trainer.core.errors import Problem, did_you_mean
+from ip_adapter_trainer.core.launch import Runtime
 from ip_adapter_trainer.core.registry import Registry
 from ip_adapter_trainer.core.rng import key, stream
 
@@ -44,6 +46,14 @@ def test_streams_are_standard_normal_and_independent() -> None:
 def test_golden_values_keep_old_runs_resumable() -> None:
     assert key(0, "noise", 7) == 209750461367713416406844722377396588376
     assert stream(1, "order", 0).permutation(6).tolist() == [5, 2, 0, 1, 4, 3]
+
+
+@given(st.integers(0, 50), st.integers(1, 8))
+def test_the_processes_of_a_machine_share_without_gap_or_overlap(count: int, processes: int) -> None:
+    runtimes = [Runtime(None, 0, 16, torch.device("cpu"), "no", rank, processes) for rank in range(processes)]
+    portions = [runtime.portion(count) for runtime in runtimes]
+    assert [number for portion in portions for number in portion] == list(range(count))
+    assert max(map(len, portions)) - min(map(len, portions)) <= 1
 
 
 def test_unknown_names_get_a_hint() -> None:

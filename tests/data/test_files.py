@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.core.files import NotRegularError, open_regular, refusal, safe_join
+from ip_adapter_trainer.core.files import NotRegularError, open_regular, refusal, safe_join, stat_plain
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="spellings of POSIX")
 
@@ -78,3 +78,16 @@ def test_only_files_are_opened(root: Path) -> None:
         open_regular(root / "sub")
     with pytest.raises(FileNotFoundError):
         open_regular(root / "none")
+
+
+def test_the_quick_stat_tells_of_plain_files_what_the_careful_one_does(root: Path) -> None:
+    for name in ("sub/a.png", "./sub/a.png", "sub//a.png", "sub"):
+        assert stat_plain(root, name) == safe_join(root, name).stat()
+
+
+@pytest.mark.parametrize("name", [
+    "in/a.png", "in", "out/secret.png", "out", "round", "round/x", "../outside/secret.png", "/etc/passwd", "none.png",
+    "sub/a.png/x", "", "n" * 4000, "\ud800.png",
+])  # fmt: skip
+def test_the_quick_stat_leaves_all_else_to_the_careful_one(root: Path, name: str) -> None:
+    assert stat_plain(root, name) is None

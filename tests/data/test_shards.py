@@ -13,7 +13,7 @@ import torch
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.data import shards
 from ip_adapter_trainer.data.address import KEY_BYTES, Addresses, address, framed, places_of
-from ip_adapter_trainer.data.index import PictureIndex, Record
+from ip_adapter_trainer.data.index import PICTURES, PictureIndex, Record, name_key
 from ip_adapter_trainer.data.shards import Table, TableKind, TableWriter
 
 KIND = TableKind("moments", (4, 2), torch.bfloat16)
@@ -92,12 +92,15 @@ def tensor(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, obje
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
-def entries(rows: object, keys: list[int], values: list[int], **more: object) -> dict[str, object]:
+def entries(rows: object, *spans: tuple[int, int], **more: object) -> dict[str, object]:
+    shapes = {"key": ("U8", [rows, 16]), "sum": ("U8", [rows, 8]), "value": ("BF16", [rows, 4, 2])}
     return {
-        "key": {"dtype": "U8", "shape": [rows, 16], "data_offsets": keys},
-        "value": {"dtype": "BF16", "shape": [rows, 4, 2], "data_offsets": values},
+        name: {"dtype": dtype, "shape": shape, "data_offsets": list(span)}
+        for (name, (dtype, shape)), span in zip(shapes.items(), spans, strict=True)
     } | more
 
+
+ONE = (0, 16), (16, 24), (24, 40)  # where the tensors of one row are
 
 HOSTILE = {
     "empty": b"",
@@ -106,15 +109,16 @@ HOSTILE = {
     "no JSON": (4).to_bytes(8, "little") + b"{{{{",
     "nested": (3000).to_bytes(8, "little") + b"[" * 3000,
     "an array": header([1], 0),
-    "more rows than bytes": header(entries(10**15, [0, 16], [16, 32]), 32),
-    "negative rows": header(entries(-1, [0, -16], [-16, -32]), 32),
-    "no rows": header(entries(0, [0, 0], [0, 0]), 0),
-    "rows true": header(entries(True, [0, 16], [16, 32]), 32),
-    "overlap": header(entries(1, [0, 16], [0, 16]), 32),
-    "outside": header(entries(1, [0, 16], [1000, 1016]), 32),
-    "third tensor": header(entries(1, [0, 16], [16, 32], more=tensor("U8", [0], 32, 32)), 32),
-    "other shape": header(entries(1, [0, 16], [16, 32], value=tensor("BF16", [1, 8], 16, 32)), 32),
-    "other dtype": header(entries(1, [0, 16], [16, 32], value=tensor("F16", [1, 4, 2], 16, 32)), 32),
+    "more rows than bytes": header(entries(10**15, *ONE), 40),
+    "negative rows": header(entries(-1, (0, -16), (-16, -24), (-24, -40)), 40),
+    "no rows": header(entries(0, (0, 0), (0, 0), (0, 0)), 0),
+    "rows true": header(entries(True, *ONE), 40),
+    "overlap": header(entries(1, (0, 16), (0, 8), (24, 40)), 40),
+    "a gap": header(entries(1, (0, 16), (17, 25), (25, 41)), 40),
+    "outside": header(entries(1, (0, 16), (16, 24), (1000, 1016)), 40),
+    "fourth tensor": header(entries(1, *ONE, more=tensor("U8", [0], 40, 40)), 40),
+    "other shape": header(entries(1, *ONE, value=tensor("BF16", [1, 8], 24, 40)), 40),
+    "other dtype": header(entries(1, *ONE, value=tensor("F16", [1, 4, 2], 24, 40)), 40),
 }  # fmt: skip
 
 
@@ -128,8 +132,48 @@ def test_what_is_no_shard_is_refused(tmp_path: Path, content: bytes) -> None:
 
 def test_the_hostile_frame_itself_is_sound(tmp_path: Path) -> None:
     (tmp_path / KIND.folder).mkdir(parents=True)
-    (tmp_path / KIND.folder / "x.safetensors").write_bytes(header(entries(1, [0, 16], [16, 32]), 32))
+    (tmp_path / KIND.folder / "x.safetensors").write_bytes(header(entries(1, (24, 40), (0, 8), (8, 24)), 40))
     assert len(Table(tmp_path, KIND)) == 1
+
+
+def test_a_shard_without_checksums_is_told_apart(tmp_path: Path) -> None:
+    old = {"key": tensor("U8", [1, 16], 0, 16), "value": tensor("BF16", [1, 4, 2], 16, 32)}
+    (tmp_path / KIND.folder).mkdir(parents=True)
+    (tmp_path / KIND.folder / "x.safetensors").write_bytes(header(old, 32))
+    with pytest.raises(Problem, match=r"no checksums: an earlier version[^$]*x\.safetensors[^$]*prepare"):
+        Table(tmp_path, KIND)
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (3,), (5, 1)])
+def test_any_bit_that_flips_on_the_disk_is_found(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    kind = TableKind("moments", shape, torch.bfloat16)
+    fill(tmp_path, range(1, 4), kind)
+    file = next((tmp_path / kind.folder).iterdir())
+    sound = file.read_bytes()
+    values = (
+        8
+        + int.from_bytes(sound[:8], "little")
+        + json.loads(sound[8:].split(b"}}")[0] + b"}}")["value"]["data_offsets"][0]
+    )
+    table = Table(tmp_path, kind)
+    places, rows = table.find([address(number) for number in (1, 2, 3)]).tolist(), table.room(3)
+    assert table.fill(rows, [0, 2], [places[0], places[2]]) == []
+    for bit in range(8 * kind.value_bytes):
+        flipped = bytearray(sound)
+        flipped[values + kind.value_bytes + bit // 8] ^= 1 << bit % 8
+        file.write_bytes(flipped)
+        assert table.fill(rows, range(3), places) == [places[1]], "the second row that was written"
+    assert table.file_of(places[1]) == file
+
+
+def test_damaged_records_of_pictures_are_refused(tmp_path: Path) -> None:
+    writer = TableWriter(tmp_path, PICTURES)
+    writer.add(name_key("a"), Record(1, 2, 3, (4, 5), b"c" * 16).packed())
+    writer.seal()
+    file = next((tmp_path / PICTURES.folder).iterdir())
+    file.write_bytes(file.read_bytes().replace(b"c" * 16, b"d" * 16))
+    with pytest.raises(Problem, match="not what was written"):
+        PictureIndex(tmp_path)
 
 
 def test_a_torn_shard_is_refused(tmp_path: Path) -> None:
@@ -141,8 +185,6 @@ def test_a_torn_shard_is_refused(tmp_path: Path) -> None:
 
 
 def test_of_several_records_the_newest_counts(tmp_path: Path) -> None:
-    from ip_adapter_trainer.data.index import PICTURES, name_key
-
     for noted, side in ((5, 50), (9, 90), (7, 70)):
         writer = TableWriter(tmp_path, PICTURES)
         writer.add(name_key("a"), Record(1, 2, noted, (side, 3), b"c" * 16).packed())

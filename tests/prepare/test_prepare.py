@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPVisionModelWithProjection
+from diffusers import UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 from ip_adapter_trainer.config import parse
 from ip_adapter_trainer.core.errors import DataProblem, Problem, StorageProblem
@@ -143,6 +144,46 @@ def test_both_kinds_of_feature_come_of_one_pass_and_serve_every_variant(
     assert content(tmp_path / "set") == content(tmp_path / "apart"), "bit for bit as one kind at a time"
 
 
+@pytest.mark.parametrize("base", ["sd1", "sdxl"])
+def test_only_the_encoders_are_loaded(
+    go: Callable, base_folder: Callable, monkeypatch: pytest.MonkeyPatch, base: str
+) -> None:
+    def refuse(*args: object, **settings: object) -> None:
+        raise AssertionError("loaded")
+
+    for needless in (UNet2DConditionModel, CLIPTextModel, CLIPTextModelWithProjection):
+        monkeypatch.setattr(needless, "from_pretrained", refuse)
+    assert go(pretrained_model_name_or_path=base_folder(base)).encoded == 16
+
+
+@pytest.mark.parametrize(("base", "tables"), [("sd1", {"context"}), ("sdxl", {"context", "text_embeds"})])
+def test_each_caption_is_encoded_once_and_only_where_that_is_asked(
+    go: Callable, rows: Path, base_folder: Callable, tmp_path: Path, base: str, tables: set[str]
+) -> None:
+    (rows / "data.json").write_text((rows / "data.json").read_text().replace("picture 3.png", "picture 4.png"))
+    model = {"pretrained_model_name_or_path": base_folder(base)}
+    assert go(**model).captions == 0
+    first = go(**model, prepare_text=True)
+    assert (first.captions, first.encoded) == (8, 0), "seven captions and the empty one"
+    assert {folder.name for folder in (tmp_path / "set").iterdir() if folder.is_dir()} == {
+        "moments", "image_embeds", "pictures", *tables
+    }  # fmt: skip
+    assert go(**model, prepare_text=True).captions == 0
+    assert go(**model, prepare_text=True, mixed_precision="bf16").captions == 8
+    other = tiny.make_base(tmp_path / "other", base, seed=7)  # type: ignore[arg-type]
+    assert go(pretrained_model_name_or_path=other, prepare_text=True).captions == 8
+
+
+def test_the_disk_that_is_told_counts_the_text(go: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go(prepared_dir=tmp_path / "plain")
+    filled = sum(file.stat().st_size for file in (tmp_path / "plain").rglob("*.safetensors"))
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(running.shutil, "disk_usage", lambda path: usage(0, 0, 2**20 + int(1.3 * filled)))
+    with pytest.raises(StorageProblem, match="too small"):
+        go(prepare_text=True)
+    go()
+
+
 def test_faults_are_counted_and_tried_again(go: Callable, rows: Path, tmp_path: Path) -> None:
     whole = (rows / "2.png").read_bytes()
     (rows / "2.png").write_bytes(whole[:-60])
@@ -225,11 +266,11 @@ def test_broken_off_it_goes_on_where_it_was(
 
 
 def test_two_processes_give_the_same_set(go: Callable, flags: Callable, tmp_path: Path) -> None:
-    go(prepared_dir=tmp_path / "whole")
+    go(prepared_dir=tmp_path / "whole", prepare_text=True)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu"]
     launch += ["--mixed_precision", "no", "--main_process_port", "0", "-m", "ip_adapter_trainer", "prepare"]
-    done = subprocess.run([*launch, *flags()], env=environment(), capture_output=True, text=True)
+    done = subprocess.run([*launch, *flags(prepare_text=True)], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "8 pictures, 8 read and 16 encodings made now" in done.stderr
+    assert "8 pictures, 8 read and 16 encodings made now, 9 captions" in done.stderr
     assert content(tmp_path / "set") == content(tmp_path / "whole")
     assert go().encoded == 0

@@ -14,6 +14,8 @@ from PIL import Image
 
 from ip_adapter_trainer.config import parse
 from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.families.sd import StableDiffusion
+from ip_adapter_trainer.families.sdxl import StableDiffusionXL
 from ip_adapter_trainer.prepare.config import PrepareConfig
 from ip_adapter_trainer.prepare.run import Report, prepare
 from ip_adapter_trainer.train import checkpoint
@@ -138,6 +140,34 @@ def test_a_prepared_run_holds_no_encoders_and_draws_the_same_grid(
     assert np.abs(grids[0] - grids[1]).max() <= 1, "rounding: pictures were encoded in other batches"
 
 
+@pytest.mark.parametrize("base", ["sd1", "sd2v", "sdxl"])
+def test_text_that_was_kept_trains_the_same_and_is_not_encoded_again(
+    run: Callable, flags: Callable, tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extra = {"base": base, "text_drop_rate": 0.4}
+    prepared(flags, tmp_path / "raw", tmp_path / "set", prepare_text=True, **extra)
+    raw = run(tmp_path / "raw", **extra)
+    kind = StableDiffusionXL if base == "sdxl" else StableDiffusion
+    honest = kind.encode_captions
+
+    def probe_only(self: object, texts: list[str]) -> dict[str, torch.Tensor]:
+        assert texts == [""], "only what the tables look like is asked"
+        return honest(self, texts)
+
+    monkeypatch.setattr(kind, "encode_captions", probe_only)
+    assert_same_training(raw, run(tmp_path / "encoded", prepared_dir=tmp_path / "set", prepare_text=True, **extra))
+
+
+def test_a_set_without_text_is_told_where_text_is_wanted(run: Callable, flags: Callable, tmp_path: Path) -> None:
+    prepared(flags, tmp_path / "raw", tmp_path / "set")
+    with pytest.raises(Problem, match=r"lacks 12 of 12 rows[^$]*ip-adapter prepare[^$]*--prepare_text"):
+        run(tmp_path / "encoded", prepared_dir=tmp_path / "set", prepare_text=True)
+    with pytest.raises(Problem, match="no prepared set to keep text in"):
+        run(tmp_path / "encoded", prepare_text=True)
+    run(tmp_path / "auto", prepare="auto", prepare_text=True, max_train_steps=14)
+    assert list((tmp_path / "auto" / "prepared" / "context").iterdir())
+
+
 def test_a_faulty_row_is_replaced_by_the_same_row(run: Callable, flags: Callable, tmp_path: Path) -> None:
     extra = own_rows(tmp_path / "rows", 8) | {"max_fault_rate": 0.5, "aspect_ratio_buckets": True, "bucket_step_px": 8}
     for number in (1, 5):
@@ -178,6 +208,38 @@ def test_a_picture_that_changed_is_a_fault_and_never_served_stale(
     assert fault["kind"] == "changed" and "3.png" in fault["where"] and "prepare" in fault["remedy"]
     report = prepared(flags, tmp_path / "raw", tmp_path / "set", **extra)
     assert report.encoded == 0, "the same content was encoded under another name"
+    assert_same_training(
+        run(tmp_path / "raw", **extra), run(tmp_path / "again", prepared_dir=tmp_path / "set", **extra)
+    )
+
+
+def test_a_picture_that_became_a_link_out_of_the_root_is_the_same_fault(
+    run: Callable, flags: Callable, tmp_path: Path
+) -> None:
+    extra = own_rows(tmp_path / "rows", 6) | {"max_fault_rate": 0.5}
+    prepared(flags, tmp_path / "raw", tmp_path / "set", **extra)
+    (tmp_path / "rows" / "3.png").rename(tmp_path / "3.png")
+    (tmp_path / "rows" / "3.png").symlink_to(tmp_path / "3.png")
+    raw, encoded = run(tmp_path / "raw", **extra), run(tmp_path / "encoded", prepared_dir=tmp_path / "set", **extra)
+    assert_same_training(raw, encoded)
+    a, b = ((output / "faults.jsonl").read_text() for output in (raw, encoded))
+    assert a == b and json.loads(a)["kind"] == "unsafe_path"
+
+
+def test_values_that_were_damaged_on_the_disk_are_faults_that_name_the_file(
+    run: Callable, flags: Callable, tmp_path: Path
+) -> None:
+    extra = own_rows(tmp_path / "rows", 6) | {"max_fault_rate": 0.5}
+    prepared(flags, tmp_path / "raw", tmp_path / "set", **extra)
+    (shard,) = (tmp_path / "set").glob("moments/*/*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 64  # values come last, or in other versions of safetensors first
+    shard.write_bytes(content)
+    encoded = run(tmp_path / "encoded", prepared_dir=tmp_path / "set", **extra)
+    fault = json.loads((encoded / "faults.jsonl").read_text())
+    assert fault["kind"] == "damaged_values" and str(shard) in fault["remedy"]
+    shard.unlink()
+    prepared(flags, tmp_path / "raw", tmp_path / "set", **extra)
     assert_same_training(
         run(tmp_path / "raw", **extra), run(tmp_path / "again", prepared_dir=tmp_path / "set", **extra)
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ip_adapter_trainer.core.devices import to_device
 
@@ -60,6 +60,7 @@ class Encoded:
 
     moments: Tensor  # [2C, h, w] or [B, 2C, h, w]: mean and log variance of the latents' posterior, unscaled
     features: Tensor  # [E] or [T, E], or with [B, ...]: of the image prompt
+    text: dict[str, Tensor] = field(default_factory=dict)  # of the caption, as the family encodes it; empty: not kept
 
 
 Picture = Pixels | Encoded
@@ -93,7 +94,13 @@ class Batch:
 def map_tensors(function: Callable[..., Tensor], first: P, *others: P) -> P:
     """A picture of the same kind whose tensors are `function` of those of one or more pictures."""
     names = [f.name for f in fields(first)]
-    return type(first)(**{name: function(*(getattr(p, name) for p in (first, *others))) for name in names})
+    return type(first)(**{name: _mapped(function, *(getattr(p, name) for p in (first, *others))) for name in names})
+
+
+def _mapped(function: Callable[..., Tensor], first: Any, *others: Any) -> Any:
+    if isinstance(first, dict):
+        return {name: function(tensor, *(other[name] for other in others)) for name, tensor in first.items()}
+    return function(first, *others)
 
 
 @dataclass(frozen=True)

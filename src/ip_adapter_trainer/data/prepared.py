@@ -24,6 +24,14 @@ _CHUNK_ROWS = 65536
 _MAX_MAPS = 512  # shards mapped at a time over all tables, half the usual limit of open files
 
 
+class Asked(NamedTuple):
+    """What is wanted of a row."""
+
+    row: Row
+    mirrored: bool
+    text: str  # its caption, or none where that is dropped
+
+
 class _Found(NamedTuple):
     """Where a row's values are and how its target was cut."""
 
@@ -38,7 +46,8 @@ class PreparedSet:
 
         prepared = PreparedSet(folder, recipe, Pictures.of(manifest.root, config))
         encoded = prepared.room(len(rows), target_px)
-        geometry = prepared.read(rows, [False] * len(rows), target_px, encoded, range(len(rows)))
+        asked = [Asked(row, mirrored=False, text=row.text) for row in rows]
+        geometry = prepared.read(asked, target_px, encoded, range(len(rows)))
 
     Raises:
         Problem: a damaged shard.
@@ -76,7 +85,18 @@ class PreparedSet:
                 for place in np.flatnonzero(~there).tolist()
                 if places[place] < 0 or self._pictures.stat(used[place][1]) is not None
             }
+            captions = self.captions_there([row.text for row in chunk]) & self.captions_there([""])  # dropped text
+            missing.update(np.flatnonzero(~captions).tolist())
             yield from (first + number for number in sorted(missing))
+
+    def captions_there(self, captions: Sequence[str]) -> NDArray[np.bool_]:
+        """Whether what was made of each caption is in the set, [captions]; nothing is wanted if text is not kept."""
+        there = np.ones(len(captions), np.bool_)
+        if self.recipe.text is not None:
+            contents = [caption.encode() for caption in captions]
+            for kind, keys in zip(self.recipe.text.tables, self.recipe.text.keys, strict=True):
+                there &= self.tables[kind].find(keys.of(contents)) >= 0
+        return there
 
     def all_there(self, places: NDArray[np.int64], uses: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Whether everything wanted of each picture, used so, is in the set; a known fault wants nothing.
@@ -108,53 +128,62 @@ class PreparedSet:
 
     def room(self, count: int, target_px: Size) -> Encoded:
         """Tensors for so many rows of one size, of which nothing is set."""
-        moments, features = (self.tables[kind].room(count) for kind in self._kinds(target_px))
-        return Encoded(moments, features)
+        moments, features, *text = (self.tables[kind].room(count) for kind in self._kinds(target_px))
+        names = [kind.name for kind in self._text_kinds]
+        return Encoded(moments, features, dict(zip(names, text, strict=True)))
+
+    @property
+    def _text_kinds(self) -> tuple[TableKind, ...]:
+        return self.recipe.text.tables if self.recipe.text else ()
 
     def _kinds(self, target_px: Size) -> tuple[TableKind, ...]:
-        return self.recipe.moments[target_px], self.recipe.features[0]
+        return self.recipe.moments[target_px], self.recipe.features[0], *self._text_kinds
 
     def read(
-        self, rows: Sequence[Row], mirrored: Sequence[bool], target_px: Size, into: Encoded, slots: Sequence[int]
+        self, asked: Sequence[Asked], target_px: Size, into: Encoded, slots: Sequence[int]
     ) -> list[Geometry | PictureFault]:
         """Copies what the encoders said of rows into slots of a batch, and says how each row's target was cut.
 
         A row has a fault in place of its geometry, and nothing in its slot, if one of its pictures could not be read,
         changed since, or is not in the set.
         """
-        found = self._found(rows, mirrored, target_px)
-        for column, (kind, stack) in enumerate(zip(self._kinds(target_px), (into.moments, into.features), strict=True)):
+        found, stacks = self._found(asked, target_px), (into.moments, into.features, *into.text.values())
+        for column, (kind, stack) in enumerate(zip(self._kinds(target_px), stacks, strict=True)):
             self._fill(self.tables[kind], column, found, stack, slots)
         return [one if isinstance(one, PictureFault) else one.geometry for one in found]
 
-    def _found(self, rows: Sequence[Row], mirrored: Sequence[bool], target_px: Size) -> list[_Found | PictureFault]:
+    def _found(self, asked: Sequence[Asked], target_px: Size) -> list[_Found | PictureFault]:
         """The addresses of each row's values, if its pictures are what they were when they were encoded."""
-        own = [row.prompt_image_file for row in rows]
-        records = self._records([row.image_file for row in rows] + [name for name in own if name is not None])
-        others = iter(records[len(rows) :])
+        own = [row.prompt_image_file for row, _, _ in asked]
+        records = self._records([row.image_file for row, _, _ in asked] + [name for name in own if name is not None])
+        others, text_keys = iter(records[len(asked) :]), self.recipe.text.keys if self.recipe.text else ()
         found: list[_Found | PictureFault] = []
-        for target, name, side in zip(records, own, mirrored, strict=False):
+        for (_, side, text), target, name in zip(asked, records, own, strict=False):
             prompt, prompt_side = (target, side) if name is None else (next(others), False)
             if isinstance(target, PictureFault) or isinstance(prompt, PictureFault):
                 found.append(target if isinstance(target, PictureFault) else prompt)  # type: ignore[arg-type]
                 continue
             moments = self.recipe.targets[target_px, side].keys(target.content)
             features = self.recipe.prompts[self.recipe.features[0], prompt_side].keys(prompt.content)
-            found.append(_Found((moments, features), crop.plan(target.size_px, target_px)[1]))
+            captions = [keys(text.encode()) for keys in text_keys]
+            found.append(_Found((moments, features, *captions), crop.plan(target.size_px, target_px)[1]))
         return found
 
     def _fill(
         self, table: Table, column: int, found: list[_Found | PictureFault], stack: Tensor, slots: Sequence[int]
     ) -> None:
-        """Copies one value of each row into its slot; what is not there makes the row a fault."""
+        """Copies one value of each row into its slot; what is not there or damaged makes the row a fault."""
         asked = [(number, one.keys[column]) for number, one in enumerate(found) if not isinstance(one, PictureFault)]
         places = table.find([key for _, key in asked]).tolist()
         there = [(slots[number], place) for (number, _), place in zip(asked, places, strict=True) if place >= 0]
-        table.fill(stack, [slot for slot, _ in there], [place for _, place in there])
+        damaged = table.fill(stack, [slot for slot, _ in there], [place for _, place in there])
         for (number, _), place in zip(asked, places, strict=True):
             if place < 0:
                 what = f"its {table.kind.name} are not in the prepared set"
                 found[number] = PictureFault("not_prepared", what, _AGAIN)
+            elif place in damaged:
+                what = f"its {table.kind.name} in the prepared set are not what was written"
+                found[number] = PictureFault("damaged_values", what, f"remove {table.file_of(place)} and {_AGAIN}")
 
     def _records(self, names: Sequence[str]) -> list[Record | PictureFault]:
         """The record of each picture whose file, if there still is one, holds what was encoded."""

@@ -15,7 +15,7 @@ from ip_adapter_trainer.core.types import Geometry, Picture, Pixels, Row, map_te
 from ip_adapter_trainer.data.config import CutConfig
 from ip_adapter_trainer.data.layout import Size
 from ip_adapter_trainer.data.pictures import Pictures
-from ip_adapter_trainer.data.prepared import PreparedSet
+from ip_adapter_trainer.data.prepared import Asked, PreparedSet
 from ip_adapter_trainer.images import crop
 from ip_adapter_trainer.images.decode import PictureFault
 
@@ -117,8 +117,9 @@ class PreparedReading:
 
     def read(self, rows: Sequence[Row], slots: Sequence[int]) -> list[Geometry | PictureFault]:
         """See `Reading.read`."""
-        mirrored = [self._batch[slot].mirrored for slot in slots]
-        return self._prepared.read(rows, mirrored, self._target_px, self._encoded, slots)
+        settled = [self._batch[slot] for slot in slots]
+        asked = [Asked(r, s.mirrored, "" if s.drop_text else r.text) for r, s in zip(rows, settled, strict=True)]
+        return self._prepared.read(asked, self._target_px, self._encoded, slots)
 
     def picture(self) -> Picture:
         """See `Reading.picture`."""

@@ -20,6 +20,7 @@ from ip_adapter_trainer.images.ground import Colour
 Size = tuple[int, int]
 
 FORMAT = 1  # part of every address; raise it when the same settings cut or preprocess to other pixels than before
+TEXT_FORMAT = 1  # the same for captions
 TARGET, PROMPT, MIRRORED_PROMPT, ALL_USES = 1, 2, 4, 8  # what a picture is used as; added up, less than the last
 
 
@@ -31,6 +32,26 @@ class View:
     key: bytes
     target_px: Size | None  # cut to this size for the autoencoder; None: preprocessed for the image encoder
     mirrored: bool
+
+
+@dataclass(frozen=True)
+class TextRecipe:
+    """All that decides what a caption is encoded to, but for the caption.
+
+    Attributes:
+        encoders: identity of the text encoders and of the rules by which they are asked.
+        tables: one for each tensor that the family makes of a caption.
+    """
+
+    encoders: str
+    tables: tuple[TableKind, ...]
+
+    @cached_property
+    def keys(self) -> tuple[Addresses, ...]:
+        """By the caption in UTF-8, for each table."""
+        return tuple(
+            Addresses(framed(kind.name), framed(TEXT_FORMAT, self.encoders, str(kind.dtype))) for kind in self.tables
+        )
 
 
 Views = tuple[View, ...]  # of one picture, by the same pixels
@@ -63,6 +84,7 @@ class Recipe:
         encoder: identity of the image encoder.
         moments: the table of each size.
         features: the tables of the kinds of feature wanted.
+        text: how captions are encoded, if they are.
     """
 
     buckets: Buckets
@@ -73,11 +95,13 @@ class Recipe:
     encoder: str
     moments: dict[Size, TableKind]
     features: tuple[TableKind, ...]
+    text: TextRecipe | None = None
 
     @property
     def tables(self) -> list[TableKind]:
         """All tables, each once; sizes whose latents have one shape share theirs."""
-        return list(dict.fromkeys([*self.moments.values(), *self.features]))
+        text = self.text.tables if self.text else ()
+        return list(dict.fromkeys([*self.moments.values(), *self.features, *text]))
 
     @cached_property
     def targets(self) -> dict[tuple[Size, bool], Way]:

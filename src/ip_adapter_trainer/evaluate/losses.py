@@ -151,7 +151,7 @@ def _errors(
     shape = (moments.shape[1] // 2, *moments.shape[2:])
     posterior, noise, timesteps = _draw(process, batch, shape, seed)
     latents = family.sample_latents(moments, posterior)
-    text = family.encode_text(batch.text, batch.geometry)
+    text = model.text_of(batch)
     for band in range(BANDS):
         t, e = timesteps[:, band].to(device), noise[:, band].to(device)
         noisy, target = process.add_noise(latents, e, t).to(model.dtype), process.target(latents, e, t)

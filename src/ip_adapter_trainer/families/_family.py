@@ -7,7 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from ip_adapter_trainer.core.registry import Registry
 from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.core.types import Geometry, Site, TextCondition
 from ip_adapter_trainer.nn.packed import Storage
+
+PartName = Literal["autoencoder", "denoiser", "text"]
+PARTS: tuple[PartName, ...] = ("autoencoder", "denoiser", "text")
 
 
 class Family(ABC):
@@ -48,9 +51,19 @@ class Family(ABC):
     @classmethod
     @abstractmethod
     def load(
-        cls, path: str, config: Part, *, dtype: torch.dtype, device: torch.device | str, storage: Storage = "none"
+        cls,
+        path: str,
+        config: Part,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        parts: Sequence[PartName] = PARTS,
+        storage: Storage = "none",
     ) -> Family:
-        """Loads every frozen part from a pipeline folder or hub id; `storage` is how the denoiser keeps its weights."""
+        """Loads frozen parts from a pipeline folder or hub id; what needs another part must not be asked then.
+
+        `storage` is how the denoiser keeps its weights.
+        """
 
     @abstractmethod
     def sites(self) -> list[Site]:
@@ -85,9 +98,28 @@ class Family(ABC):
     def processors(self) -> dict[str, Any]:
         """The processors now in place, by site name."""
 
-    @abstractmethod
     def encode_text(self, texts: Sequence[str], geometry: Sequence[Geometry]) -> TextCondition:
         """Text condition of B prompts; the empty prompt is encoded as the pipeline encodes its unconditional."""
+        return self.condition(self.encode_captions(texts), geometry)
+
+    @abstractmethod
+    def encode_captions(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """What depends on B prompts alone: `context` [B, L, D] and the family's own, [B, ...] each."""
+
+    def condition(self, captions: Mapping[str, Tensor], geometry: Sequence[Geometry]) -> TextCondition:
+        """The text condition of what `encode_captions` gave, now or when a set was prepared."""
+        own = {name: tensor for name, tensor in captions.items() if name != "context"}
+        return TextCondition(captions["context"], own)
+
+    @property
+    @abstractmethod
+    def text_encoders(self) -> Sequence[Any]:
+        """The modules that `encode_captions` runs, each with a `config`."""
+
+    @property
+    @abstractmethod
+    def text_rules(self) -> str:
+        """What else `encode_captions` depends on, but for the text: the tokenizers' words, the family's own rules."""
 
     @property
     @abstractmethod

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from ip_adapter_trainer.core.devices import to_device
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.log import quiet_loading
 from ip_adapter_trainer.core.types import Site, TextCondition
-from ip_adapter_trainer.families._family import Family
+from ip_adapter_trainer.families._family import Family, PartName
 from ip_adapter_trainer.nn.packed import Storage, pack
 
 PROCESSOR = ".processor"
@@ -37,7 +38,8 @@ def load_pipeline(
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(False)
-    pack_denoiser(pipeline.unet, storage, device)
+    if pipeline.unet is not None:
+        pack_denoiser(pipeline.unet, storage, device)
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -52,19 +54,32 @@ def pack_denoiser(unet: torch.nn.Module, storage: Storage, device: torch.device 
     pack(unet, storage, device, lambda name: any(part in name for part in _SPARED))
 
 
+def _context_dim(unet: Any) -> int:
+    dim = unet.config.cross_attention_dim
+    if not isinstance(dim, int):
+        what = f"the UNet's cross_attention_dim is {dim}, one width for all blocks is needed"
+        raise Problem(what, where="unet/config.json", remedy="no adapter file could describe this model")
+    return dim
+
+
 class UNetFamily(Family):
     """A family whose denoiser is a `UNet2DConditionModel` and whose pictures live in an `AutoencoderKL`."""
 
     layer_groups = {"up": ("up_blocks",)}  # noqa: RUF012
+    components: ClassVar[Mapping[PartName, tuple[str, ...]]] = {
+        "autoencoder": ("vae",), "denoiser": ("unet",), "text": ("tokenizer", "text_encoder"),
+    }  # fmt: skip
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
         self.denoiser = pipeline.unet
-        dim = self.denoiser.config.cross_attention_dim
-        if not isinstance(dim, int):
-            what = f"the UNet's cross_attention_dim is {dim}, one width for all blocks is needed"
-            raise Problem(what, where="unet/config.json", remedy="no adapter file could describe this model")
-        self.context_dim = dim
+        if self.denoiser is not None:
+            self.context_dim = _context_dim(self.denoiser)
+
+    @classmethod
+    def without(cls, parts: Sequence[PartName]) -> dict[str, None]:
+        """What a pipeline is told so that it loads only these parts."""
+        return {name: None for part, names in cls.components.items() if part not in parts for name in names}
 
     def sites(self) -> list[Site]:
         """N counts every attention processor in module order (down, up, mid), so cross-attention has the odd ones."""
@@ -100,6 +115,21 @@ class UNetFamily(Family):
         """See `Family.latent_shape`."""
         factor = 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
         return int(self.pipeline.vae.config.latent_channels), height_px // factor, width_px // factor
+
+    def _text(self, kind: str) -> list[Any]:
+        """The pipeline's text encoders or tokenizers, which are called alike and numbered from the second on."""
+        return [self.pipeline.components[name] for name in self.components["text"] if name.startswith(kind)]
+
+    @property
+    def text_encoders(self) -> Sequence[Any]:
+        """See `Family.text_encoders`."""
+        return self._text("text_encoder")
+
+    @property
+    def text_rules(self) -> str:
+        """See `Family.text_rules`."""
+        words = [(sorted(t.get_vocab().items()), t.model_max_length) for t in self._text("tokenizer")]
+        return json.dumps([words, self.pipeline.config.get("force_zeros_for_empty_prompt")])
 
     @property
     def autoencoder(self) -> Any:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ip_adapter_trainer.core.settings import Part
-from ip_adapter_trainer.core.types import Geometry, TextCondition
-from ip_adapter_trainer.families._family import FAMILIES
+from ip_adapter_trainer.families._family import FAMILIES, PARTS, PartName
 from ip_adapter_trainer.families._text import run_text_encoder
 from ip_adapter_trainer.families._unet import UNetFamily, load_pipeline
 from ip_adapter_trainer.nn.packed import Storage
@@ -34,16 +34,24 @@ class StableDiffusion(UNetFamily):
 
     @classmethod
     def load(
-        cls, path: str, config: Part, *, dtype: torch.dtype, device: torch.device | str, storage: Storage = "none"
+        cls,
+        path: str,
+        config: Part,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        parts: Sequence[PartName] = PARTS,
+        storage: Storage = "none",
     ) -> StableDiffusion:
         """See `Family.load`."""
         from diffusers import StableDiffusionPipeline
 
         without = {"safety_checker": None, "requires_safety_checker": False, "image_encoder": None}
+        without |= cls.without(parts)
         return cls(load_pipeline(StableDiffusionPipeline, path, dtype=dtype, device=device, storage=storage, **without))
 
     @torch.no_grad()
-    def encode_text(self, texts: Sequence[str], geometry: Sequence[Geometry]) -> TextCondition:
-        """Last hidden states of the text encoder, as `pipeline.encode_prompt` gives them; geometry plays no part."""
+    def encode_captions(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Last hidden states of the text encoder, as `pipeline.encode_prompt` gives them."""
         output = run_text_encoder(self.pipeline.tokenizer, self.pipeline.text_encoder, texts)
-        return TextCondition(output.last_hidden_state)
+        return {"context": output.last_hidden_state}

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ip_adapter_trainer.core.devices import to_device
 from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.core.types import Geometry, TextCondition
-from ip_adapter_trainer.families._family import FAMILIES
+from ip_adapter_trainer.families._family import FAMILIES, PARTS, PartName
 from ip_adapter_trainer.families._text import run_text_encoder
 from ip_adapter_trainer.families._unet import UNetFamily, load_pipeline
 from ip_adapter_trainer.nn.packed import Storage
@@ -35,6 +36,10 @@ class StableDiffusionXL(UNetFamily):
         12: _RECOMPUTED | {"quantize": "int8"},
         24: _ONE_BY_ONE,
     }
+    components = {  # noqa: RUF012
+        **UNetFamily.components,
+        "text": ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
+    }
 
     @classmethod
     def matches(cls, model_index: Mapping[str, Any]) -> bool:
@@ -43,22 +48,29 @@ class StableDiffusionXL(UNetFamily):
 
     @classmethod
     def load(
-        cls, path: str, config: Part, *, dtype: torch.dtype, device: torch.device | str, storage: Storage = "none"
+        cls,
+        path: str,
+        config: Part,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        parts: Sequence[PartName] = PARTS,
+        storage: Storage = "none",
     ) -> StableDiffusionXL:
         """See `Family.load`."""
         from diffusers import StableDiffusionXLPipeline
 
-        without: dict[str, Any] = {"image_encoder": None, "add_watermarker": False}
+        without: dict[str, Any] = {"image_encoder": None, "add_watermarker": False, **cls.without(parts)}
         pipeline = load_pipeline(
             StableDiffusionXLPipeline, path, dtype=dtype, device=device, storage=storage, **without
         )
-        if dtype == torch.float16 and pipeline.vae.config.force_upcast:
+        if dtype == torch.float16 and pipeline.vae is not None and pipeline.vae.config.force_upcast:
             pipeline.vae.to(torch.float32)  # SDXL's own VAE overflows in fp16; the pipeline upcasts it likewise
         return cls(pipeline)
 
     @torch.no_grad()
-    def encode_text(self, texts: Sequence[str], geometry: Sequence[Geometry]) -> TextCondition:
-        """Both encoders' penultimate states side by side, the pooled embedding, and six numbers of geometry a picture.
+    def encode_captions(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Both encoders' penultimate states side by side, and the second one's pooled embedding [B, P].
 
         Where the pipeline zeroes the empty prompt (`force_zeros_for_empty_prompt`), an empty text is zeros here too:
         the encoding of "" is not what it feeds as unconditional.
@@ -70,6 +82,11 @@ class StableDiffusionXL(UNetFamily):
         if self.pipeline.config.force_zeros_for_empty_prompt:
             named = to_device(torch.tensor([bool(text) for text in texts], dtype=context.dtype), context.device)
             context, pooled = context * named[:, None, None], pooled * named[:, None]
+        return {"context": context, "text_embeds": pooled}
+
+    def condition(self, captions: Mapping[str, Tensor], geometry: Sequence[Geometry]) -> TextCondition:
+        """See `Family.condition`; adds six numbers of geometry a picture, `time_ids` [B, 6]."""
+        context = captions["context"]
         numbers = [[*g.original_px, *g.crop_px, *g.target_px] for g in geometry]
         time_ids = to_device(torch.tensor(numbers, dtype=context.dtype), context.device)
-        return TextCondition(context, {"text_embeds": pooled, "time_ids": time_ids})
+        return TextCondition(context, {"text_embeds": captions["text_embeds"], "time_ids": time_ids})

@@ -29,6 +29,9 @@ class SetConfig(Part):
     prepared_dir: str | None = Field(
         None, description="Prepared set (ip-adapter prepare) to train from; default: encode pictures at every step."
     )
+    prepare_text: bool = Field(
+        False, description="Keep the text encoders' output for every caption too: large, and worth it for small sets."
+    )
     encode_batch_size: int = Field(8, gt=0, description="Pictures that are encoded at once while a set is prepared.")
 
 

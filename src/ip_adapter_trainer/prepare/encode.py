@@ -7,6 +7,7 @@ neither on how the work was shared nor on where a run was broken off.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +29,13 @@ Kinds = tuple[TableKind, ...]  # tables that one pass of an encoder fills
 
 def encode_with(family: Family, encoder: ClipImageEncoder) -> Encode:
     """What fills the tables: the autoencoder the moments, the image encoder all features at once."""
+    return partial(_encode, family, encoder)
 
-    def encode(pixels: Tensor, names: Sequence[str]) -> Mapping[str, Tensor]:
-        if names == ["moments"]:
-            return {"moments": family.encode_moments(pixels)}
-        return encoder.encode_each(pixels, [kind for kind in FEATURES if kind in names])
 
-    return encode
+def _encode(family: Family, encoder: ClipImageEncoder, pixels: Tensor, names: Sequence[str]) -> Mapping[str, Tensor]:
+    if "moments" in names:
+        return {"moments": family.encode_moments(pixels)}
+    return encoder.encode_each(pixels, [kind for kind in FEATURES if kind in names])
 
 
 class Encoding:
@@ -86,13 +87,21 @@ class Encoding:
         filled = [pixels for _, pixels in waiting] + [waiting[0][1]] * (self._batch_images - len(waiting))
         made = self._encode_with(torch.from_numpy(np.stack(filled)), [kind.name for kind in kinds])
         for number, kind in enumerate(kinds):
-            values = made[kind.name][: len(waiting)].cpu()
-            if not bool(torch.isfinite(values).all()):
-                what = f"an encoder gave {kind.name} that are not finite in {kind.dtype}"
-                raise NotFiniteProblem(what, where="--mixed_precision", remedy="take bf16, or no")
-            for (views, _), value in zip(waiting, values, strict=True):
-                self._writer(kind).add(views[number].key, value)
+            self.keep(kind, [views[number].key for views, _ in waiting], made[kind.name][: len(waiting)])
         self.encoded += len(waiting)
+
+    def keep(self, kind: TableKind, keys: Sequence[bytes], values: Tensor) -> None:
+        """Adds values [B, ...] to a table.
+
+        Raises:
+            NotFiniteProblem: some are not finite.
+        """
+        values = values.cpu()
+        if not bool(torch.isfinite(values).all()):
+            what = f"an encoder gave {kind.name} that are not finite in {kind.dtype}"
+            raise NotFiniteProblem(what, where="--mixed_precision", remedy="take bf16, or no")
+        for key, value in zip(keys, values, strict=True):
+            self._writer(kind).add(key, value)
 
     def _writer(self, kind: TableKind) -> TableWriter:
         if kind not in self._writers:

@@ -13,10 +13,10 @@ from torch import nn
 from ip_adapter_trainer.core.launch import Runtime
 from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.data.config import CutConfig
-from ip_adapter_trainer.data.recipe import Recipe
+from ip_adapter_trainer.data.recipe import Recipe, TextRecipe
 from ip_adapter_trainer.data.shards import TableKind
-from ip_adapter_trainer.encoders import FEATURES, ClipImageEncoder, FeatureKind
-from ip_adapter_trainer.families import FAMILIES, Family, family_of
+from ip_adapter_trainer.encoders import ClipImageEncoder, FeatureKind
+from ip_adapter_trainer.families import FAMILIES, PARTS, Family, PartName, family_of
 from ip_adapter_trainer.images.ground import parse_colour
 from ip_adapter_trainer.nn.packed import Storage
 from ip_adapter_trainer.prepare.config import FrozenConfig
@@ -24,12 +24,15 @@ from ip_adapter_trainer.prepare.config import FrozenConfig
 _SAYS_NOTHING = ("architectures", "dtype", "torch_dtype", "transformers_version")  # and names that begin with "_"
 
 
-def load_frozen(config: FrozenConfig, runtime: Runtime, storage: Storage = "none") -> tuple[Family, ClipImageEncoder]:
-    """The base model and the image encoder of a run; the family's own settings are taken from the run's.
+def load_frozen(
+    config: FrozenConfig, runtime: Runtime, parts: Sequence[PartName] = PARTS, storage: Storage = "none"
+) -> tuple[Family, ClipImageEncoder]:
+    """Parts of the base model and the image encoder of a run; the family's own settings are taken from the run's.
 
     Args:
         config: which models.
         runtime: their precision and device.
+        parts: of the base model; the image encoder always comes.
         storage: how the denoiser keeps its weights.
 
     Raises:
@@ -38,7 +41,7 @@ def load_frozen(config: FrozenConfig, runtime: Runtime, storage: Storage = "none
     path = config.pretrained_model_name_or_path
     entry = FAMILIES[family_of(path, config.family)]
     own = _part(config, entry.Config)
-    family = entry.load(path, own, dtype=runtime.dtype, device=runtime.device, storage=storage)
+    family = entry.load(path, own, dtype=runtime.dtype, device=runtime.device, parts=parts, storage=storage)
     return family, ClipImageEncoder.load(config.image_encoder_path, dtype=runtime.dtype, device=runtime.device)
 
 
@@ -58,9 +61,9 @@ def identity(module: Any) -> str:
 
 
 def recipe_of(
-    config: CutConfig, family: Family, encoder: ClipImageEncoder, kinds: Sequence[FeatureKind] = FEATURES
+    config: CutConfig, family: Family, encoder: ClipImageEncoder, kinds: Sequence[FeatureKind], *, text: bool
 ) -> Recipe:
-    """What these models make of pictures that are read and cut by these settings."""
+    """What these models make of pictures that are read and cut by these settings, and with `text` of captions."""
     buckets, autoencoder = config.buckets(), family.autoencoder
     moments = {size_px: _moments_kind(family, autoencoder, size_px) for size_px in buckets.sizes_px}
     return Recipe(
@@ -72,7 +75,15 @@ def recipe_of(
         encoder=identity(encoder.model),
         moments=moments,
         features=tuple(_features_kind(encoder, kind) for kind in kinds),
+        text=_text_recipe(family) if text else None,
     )
+
+
+def _text_recipe(family: Family) -> TextRecipe:
+    told = [family.text_rules, *map(identity, family.text_encoders)]
+    encoders = hashlib.blake2b("\n".join(told).encode(), digest_size=16).hexdigest()
+    made = family.encode_captions([""])
+    return TextRecipe(encoders, tuple(TableKind(name, tuple(t.shape[1:]), t.dtype) for name, t in made.items()))
 
 
 def _moments_kind(family: Family, autoencoder: nn.Module, size_px: tuple[int, int]) -> TableKind:

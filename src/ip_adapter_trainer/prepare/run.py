@@ -25,6 +25,7 @@ from ip_adapter_trainer.data.recipe import Recipe, drawn_anew
 from ip_adapter_trainer.encoders import FEATURES, ClipImageEncoder
 from ip_adapter_trainer.families import Family
 from ip_adapter_trainer.images.decode import PictureFault
+from ip_adapter_trainer.prepare.captions import encode_captions, missing_captions
 from ip_adapter_trainer.prepare.config import PrepareConfig
 from ip_adapter_trainer.prepare.encode import Encoding, encode_with
 from ip_adapter_trainer.prepare.frozen import load_frozen, recipe_of
@@ -41,12 +42,13 @@ class Report:
     pictures: int  # that the rows name
     read: int  # of them, now
     encoded: int  # passes of one of them through an encoder
+    captions: int  # encoded now
     faulty_rows: int
 
     def __str__(self) -> str:
         return (
             f"{self.folder}: {self.pictures} pictures, {self.read} read and {self.encoded} encodings made now, "
-            f"{self.faulty_rows} faulty rows"
+            f"{self.captions} captions encoded now, {self.faulty_rows} faulty rows"
         )
 
 
@@ -70,9 +72,11 @@ def prepare(config: PrepareConfig) -> Report:
             logging_dir="",
         )
         manifest = read_manifest(config)
-        family, encoder = load_frozen(config, runtime)
+        family, encoder = load_frozen(
+            config, runtime, ("autoencoder", "text") if config.prepare_text else ("autoencoder",)
+        )
         kinds = FEATURES if config.both_features else (VARIANTS[config.variant].feature,)
-        recipe = recipe_of(config, family, encoder, kinds)
+        recipe = recipe_of(config, family, encoder, kinds, text=config.prepare_text)
         job = Job(config, runtime, manifest, recipe, folder)
         return job.run(family, encoder, config.encode_batch_size, stop.poll)
 
@@ -103,6 +107,8 @@ class Job:
         self.prepared = PreparedSet(folder, recipe, self.pictures)
         self.items = share_of(manifest, recipe, runtime.rank, runtime.world)
         self.left, need_bytes = missing(self.items, self.prepared, self.pictures)
+        self.captions = missing_captions(manifest, self.prepared, runtime.rank, runtime.world)
+        need_bytes += len(self.captions) * sum(kind.row_bytes for kind in (recipe.text.tables if recipe.text else ()))
         self.need_bytes = runtime.total(need_bytes)
         free_bytes = shutil.disk_usage(_existing(folder)).free if runtime.is_main else 0
         self.free_bytes = runtime.total(free_bytes)  # machines may differ, what is decided by it must not
@@ -122,7 +128,12 @@ class Job:
         try:
             self._begin()
             encoding = Encoding(self.folder, encode_with(family, encoder), batch_images)
-            self._fill(encoding, Reading(self.prepared, self.pictures, self.config, encoder.preprocess), poll)
+            reading = Reading(self.prepared, self.pictures, self.config, encoder.preprocess)
+            try:
+                self._fill(encoding, reading, poll)
+                encode_captions(self.captions, family, encoding, self.prepared, batch_images, poll)
+            finally:
+                encoding.seal()
             self.runtime.barrier()
             log = self._log()
             log.demand_limit()
@@ -130,7 +141,8 @@ class Job:
             if claimed:
                 claimed.release()
         pictures, encoded = self.runtime.total(len(self.items)), self.runtime.total(encoding.encoded)
-        return Report(self.folder, pictures, read, encoded, log.faulty_rows)
+        captions = self.runtime.total(len(self.captions))
+        return Report(self.folder, pictures, read, encoded, captions, log.faulty_rows)
 
     def _begin(self) -> None:
         """Removes what a killed run left; faults are met again, since faulty pictures are always tried again."""
@@ -147,19 +159,16 @@ class Job:
         log, faulty = self._log(), dict[str, PictureFault]()
         if self.runtime.is_main:
             log.add(self.manifest.faults)
-        try:
-            for read in self._read(reading):
-                poll()
-                if read.record is not None:
-                    encoding.note(read.item.name, read.record)
-                if read.fault is not None:
-                    faulty[read.item.name] = read.fault
-                    log.add([fault_of(read.fault, self.manifest.where(read.item.row))])
-                for views, pixels in read.pixels:
-                    encoding.take(views, pixels)
-            encoding.finish()
-        finally:
-            encoding.seal()
+        for read in self._read(reading):
+            poll()
+            if read.record is not None:
+                encoding.note(read.item.name, read.record)
+            if read.fault is not None:
+                faulty[read.item.name] = read.fault
+                log.add([fault_of(read.fault, self.manifest.where(read.item.row))])
+            for views, pixels in read.pixels:
+                encoding.take(views, pixels)
+        encoding.finish()
         log.add(self._faults_of_rows(faulty))
 
     def _read(self, reading: Reading) -> tqdm:  # type: ignore[type-arg]

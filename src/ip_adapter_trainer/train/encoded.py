@@ -35,13 +35,16 @@ def prepared_set(
     if config.prepare == "auto":
         return _prepared_if_it_pays(config, runtime, model, manifest, poll)
     if config.prepared_dir is None:
+        if config.prepare_text:
+            what, remedy = "there is no prepared set to keep text in", "give --prepared_dir, or --prepare auto"
+            raise Problem(what, where="--prepare_text", remedy=remedy)
         return None
     demand_preparable(config)
     return _opened(config, runtime, manifest, _recipe(config, model), Path(config.prepared_dir))
 
 
 def _recipe(config: TrainConfig, model: Model) -> Recipe:
-    return recipe_of(config, model.family, model.encoder, (model.variant.feature,))
+    return recipe_of(config, model.family, model.encoder, (model.variant.feature,), text=config.prepare_text)
 
 
 def _opened(config: TrainConfig, runtime: Runtime, manifest: Manifest, recipe: Recipe, folder: Path) -> PreparedSet:

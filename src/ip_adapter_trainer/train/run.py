@@ -29,7 +29,7 @@ WriteResolved = Callable[[TrainConfig, Path], Path]
 
 def build_model(config: TrainConfig, runtime: Runtime) -> Model:
     """Loads the frozen base and image encoder and makes the adapter, its first weights drawn from the run's seed."""
-    family, encoder = load_frozen(config, runtime, config.quantize)
+    family, encoder = load_frozen(config, runtime, storage=config.quantize)
     variant = VARIANTS[config.variant]
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)

@@ -1,0 +1,46 @@
+"""Captions to rows of tables: each distinct one once, and the empty one that stands for dropped text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ip_adapter_trainer.data.address import address
+from ip_adapter_trainer.data.manifest import Manifest
+from ip_adapter_trainer.data.prepared import PreparedSet
+from ip_adapter_trainer.families import Family
+from ip_adapter_trainer.prepare.encode import Encoding
+
+_CHUNK = 65536
+
+
+def missing_captions(manifest: Manifest, prepared: PreparedSet, rank: int, world: int) -> list[str]:
+    """The captions that the set lacks and that fall to one process; each falls to exactly one."""
+    if prepared.recipe.text is None:
+        return []
+    distinct = list(dict.fromkeys(["", *(row.text for row in manifest.rows)]))
+    mine = [text for text in distinct if world == 1 or _share(text, world) == rank]
+    left: list[str] = []
+    for start in range(0, len(mine), _CHUNK):
+        chunk = mine[start : start + _CHUNK]
+        left += [chunk[number] for number in np.flatnonzero(~prepared.captions_there(chunk)).tolist()]
+    return left
+
+
+def _share(text: str, world: int) -> int:
+    return int.from_bytes(address("caption", text)[:8], "little") % world
+
+
+def encode_captions(
+    captions: list[str], family: Family, encoding: Encoding, prepared: PreparedSet, batch: int, poll: Callable[[], None]
+) -> None:
+    """Encodes captions, `batch` at once, the last batch filled up with its first as that of pictures is."""
+    recipe = prepared.recipe.text
+    for start in range(0, len(captions), batch):
+        poll()
+        assert recipe is not None, "captions are missing only where they are wanted"
+        part = captions[start : start + batch]
+        made = family.encode_captions(part + [part[0]] * (batch - len(part)))
+        for kind, keys in zip(recipe.tables, recipe.keys, strict=True):
+            encoding.keep(kind, keys.of(text.encode() for text in part), made[kind.name][: len(part)])

@@ -34,6 +34,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "lean_attention": {"lean_attention": False},
     "channels_last": {"channels_last": "off"},
     "checkpointing": {"gradient_checkpointing": True},
+    "compile": {"compile": "on"},
 }
 ON_BY_DEFAULT = frozenset(("lean_layers", "lean_attention", "channels_last"))
 

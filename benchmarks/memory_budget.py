@@ -1,6 +1,6 @@
 """What a training step needs in memory, counted on fake tensors: real sizes, no weights, no GPU.
 
-    python -m benchmarks.memory_budget [--sizes sd15,sdxl]
+    python -m benchmarks.memory_budget [--sizes sd15,sdxl] [--layers all]
 
 A step runs whole, forward and backward, by the package's own model and layers, one image in bf16, base adapter, rows
 encoded beforehand. Every storage that an operation makes is counted from its first use to its last, so that the peak
@@ -118,7 +118,7 @@ def budget(
         _lay_channels_last(pipeline.unet)
         plain = LeanConfig(lean_attention=False, channels_last="off")
         with model.attached(), lean(model, plain), LiveBytes() as live:
-            _step(model, size, side_px, images)
+            step(model, size, side_px, images)
         texts = [part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part]
         return Budget(
             bytes_of(pipeline.unet),
@@ -138,22 +138,22 @@ def _lay_channels_last(net: nn.Module) -> None:
                 setattr(module, name, nn.Parameter(laid_out, requires_grad=False))
 
 
-def _step(model: Model, size: Size, side_px: int, images: int) -> None:
+def step(model: Model, size: Size, side_px: int, images: int) -> None:
     """Forward and backward over an encoded batch."""
     config, dtype = model.family.denoiser.config, model.dtype
-    noisy = torch.empty(images, *model.family.latent_shape(side_px, side_px), dtype=dtype)
-    features = torch.empty(images, size.image["projection_dim"], dtype=dtype)
-    context = torch.empty(images, TEXT_TOKENS, config.cross_attention_dim, dtype=dtype)
+    noisy = torch.randn(images, *model.family.latent_shape(side_px, side_px), dtype=dtype)
+    features = torch.randn(images, size.image["projection_dim"], dtype=dtype)
+    context = torch.randn(images, TEXT_TOKENS, config.cross_attention_dim, dtype=dtype)
     extra = {}
     if size.family == "sdxl":
-        pooled = torch.empty(images, size.texts[1]["projection_dim"], dtype=dtype)
-        extra = {"text_embeds": pooled, "time_ids": torch.empty(images, 6, dtype=dtype)}
+        pooled = torch.randn(images, size.texts[1]["projection_dim"], dtype=dtype)
+        extra = {"text_embeds": pooled, "time_ids": torch.randn(images, 6, dtype=dtype)}
     timesteps = torch.zeros(images, dtype=torch.long)
     prediction = model.predict(noisy, timesteps, TextCondition(context, extra), model.project(features))
-    (prediction.float() - torch.empty_like(prediction).float()).square().mean().backward()
+    (prediction.float() - torch.randn_like(prediction).float()).square().mean().backward()
 
 
-def table(names: list[str]) -> list[str]:
+def table(names: list[str], layers: tuple[str, ...]) -> list[str]:
     """Markdown lines: every storage of every size, activations kept and recomputed, moments of 32 and 8 bits, in GB."""
     lines = [
         "| one image, GB | frozen denoiser | activations | denoiser | text | adapter, gradients | step "
@@ -163,7 +163,7 @@ def table(names: list[str]) -> list[str]:
     for name in names:
         for storage in STORAGES:
             for recompute in (False, True):
-                found = budget(SIZES[name], SIDES_PX[name], storage, recompute=recompute)
+                found = budget(SIZES[name], SIDES_PX[name], storage, recompute=recompute, layers=layers)
                 label = f"{name}, {SIDES_PX[name]} px"
                 how = "recomputed" if recompute else "kept"
                 numbers = (
@@ -179,7 +179,9 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="sd15,sdxl", help="names out of benchmarks/sizes.py")
-    print("\n".join(table(parser.parse_args().sizes.split(","))))
+    parser.add_argument("--layers", default="all", help="layers that carry an adapter, as --adapter_layers")
+    given = parser.parse_args()
+    print("\n".join(table(given.sizes.split(","), tuple(given.layers.split(",")))))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "lean_attention": {"lean_attention": False},
     "channels_last": {"channels_last": "off"},
     "checkpointing": {"gradient_checkpointing": True},
+    "compile": {"compile": "on"},
 }
 ON_BY_DEFAULT = frozenset(("lean_layers", "product_convolutions", "lean_attention", "channels_last"))
 

@@ -79,7 +79,10 @@ def test_bf16_gradients_are_no_worse_than_the_published_ones(batch: Batch, refer
     assert mine <= 1.2 * theirs
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES)
+@pytest.mark.parametrize(
+    "technique",  # compiling takes minutes
+    [pytest.param(t, marks=pytest.mark.slow) if t == "compile" else t for t in TECHNIQUES],
+)
 def test_techniques_keep_the_gradients(technique: str, batch: Batch, reference: Path, tmp_path: Path) -> None:
     step, encoded = ours("no", batch, technique)
     assert error(step.gradients(encoded), reference, tmp_path) <= 1e-5

@@ -200,7 +200,7 @@ def test_each_fault_has_its_name(kind: str, tmp_path: Path) -> None:
 
 
 def test_every_kind_is_tested() -> None:
-    assert set(get_args(FaultKind)) == set(FAULTY) | {"unsafe_path", "changed", "not_prepared"}
+    assert set(get_args(FaultKind)) == set(FAULTY) | {"unsafe_path", "changed", "not_prepared", "damaged_values"}
 
 
 def test_formats_off_the_list_are_refused() -> None:

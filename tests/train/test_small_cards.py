@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,26 @@ def test_a_flag_wins_over_a_card_and_a_card_over_a_file(flags: Callable, tmp_pat
 def test_a_card_that_no_settings_are_known_for_is_refused(flags: Callable, tmp_path: Path) -> None:
     with pytest.raises(Problem, match=r"no settings of sd for 6 GB[^$]*8, 12, 24"):
         parse_train([*flags(tmp_path), "--low_memory=6"])
+
+
+def test_what_compiling_cannot_go_with_is_refused(run: Callable, tmp_path: Path) -> None:
+    with pytest.raises(Problem, match=r"packed weights in full[^$]*--compile --quantize[^$]*leave out"):
+        run(tmp_path / "out", compile="on", quantize="int8")
+    with pytest.raises(Problem, match=r"CUDA graphs[^$]*--compile on"):
+        run(tmp_path / "out", compile="reduce-overhead")
+
+
+def test_a_compiled_run_trains_validates_and_draws_as_any_other(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ip_adapter_trainer.train import lean
+
+    extra = {"max_train_steps": 2, "validation_steps": 1, "grid_rows": 1, "grid_steps": 1}
+    plain, traced = run(tmp_path / "plain", **extra), partial(lean.compiled_blocks, backend="aot_eager")
+    monkeypatch.setattr(lean, "compiled_blocks", traced)  # all but code generation, which takes minutes
+    compiled = run(tmp_path / "compiled", compile="on", **extra)
+    expected, found = (checkpoint.read(output / "checkpoint-2").weights for output in (plain, compiled))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
+    lines = [(output / "metrics.jsonl").read_text().count("validation/loss_none") for output in (plain, compiled)]
+    assert lines == [2, 2]

@@ -10,6 +10,7 @@ from ip_adapter_trainer.core.settings import Part, alias
 from ip_adapter_trainer.data.config import DataConfig
 from ip_adapter_trainer.diffusion import ObjectiveConfig
 from ip_adapter_trainer.evaluate.config import ValidationConfig
+from ip_adapter_trainer.nn.compiled import Compile
 from ip_adapter_trainer.nn.packed import Storage
 from ip_adapter_trainer.prepare.config import FrozenConfig, SetConfig
 
@@ -54,6 +55,11 @@ class SourceConfig(SetConfig):
 class LeanConfig(Part):
     """How the frozen denoiser computes; none of it changes what is computed beyond rounding."""
 
+    compile: Compile = Field(
+        "off",
+        description="Compile the denoiser's blocks by torch.compile, in place of lean_layers; reduce-overhead: "
+        "replayed as CUDA graphs, for small batches.",
+    )
     lean_layers: bool = Field(
         True, description="Frozen layers keep for the backward pass only what their input's gradient needs."
     )

@@ -15,7 +15,7 @@ from ip_adapter_trainer.core.settings import Part
 MAY_CHANGE = frozenset(
     "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm lr_scheduler lr_warmup_steps "  # noqa: SIM905
     "lr_num_cycles lr_power ema_decay num_train_epochs max_train_steps mixed_precision gradient_checkpointing "
-    "lean_layers product_convolutions lean_attention channels_last quantize "
+    "lean_layers product_convolutions lean_attention channels_last quantize compile "
     "pretrained_model_name_or_path image_encoder_path data_json_file data_root_path image_column text_column "
     "prompt_image_column train_batch_size gradient_accumulation_steps prepared_dir prepare prepare_text".split()
 )

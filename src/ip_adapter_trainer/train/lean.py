@@ -9,6 +9,7 @@ import torch
 
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.nn.attention import lean_attention
+from ip_adapter_trainer.nn.compiled import compiled_blocks
 from ip_adapter_trainer.nn.lean import lean_layers
 from ip_adapter_trainer.train.config import LeanConfig
 
@@ -27,10 +28,12 @@ def lean(model: Model, config: LeanConfig) -> Iterator[None]:
         if _channels_last(config, model.dtype):
             denoiser.to(memory_format=torch.channels_last)
             stack.callback(denoiser.to, memory_format=torch.contiguous_format)
-        if config.lean_layers:
-            stack.enter_context(lean_layers(denoiser, config.product_convolutions))
         if config.lean_attention:
             stack.enter_context(lean_attention(denoiser, model.prompt))
+        if config.compile != "off":  # the compiler itself weighs what to keep, and cannot read the lean layers
+            stack.enter_context(compiled_blocks(denoiser, config.compile))
+        elif config.lean_layers:
+            stack.enter_context(lean_layers(denoiser, config.product_convolutions))
         yield
 
 

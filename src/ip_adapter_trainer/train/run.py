@@ -29,6 +29,7 @@ WriteResolved = Callable[[TrainConfig, Path], Path]
 
 def build_model(config: TrainConfig, runtime: Runtime) -> Model:
     """Loads the frozen base and image encoder and makes the adapter, its first weights drawn from the run's seed."""
+    _demand_compilable(config, runtime)
     family, encoder = load_frozen(config, runtime, storage=config.quantize)
     variant = VARIANTS[config.variant]
     with torch.random.fork_rng():
@@ -44,6 +45,20 @@ def build_model(config: TrainConfig, runtime: Runtime) -> Model:
         model.silence_others()
         say(f"starting from {config.pretrained_ip_adapter_path}")
     return model
+
+
+def _demand_compilable(config: TrainConfig, runtime: Runtime) -> None:
+    """Refuses what compiling cannot go with, before anything is loaded.
+
+    Raises:
+        Problem: packed weights, or CUDA graphs without CUDA.
+    """
+    if config.compile != "off" and config.quantize != "none":
+        what = "compiled blocks would hold packed weights in full between forward and backward"
+        raise Problem(what, where="--compile --quantize", remedy="leave out one of the two")
+    if config.compile == "reduce-overhead" and runtime.device.type != "cuda":
+        what = f"reduce-overhead replays CUDA graphs, and this run is on a {runtime.device.type}"
+        raise Problem(what, where="--compile", remedy="take --compile on, or off")
 
 
 def train(config: TrainConfig, write_resolved: WriteResolved) -> None:

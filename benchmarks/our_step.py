@@ -99,7 +99,7 @@ class OurStep:
         self.model.adapter.image_proj_model.load_state_dict(weights)
         if self.settings.get("gradient_checkpointing"):
             self.model.checkpoint_activations()
-        process = NoiseProcess(nets.pipeline.scheduler.config, ObjectiveConfig())
+        process = NoiseProcess(nets.pipeline.scheduler.config, ObjectiveConfig(timestep_density="uniform"))
         self.loss = Step(self.model, process, SEED, device)
 
     def encode(self, batch: Batch) -> Encoded:

@@ -151,10 +151,12 @@ def script(variant: str) -> None:
     """The body of a drop-in training script: published flags from the command line, its variant as the default."""
 
     def run(argv: Sequence[str]) -> int:
-        """Trains with the script's variant as the default."""
+        """Trains as the published script does where flags say nothing."""
         from ip_adapter_trainer.config import parse_train
+        from ip_adapter_trainer.train.config import PUBLISHED
 
-        return run_training(parse_train(argv, prog=os.path.basename(sys.argv[0]), variant=variant))  # noqa: PTH119
+        defaults = PUBLISHED | {"variant": variant}
+        return run_training(parse_train(argv, prog=os.path.basename(sys.argv[0]), defaults=defaults))  # noqa: PTH119
 
     raise SystemExit(guarded(run, sys.argv[1:]))
 

@@ -40,13 +40,19 @@ def compose(variant: str, family: str) -> type[TrainConfig]:
     return create_model(name, __base__=bases, __doc__=doc)  # type: ignore[arg-type]
 
 
-def parse(kind: type[P], argv: Sequence[str], *, prog: str) -> P:
+def parse(kind: type[P], argv: Sequence[str], *, prog: str, defaults: Mapping[str, Any] | None = None) -> P:
     """Reads flags into a settings class; unknown flags end the program with what was probably meant (exit 2).
+
+    Args:
+        kind: the settings class.
+        argv: flags.
+        prog: the program's name in messages.
+        defaults: values in place of the class's own defaults.
 
     Raises:
         Problem: a value that a part's own rules refuse; each with its flag.
     """
-    flags = tyro.cli(_flags_of(kind), args=list(argv), prog=prog, use_underscores=True)
+    flags = tyro.cli(_flags_of(kind, defaults or {}), args=list(argv), prog=prog, use_underscores=True)
     try:
         return kind(**dataclasses.asdict(flags))
     except ValidationError as error:
@@ -56,7 +62,7 @@ def parse(kind: type[P], argv: Sequence[str], *, prog: str) -> P:
         raise Problem(what, where=where, remedy=f"see {prog} --help") from error
 
 
-def _flags_of(kind: type[Part]) -> Any:
+def _flags_of(kind: type[Part], defaults: Mapping[str, Any]) -> Any:
     """A plain dataclass with a settings class's fields, so that values are read first and judged by us after."""
     fields = []
     for name, info in kind.model_fields.items():
@@ -66,7 +72,7 @@ def _flags_of(kind: type[Part]) -> Any:
         fields.append(
             (name, note, dataclasses.field())
             if info.is_required()
-            else (name, note, dataclasses.field(default=info.default))
+            else (name, note, dataclasses.field(default=defaults.get(name, info.default)))
         )
     fields.sort(key=lambda f: f[2].default is not dataclasses.MISSING)
     return dataclasses.make_dataclass(kind.__name__, fields, namespace={"__doc__": kind.__doc__})
@@ -76,13 +82,15 @@ def _aliases(metadata: Sequence[Any]) -> list[str]:
     return [n if n.startswith("-") else f"--{n}" for mark in metadata if isinstance(mark, Alias) for n in mark.names]
 
 
-def parse_train(argv: Sequence[str], *, prog: str = "ip-adapter train", variant: str = "base") -> TrainConfig:
+def parse_train(
+    argv: Sequence[str], *, prog: str = "ip-adapter train", defaults: Mapping[str, Any] | None = None
+) -> TrainConfig:
     """Settings of a training run from flags and, with `--config FILE`, a YAML file beneath them.
 
     Args:
         argv: flags.
         prog: the program's name in messages.
-        variant: the default variant, for scripts that are named after one.
+        defaults: values in place of the settings' own defaults, for scripts that do something of their own.
     """
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("config", "variant", "family", "low_memory", "pretrained_model_name_or_path"):
@@ -90,7 +98,8 @@ def parse_train(argv: Sequence[str], *, prog: str = "ip-adapter train", variant:
     known, flags = peek.parse_known_args(list(argv))
     beneath = read_yaml(known.config) if known.config else {}
     given = {k: v for k, v in vars(known).items() if v is not None and k != "config"}
-    chosen = {"variant": variant, "family": "auto"} | beneath | given
+    own = {k: v for k, v in (defaults or {}).items() if k not in beneath}  # a null in the file is not overruled either
+    chosen = {"variant": own.get("variant", "base"), "family": "auto"} | beneath | given
     base = chosen.get("pretrained_model_name_or_path")
     asks_help = "-h" in flags or "--help" in flags
     family = chosen["family"] if asks_help or not base else family_of(str(base), str(chosen["family"]))
@@ -100,7 +109,7 @@ def parse_train(argv: Sequence[str], *, prog: str = "ip-adapter train", variant:
     card = _small_card(str(family), chosen.get("low_memory"))
     chosen = card | chosen if "low_memory" in beneath and "low_memory" not in given else chosen | card
     # What a file says comes first, so that a flag given on the command line has the last word.
-    return parse(kind, [*as_flags(chosen), *flags], prog=prog)
+    return parse(kind, [*as_flags(chosen), *flags], prog=prog, defaults=own)
 
 
 def _small_card(family: str, memory: object) -> dict[str, Any]:

@@ -91,8 +91,8 @@ def _train(config: DemoConfig, folder: Path) -> None:
         "data_json_file": folder / "data.json", "data_root_path": folder / "images",
         "output_dir": folder / "run", "resolution": world.SIZE_PX, "grid_rows": 0,
         "train_batch_size": config.train_batch_size, "max_train_steps": config.max_train_steps,
-        "learning_rate": config.learning_rate, "lr_scheduler": "cosine",
-        "min_timestep": config.min_timestep, "seed": config.seed,
+        "learning_rate": config.learning_rate, "lr_scheduler": "cosine", "lr_warmup_steps": 0,
+        "timestep_density": "uniform", "min_timestep": config.min_timestep, "seed": config.seed,
     }  # fmt: skip
     train(parse_train([f"--{name}={value}" for name, value in flags.items()]), write_resolved)
 

@@ -67,8 +67,8 @@ def test_draws_belong_to_the_image_not_to_the_batch() -> None:
     assert not torch.equal(p.draw(1, [4], (4, 8, 8))[0], alone_noise)
 
 
-def test_timesteps_are_uniform() -> None:
-    p = process()
+def test_timesteps_are_uniform_where_that_is_asked_for() -> None:
+    p = process(timestep_density="uniform")
     t = p.draw(0, range(4000), (1, 1, 1))[1].float()
     assert abs(float(t.mean()) - 499.5) < 15 and float(t.min()) < 10 and float(t.max()) > 989
 
@@ -82,9 +82,10 @@ def test_noise_offset_shifts_whole_channels() -> None:
 
 
 def test_timesteps_stay_in_the_range_asked_for() -> None:
-    _, everywhere = process().draw(0, range(400), (1, 1, 1))
+    _, everywhere = process(timestep_density="uniform").draw(0, range(400), (1, 1, 1))
     assert everywhere.min() < 50 and everywhere.max() > 950
-    _, some = process(min_timestep=400, max_timestep=500).draw(0, range(400), (1, 1, 1))
+    uniform = process(timestep_density="uniform", min_timestep=400, max_timestep=500)
+    _, some = uniform.draw(0, range(400), (1, 1, 1))
     assert set(some.tolist()) <= set(range(400, 500)) and len(set(some.tolist())) > 80
     for wrong in ({"min_timestep": 1000}, {"max_timestep": 1001}, {"min_timestep": 5, "max_timestep": 5}):
         with pytest.raises(Problem, match="no timesteps"):

@@ -21,6 +21,7 @@ from ip_adapter_trainer.core.checkpoints import newest, verified
 from ip_adapter_trainer.core.errors import NotFiniteProblem, Problem
 from ip_adapter_trainer.core.types import Batch
 from ip_adapter_trainer.train import checkpoint, guard
+from ip_adapter_trainer.train.config import PUBLISHED
 from ip_adapter_trainer.train.outcomes import Outcomes
 from ip_adapter_trainer.train.step import Step
 
@@ -108,7 +109,8 @@ def finish(process: subprocess.Popen[str]) -> None:
 def test_two_processes_train_what_one_does_with_the_doubled_batch(
     run: Callable, flags: Callable, tmp_path: Path
 ) -> None:
-    plain = {"adam_epsilon": 1.0, "learning_rate": 1.0}  # steps follow the gradient and do not blow up its rounding
+    # Steps follow the gradient and do not blow up its rounding; the script that is launched has a recipe of its own.
+    plain = PUBLISHED | {"adam_epsilon": 1.0, "learning_rate": 1.0}
     one = run(tmp_path / "one", train_batch_size=4, **plain)
     two = tmp_path / "two"
     finish(launched(flags(two, train_batch_size=2, **plain)))

@@ -16,10 +16,13 @@ from pydantic import Field
 from ip_adapter_trainer.core.errors import Problem, did_you_mean
 from ip_adapter_trainer.core.rng import stream
 from ip_adapter_trainer.core.settings import Part
+from ip_adapter_trainer.diffusion import density
+from ip_adapter_trainer.diffusion.density import Density
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.random import Generator
     from torch import Tensor
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -38,6 +41,19 @@ class ObjectiveConfig(Part):
     min_timestep: int = Field(0, ge=0, description="First timestep that training draws; higher: only stronger noise.")
     max_timestep: int | None = Field(
         None, gt=0, description="Timestep before which training draws; None: all of the scheduler's."
+    )
+    timestep_density: Density = Field(
+        "logit_normal",
+        description="How often which timestep of that range is drawn: uniform; logit_normal, most around the middle; "
+        "shifted, ever more towards strong noise; cubic, the strongest above all.",
+    )
+    logit_mean: float = Field(0.5, description="Of logit_normal: above 0 leads to stronger noise.")
+    logit_std: float = Field(1.0, gt=0, description="Of logit_normal: smaller stays closer to its middle.")
+    timestep_shift: float = Field(
+        3.0, gt=0, description="Of shifted: times the uniform density at the strongest noise."
+    )
+    timestep_uniform_share: float = Field(
+        0.2, ge=0, le=1, description="Share of images whose timestep is uniform whatever the density, so that all come."
     )
 
 
@@ -66,7 +82,7 @@ class NoiseProcess:
         return int(self.scheduler.config.num_train_timesteps)
 
     def draw(self, seed: int, indices: Sequence[int], shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-        """Noise [B, C, h, w] and timesteps [B], uniform over the range asked for, from the images' counter streams."""
+        """Noise [B, C, h, w] and timesteps [B] of the range and density asked for, from the images' counter streams."""
         import numpy as np
         import torch
 
@@ -77,8 +93,24 @@ class NoiseProcess:
             rng.standard_normal(out=noise[place], dtype=np.float32)
             if self.config.noise_offset:
                 noise[place] += self.config.noise_offset * rng.standard_normal((shape[0], 1, 1), dtype=np.float32)
-            timesteps[place] = stream(seed, "timestep", index).integers(*self.drawn)
+            timesteps[place] = self._timestep(stream(seed, "timestep", index))
         return torch.from_numpy(noise), torch.from_numpy(timesteps)
+
+    def _timestep(self, rng: Generator) -> int:
+        config, (first, end) = self.config, self.drawn
+        if config.timestep_density == "uniform":
+            return int(rng.integers(first, end))
+        return min(first + int(self._place(rng) * (end - first)), end - 1)  # the place 1 itself is the last one's
+
+    def _place(self, rng: Generator) -> float:
+        config = self.config
+        if config.timestep_uniform_share and rng.random() >= 1 - config.timestep_uniform_share:
+            return rng.random()
+        if config.timestep_density == "logit_normal":
+            return density.logit_normal(rng, config.logit_mean, config.logit_std)
+        if config.timestep_density == "shifted":
+            return density.shifted(rng, config.timestep_shift)
+        return density.cubic(rng)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t of latents, noise [B, C, h, w] and timesteps [B]."""

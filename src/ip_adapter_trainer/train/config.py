@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -15,6 +15,10 @@ from ip_adapter_trainer.nn.packed import Storage
 from ip_adapter_trainer.prepare.config import FrozenConfig, SetConfig
 
 P = TypeVar("P", bound=Part)
+# What the published scripts do where their flags say nothing: the defaults of the scripts that carry their names.
+PUBLISHED: dict[str, Any] = {
+    "learning_rate": 1e-4, "lr_scheduler": "constant", "lr_warmup_steps": 0, "timestep_density": "uniform",
+}  # fmt: skip
 
 
 class ModelConfig(FrozenConfig):
@@ -79,7 +83,7 @@ class LeanConfig(Part):
 class OptimConfig(Part):
     """How the adapter is optimised, and for how long."""
 
-    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
+    learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(1e-2, ge=0, description="Decoupled weight decay.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the second moment.")
@@ -91,8 +95,12 @@ class OptimConfig(Part):
     max_train_steps: int | None = Field(None, ge=1, description="Optimizer steps to train, whatever the epochs.")
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-    ] = Field("constant", description="Shape of the learning rate over the run.")
-    lr_warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up; needs a schedule that warms up.")
+    ] = Field("constant_with_warmup", description="Shape of the learning rate over the run.")
+    lr_warmup_steps: int | None = Field(
+        None,
+        ge=0,
+        description="Steps of linear warm-up; needs a schedule that warms up. None: a tenth of the run, 500 at most.",
+    )
     lr_num_cycles: int = Field(1, ge=1, description="Restarts of cosine_with_restarts.")
     lr_power: float = Field(1.0, gt=0, description="Power of the polynomial schedule.")
     use_ema: bool = Field(False, description="Keep an exponential moving average; checkpoints then publish it.")

@@ -28,18 +28,21 @@ FREE = frozenset(
 )
 # All others must match, so that a new variant's settings are guarded without being listed here.
 
+# What was done before there was a setting, where that is not the setting's default.
+BEFORE = {"timestep_density": "uniform"}
+
 
 def check_settings(saved: Mapping[str, Any], config: Part) -> None:
     """Compares a checkpoint's settings with this run's; tells what changed.
 
-    A setting that the checkpoint's version did not have yet stood at its default: defaults do what was done before.
+    A setting that the checkpoint's version did not have yet stood at `BEFORE`, else at its default.
 
     Raises:
         Problem: a setting that must match differs; each is named with both values.
     """
     new = config.model_dump(mode="json")
     old = to_jsonable_python({k: f.default for k, f in type(config).model_fields.items() if not f.is_required()})
-    old |= saved
+    old |= {k: v for k, v in BEFORE.items() if k in old} | dict(saved)
     changed = {k: (old.get(k), new[k]) for k in new if k not in FREE and old.get(k) != new[k]}
     wrong = [f"{k} was {a!r}, is {b!r}" for k, (a, b) in changed.items() if k not in MAY_CHANGE]
     if wrong:

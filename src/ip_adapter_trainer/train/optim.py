@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.train.config import OptimConfig
 
+MAX_WARMUP_STEPS = 500  # unless more are asked for
+
 
 class Gradients:
     """All gradients as views of one buffer, with room for a loss and a stop request at its end.
@@ -99,6 +101,13 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
     return optimizer
 
 
+def warmup_steps(config: OptimConfig, total_steps: int) -> int:
+    """Steps of linear warm-up: those asked for, else a tenth of the run, 500 at most."""
+    if config.lr_warmup_steps is not None:
+        return config.lr_warmup_steps
+    return min(total_steps // 10, MAX_WARMUP_STEPS)
+
+
 def make_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int) -> Any:
     """diffusers' learning-rate schedule over optimizer steps.
 
@@ -113,7 +122,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, total_s
     return get_scheduler(
         config.lr_scheduler,
         optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
+        num_warmup_steps=warmup_steps(config, total_steps),
         num_training_steps=total_steps,
         num_cycles=config.lr_num_cycles,
         power=config.lr_power,

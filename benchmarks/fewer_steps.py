@@ -1,0 +1,166 @@
+"""How many steps a recipe needs for what the published one learns in 1,000, on the pocket world.
+
+    python -m benchmarks.fewer_steps race                 # the defaults of `ip-adapter train`, seeds 0 to 4
+    python -m benchmarks.fewer_steps levers               # one change at a time, on a seed and pairs of its own
+
+The published recipe (epsilon loss, uniform timesteps, 1e-4 constant, no warm-up, no average) is trained for `--steps`.
+`race` trains the defaults for half as many and looks for the first mark at which the validation gap and the score of
+every attribute asked of the image are the published recipe's at its end or better, and the shape asked of the text is
+no worse than by its noise. Rows, pairs, noise and timesteps of all measurements are the same for both, timesteps evenly
+over all. Seconds are those of training, with the checkpoints at the marks and without any measuring.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.pocket_runs import BATCH_IMAGES, PAIRS, ROWS, Laid, Mark, Measure, Run, Settings
+from ip_adapter_trainer.demo import ASKED_OF_IMAGE
+from ip_adapter_trainer.train.config import PUBLISHED
+
+FASTER = {"learning_rate": 3e-4, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 50}
+LOGIT = {"timestep_density": "logit_normal", "logit_mean": 0.5, "timestep_uniform_share": 0.2}
+LEVERS: dict[str, Settings] = {  # each over the published recipe
+    "published": {},
+    "2e-4, warm-up": {**FASTER, "learning_rate": 2e-4},
+    "3e-4, warm-up": FASTER,
+    "logit-normal": LOGIT,
+    "shifted by 3": {"timestep_density": "shifted", "timestep_shift": 3.0, "timestep_uniform_share": 0.0},
+    "cubic": {"timestep_density": "cubic", "timestep_uniform_share": 0.0},
+    "from timestep 400 on": {"min_timestep": 400},
+    "min-SNR 5": {"snr_gamma": 5.0},
+    "second moment 0.99": {"adam_beta2": 0.99},
+    "2e-4, warm-up, logit-normal": {**FASTER, "learning_rate": 2e-4, **LOGIT},
+    "3e-4, warm-up, logit-normal": {**FASTER, **LOGIT},
+    "the same, mean 0": {**FASTER, **LOGIT, "logit_mean": 0.0},
+    "the same, mean 1": {**FASTER, **LOGIT, "logit_mean": 1.0},
+    "the same, no warm-up": {"learning_rate": 3e-4, **LOGIT},
+    "the same, average 0.99": {**FASTER, **LOGIT, "use_ema": True, "ema_decay": 0.99},
+}
+
+
+@dataclass(frozen=True)
+class Raced:
+    """One seed's result."""
+
+    seed: int
+    published: Mark  # at its end
+    ours: list[Mark]  # up to the first that reaches it, or to the last there is
+
+    @property
+    def reached(self) -> Mark | None:
+        """The mark that reached it."""
+        return self.ours[-1] if self.ours[-1].reaches(self.published) else None
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, as plain values."""
+        found = self.reached
+        return asdict(self) | {"steps": found and found.step, "seconds": found and found.seconds}
+
+
+def race(laid: Laid, steps: int, every: int) -> Raced:
+    """The published recipe to its end, then the defaults until they are there."""
+    measure = Measure(laid, held=True)
+    goal = measure(Run.of(laid, PUBLISHED, steps=steps, every=steps), steps)
+    run, ours = Run.of(laid, {}, steps=steps // 2, every=every), []
+    for step in range(every, steps // 2 + 1, every):
+        ours.append(measure(run, step, goal))
+        if ours[-1].reaches(goal):
+            break
+    return Raced(laid.seed, goal, ours)
+
+
+def _scores(mark: Mark) -> str:
+    return " / ".join(f"{100 * mark.scores[name]:.0f}" for name in (*ASKED_OF_IMAGE, "shape"))
+
+
+def race_table(raced: Sequence[Raced]) -> str:
+    """A row for each seed, and the means."""
+    lines = [
+        "| seed | published: steps | s | gap | colour / pattern / background / shape "
+        "| defaults: steps | s | gap | scores | steps, published / defaults | seconds |",
+        "|---" * 11 + "|",
+    ]
+    for r in raced:
+        a, b = r.published, r.reached
+        there = "not reached | | | | | |"
+        if b:
+            there = f"{b.step} | {b.seconds:.0f} | {b.gap:.4f} | {_scores(b)} | {a.step / b.step:.1f} |"
+            there += f" {a.seconds / b.seconds:.1f} |"
+        lines.append(f"| {r.seed} | {a.step} | {a.seconds:.0f} | {a.gap:.4f} | {_scores(a)} | {there}")
+    if all(r.reached for r in raced):
+        a_s, b_s = mean(r.published.seconds for r in raced), mean(r.ours[-1].seconds for r in raced)
+        a, b = mean(r.published.step for r in raced), mean(r.ours[-1].step for r in raced)
+        lines.append(f"| mean | {a:.0f} | {a_s:.0f} | | | {b:.0f} | {b_s:.0f} | | | {a / b:.1f} | {a_s / b_s:.1f} |")
+    return "\n".join(lines)
+
+
+def levers(laid: Laid, names: Sequence[str], steps: int) -> Iterator[tuple[str, Mark]]:
+    """The published recipe at its end, and every change to it at half as many steps."""
+    measure = Measure(laid, held=False)
+    yield f"published, {steps} steps", measure(Run.of(laid, PUBLISHED, steps=steps, every=steps), steps)
+    for name in names:
+        run = Run.of(laid, {**PUBLISHED, **LEVERS[name]}, steps=steps // 2, every=steps // 2)
+        yield name, measure(run, steps // 2)
+
+
+def _levers_row(name: str, mark: Mark) -> str:
+    return f"| {name} | {mark.step} | {mark.gap:.4f} ± {mark.gap_error:.4f} | {_scores(mark)} |"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.fewer_steps",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", choices=("race", "levers"))
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 4 for race, 100 for levers")
+    parser.add_argument("--steps", type=int, default=1000, help="of the published recipe")
+    parser.add_argument("--every", type=int, default=50, help="steps between marks")
+    names = list(LEVERS)
+    parser.add_argument("--names", nargs="+", choices=names, metavar="NAME", default=names, help="levers to try")
+    parser.add_argument(
+        "--work", type=Path, default=Path("bench/fewer-steps"), help="runs; what is there is not repeated"
+    )
+    parser.add_argument("--json", type=Path, help="file for the results")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measures, prints a table and writes the file."""
+    args, found = _arguments(), []
+    if args.what == "race":
+        raced = []
+        for seed in args.seeds or range(5):
+            raced.append(race(Laid.of(args.work, seed), args.steps, args.every))
+            print(race_table(raced[-1:]).splitlines()[2], file=sys.stderr, flush=True)
+        found = [r.as_json() for r in raced]
+        print(race_table(raced))
+    else:
+        print("| recipe | steps | gap | colour / pattern / background / shape |\n|---|---|---|---|")
+        for seed in args.seeds or [100]:
+            for name, mark in levers(Laid.of(args.work, seed), args.names, args.steps):
+                print(_levers_row(name, mark), flush=True)
+                found.append({"seed": seed, "recipe": name, "settings": LEVERS.get(name, {})} | asdict(mark))
+    if args.json:
+        about = {
+            "command": f"python -m benchmarks.fewer_steps {shlex.join(sys.argv[1:])}", "published": PUBLISHED,
+            "batch_images": BATCH_IMAGES, "validation_rows": ROWS, "scored_pairs": PAIRS,
+            "machine": f"{platform.machine()}, torch {version('torch')}, diffusers {version('diffusers')}",
+        }  # fmt: skip
+        args.json.write_text(json.dumps(about | {"results": found}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -93,9 +93,9 @@ class Budget:
     trained: int  # weights that are trained, as a number
     step: int  # peak of a forward and backward pass beyond all of these
 
-    def total(self, moments: float) -> float:
-        """The peak with so many bytes of optimizer moments for each trained weight."""
-        return self.denoiser + self.texts + self.trained * (MASTER + moments) + self.step
+    def total(self, moments: float, *, texts: bool = True) -> float:
+        """The peak with so many bytes of optimizer moments for each trained weight, with or without text encoders."""
+        return self.denoiser + texts * self.texts + self.trained * (MASTER + moments) + self.step
 
 
 def budget(
@@ -157,8 +157,8 @@ def table(names: list[str], layers: tuple[str, ...]) -> list[str]:
     """Markdown lines: every storage of every size, activations kept and recomputed, moments of 32 and 8 bits, in GB."""
     lines = [
         "| one image, GB | frozen denoiser | activations | denoiser | text | adapter, gradients | step "
-        "| total, Adam 32-bit | 8-bit | VAE, image encoder |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| total, Adam 32-bit | 8-bit | 8-bit, captions prepared | VAE, image encoder |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in names:
         for storage in STORAGES:
@@ -168,7 +168,7 @@ def table(names: list[str], layers: tuple[str, ...]) -> list[str]:
                 how = "recomputed" if recompute else "kept"
                 numbers = (
                     found.denoiser, found.texts, found.trained * MASTER, found.step, found.total(MOMENTS),
-                    found.total(MOMENTS_8BIT), found.encoders,
+                    found.total(MOMENTS_8BIT), found.total(MOMENTS_8BIT, texts=False), found.encoders,
                 )  # fmt: skip
                 kept = "bf16" if storage == "none" else storage
                 lines.append(f"| {label} | {kept} | {how} | " + " | ".join(f"{n / GB:.2f}" for n in numbers) + " |")

@@ -108,7 +108,7 @@ class OurStep:
 
     def release_encoders(self) -> None:
         """Lets go of what a prepared set makes needless, and of the VAE's other half, which only grids need."""
-        self.model.release_encoders()
+        self.model.release_encoders(texts=False)
         self.model.family.pipeline.vae.decoder = None
 
     def gradients(self, batch: Batch) -> dict[str, Tensor]:

@@ -164,10 +164,15 @@ class Model:
         self.family.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
         self.family.denoiser.train()
 
-    def release_encoders(self) -> None:
-        """Lets go of the weights that only turn pictures into features and moments, where all were encoded before."""
+    def release_encoders(self, texts: bool) -> None:
+        """Lets go of the weights that only turn pictures into features and moments, where all were encoded before.
+
+        With `texts`, where captions were too, the text encoders rest on the host and come back for prompts of grids.
+        """
         self.encoder.release(self.variant.feature)
         self.family.release_encoder()
+        if texts:
+            self.family.rest_text_encoders()
 
     @torch.no_grad()
     def features(self, prompt_pixels: Tensor, drop: Tensor | None = None) -> Tensor:
@@ -192,8 +197,7 @@ class Model:
         """Text condition of a batch's captions, which may have been encoded before."""
         picture = batch.picture
         if isinstance(picture, Encoded) and picture.text:
-            device = next(self.family.denoiser.parameters()).device
-            kept = {name: tensor.to(device) for name, tensor in picture.text.items()}
+            kept = {name: tensor.to(self.family.device) for name, tensor in picture.text.items()}
             return self.family.condition(kept, batch.geometry)
         return self.family.encode_text(batch.text, batch.geometry)
 

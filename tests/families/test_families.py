@@ -106,3 +106,19 @@ def test_frozen_parts_stay_frozen(base_folder: Callable) -> None:
     family = load(base_folder("sd2v"))
     parts = [p for p in family.pipeline.components.values() if isinstance(p, torch.nn.Module)]
     assert parts and not any(q.requires_grad for p in parts for q in p.parameters())
+
+
+def test_resting_text_encoders_come_back_for_prompts_only(
+    base_folder: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, moved = load(base_folder("sdxl")), []
+    for encoder in family.text_encoders:
+        monkeypatch.setattr(encoder, "to", lambda device: moved.append(str(device)))
+    with family.reading_prompts():
+        pass
+    assert moved == [], "where they do not rest, nothing moves"
+    family.rest_text_encoders()
+    family.denoiser.to("meta")
+    with family.reading_prompts():
+        assert moved == ["cpu", "cpu", "meta", "meta"]
+    assert moved[4:] == ["cpu", "cpu"]

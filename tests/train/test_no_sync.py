@@ -47,23 +47,25 @@ class Waits(TorchDispatchMode):
             self.found.append(f"{func} from {source} to {target}")
 
 
-def batch_of(model: Any, encoded: bool) -> Batch:
+def batch_of(model: Any, encoded: str) -> Batch:
     features = (model.encoder.length(model.variant.feature), model.encoder.width(model.variant.feature))
     picture: Pixels | Encoded = Pixels(torch.zeros(2, 3, 32, 32), torch.zeros(2, 3, *[model.encoder.side_px] * 2))
-    if encoded:
+    if encoded != "pixels":
         shape = features[1:] if model.variant.feature == "image_embeds" else features
         channels, height, width = model.family.latent_shape(32, 32)
-        picture = Encoded(torch.zeros(2, 2 * channels, height, width), torch.zeros(2, *shape))
+        captions = model.family.encode_captions(["a dog", ""]) if encoded == "prepared_text" else {}
+        text = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in captions.items()}
+        picture = Encoded(torch.zeros(2, 2 * channels, height, width), torch.zeros(2, *shape), text)
     places, drops = torch.arange(2), torch.tensor([True, False])
     geometry = (Geometry((32, 32), (0, 0), (32, 32)),) * 2
     return Batch(places, places, picture, ("a dog", ""), geometry, drops, drops)
 
 
-@pytest.mark.parametrize("encoded", [False, True], ids=["pixels", "prepared"])
+@pytest.mark.parametrize("encoded", ["pixels", "prepared", "prepared_text"])
 @pytest.mark.parametrize("variant", ["base", "plus"])
 @pytest.mark.parametrize("base", tiny.BASES)
 def test_a_step_reads_nothing_from_the_device(
-    base: tiny.Base, variant: str, encoded: bool, base_folder: Callable, encoder_folder: Path
+    base: tiny.Base, variant: str, encoded: str, base_folder: Callable, encoder_folder: Path
 ) -> None:
     model = build(base_folder(base), encoder_folder, variant)
     model.family.pipeline.to(META)

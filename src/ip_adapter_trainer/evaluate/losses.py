@@ -146,7 +146,7 @@ def _errors(
 ) -> Iterator[tuple[str, int, Table]]:
     """Name of the image shown, band, and mean squared errors [B], for every image and band."""
     poll()
-    family, device = model.family, model.family.pipeline.device
+    family, device = model.family, model.family.device
     moments = model.moments_of(batch.picture)  # [B, 2C, h, w]
     shape = (moments.shape[1] // 2, *moments.shape[2:])
     posterior, noise, timesteps = _draw(process, batch, shape, seed)

@@ -76,7 +76,7 @@ def initial_latents(model: Model, seeds: Sequence[int], height_px: int, width_px
     """Unit normal latents [P, C, h, w]; each picture's from its own seed, so on every device the same."""
     shape = model.family.latent_shape(height_px, width_px)
     noise = np.stack([stream(seed, "sample").standard_normal(shape, dtype=np.float32) for seed in seeds])
-    return torch.from_numpy(noise).to(model.family.pipeline.device, model.dtype)
+    return torch.from_numpy(noise).to(model.family.device, model.dtype)
 
 
 def sample(
@@ -101,7 +101,7 @@ def sample(
     if tokens is not None:
         tokens = tokens.expand(len(prompts), -1, -1)
     pictures: list[Image] = []
-    with lent(model), _scheduler(model.family.pipeline, how.scheduler):
+    with lent(model), model.family.reading_prompts(), _scheduler(model.family.pipeline, how.scheduler):
         model.prompt.scale = how.scale
         for start in range(0, len(prompts), how.batch_images):
             part = slice(start, start + how.batch_images)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -40,6 +41,7 @@ class Family(ABC):
     denoiser: Any
     context_dim: int
     layer_groups: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    _text_rests = False
     small_cards: ClassVar[Mapping[int, Mapping[str, Any]]] = {}
     name: str
 
@@ -98,6 +100,11 @@ class Family(ABC):
     def processors(self) -> dict[str, Any]:
         """The processors now in place, by site name."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return next(self.denoiser.parameters()).device
+
     def encode_text(self, texts: Sequence[str], geometry: Sequence[Geometry]) -> TextCondition:
         """Text condition of B prompts; the empty prompt is encoded as the pipeline encodes its unconditional."""
         return self.condition(self.encode_captions(texts), geometry)
@@ -115,6 +122,27 @@ class Family(ABC):
     @abstractmethod
     def text_encoders(self) -> Sequence[Any]:
         """The modules that `encode_captions` runs, each with a `config`."""
+
+    def rest_text_encoders(self) -> None:
+        """Moves the text encoders to the host, where all captions were encoded before; prompts call them back."""
+        self._text_rests = True
+        self._move_text_encoders("cpu")
+
+    @contextmanager
+    def reading_prompts(self) -> Iterator[None]:
+        """Text encoders on the denoiser's device for a while, wherever they rest."""
+        if not self._text_rests:
+            yield
+            return
+        self._move_text_encoders(self.device)
+        try:
+            yield
+        finally:
+            self._move_text_encoders("cpu")
+
+    def _move_text_encoders(self, device: torch.device | str) -> None:
+        for encoder in self.text_encoders:
+            encoder.to(device)
 
     @property
     @abstractmethod

@@ -17,7 +17,7 @@ from ip_adapter_trainer.families._unet import UNetFamily, load_pipeline
 from ip_adapter_trainer.nn.packed import Storage
 
 _ONE_BY_ONE = {"mixed_precision": "bf16", "prepare": "auto", "encode_batch_size": 1, "train_batch_size": 1}
-_RECOMPUTED = _ONE_BY_ONE | {"gradient_checkpointing": True, "use_8bit_adam": True}
+_RECOMPUTED = _ONE_BY_ONE | {"gradient_checkpointing": True, "use_8bit_adam": True, "prepare_text": True}
 
 
 @FAMILIES.register("sdxl")

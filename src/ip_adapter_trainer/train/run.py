@@ -107,7 +107,7 @@ def _make_trainer(config: TrainConfig, runtime: Runtime, stop: StopSignal) -> Tr
     plan = make_plan(model, config, source.rows, source.images_per_step)
     say("\n".join(plan.lines()))
     if prepared:
-        model.release_encoders()
+        model.release_encoders(texts=config.prepare_text)
     where = f"{runtime.world} x {runtime.device.type}"
     say(f"on {where}, frozen weights {runtime.precision}, predicting {process.prediction}")
     if config.low_memory:

@@ -154,9 +154,11 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench", description=__doc__)
     parser.add_argument("--sizes", default="tiny,half,sd15", help="out of " + ", ".join(SIZES))
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--rounds", type=int, default=5, help="timed turns of each side")
+    parser.add_argument("--rounds", type=int, default=3, help="timed turns of each side")
     parser.add_argument(
-        "--techniques", default=",".join(TECHNIQUES), help="switches to try at each size's first setting"
+        "--techniques",
+        default=",".join(name for name in TECHNIQUES if name != "compile"),
+        help="switches to try at each size's first setting; compile is left out unless asked for: minutes on a CPU",
     )
     parser.add_argument("--threads", type=int, help="threads of each side; default: as torch chooses")
     parser.add_argument("--minutes", type=float, default=60, help="no further setting is begun after this")

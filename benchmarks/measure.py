@@ -63,7 +63,7 @@ def compare(pair: tuple[Contender, Contender], schedule: Schedule, folder: Path)
         encodes = not any(c.side == "ours" for c in pair[:1])  # two of ours have nothing to compare here
         for i in range(schedule.rounds + 1 if encodes else 0):
             for worker, found in sides:
-                seconds = worker.ask("encode") / worker.contender.images
+                seconds = worker.ask("encode")
                 found.encode_s += [seconds] if i else []
         for worker, found in sides:
             worker.ask("prepare")

@@ -34,6 +34,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "product_convolutions": {"product_convolutions": False},
     "lean_attention": {"lean_attention": False},
     "channels_last": {"channels_last": "off"},
+    "prepare_text": {"prepare_text": True},
     "checkpointing": {"gradient_checkpointing": True},
     "compile": {"compile": "on"},
 }
@@ -104,7 +105,9 @@ class OurStep:
 
     def encode(self, batch: Batch) -> Encoded:
         """What preparing a set makes of a batch, once for all steps."""
-        return Encoded(self.model.moments_of(batch.picture), self.model.features_of(batch.picture))
+        keeps_text = self.settings.get("prepare_text")
+        text = self.model.family.encode_captions(batch.text) if keeps_text else {}
+        return Encoded(self.model.moments_of(batch.picture), self.model.features_of(batch.picture), text)
 
     def release_encoders(self) -> None:
         """Lets go of what a prepared set makes needless, and of the VAE's other half, which only grids need."""
@@ -125,7 +128,7 @@ class OurStep:
         config = self.config_class(
             pretrained_model_name_or_path="random weights", image_encoder_path="random weights", data_json_file="none",
             output_dir=str(output), report_to="none", num_validation_images=0, grid_rows=0, seed=SEED,
-            mixed_precision=self.precision, train_batch_size=images, max_train_steps=steps,
+            prepared_dir="none", mixed_precision=self.precision, train_batch_size=images, max_train_steps=steps,
             **self.settings,
         )  # fmt: skip
         output.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,7 @@ from benchmarks.published_step import PublishedStep
 from benchmarks.rows import at_step, make_batch
 from ip_adapter_trainer.core.log import quiet_loading
 from ip_adapter_trainer.core.types import Batch
+from ip_adapter_trainer.prepare.config import SetConfig
 
 
 @dataclass(frozen=True)
@@ -124,10 +125,14 @@ class Child:
         self.batch = make_batch(self._size, self.contender.side_px, images, self.contender.device)
 
     def encode(self) -> float:
-        """Seconds to encode the batch's targets and image prompts."""
+        """Seconds to encode an image's target and prompt: in the step's batch, or in one of `ip-adapter prepare`."""
+        batch = self.batch
+        if self.ours:
+            images = SetConfig.model_fields["encode_batch_size"].default
+            batch = make_batch(self._size, self.contender.side_px, images, self.contender.device)
         self.meter.start()
-        self.step.encode(self.batch)
-        return self.meter.stop()
+        self.step.encode(batch)
+        return self.meter.stop() / len(batch)
 
     def prepare(self) -> None:
         """Our side encodes its rows once and for all; the other side has nothing to prepare."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import limits, measure, report
+from benchmarks import data_rate, limits, measure, report
 from benchmarks.limits import Flops
 from benchmarks.measure import Measured, Schedule
 from benchmarks.our_step import ON_BY_DEFAULT, TECHNIQUES
@@ -78,6 +78,12 @@ class Bench:
         name = f"{report.FLOPS}, {size} {side_px} px"
         ratio = theirs.total / ours.total
         return Row(name, self.device, theirs.total / 1e9, ours.total / 1e9, ratio, 0.0, None)
+
+    def rows(self) -> Row:
+        """The row of the data path: from pictures as they are read at each step, beside a prepared set."""
+        pairs = aside(data_rate.rates, self.rounds)
+        raw, prepared = ([1000 / pair[side] for pair in pairs] for side in (0, 1))
+        return self._timed(f"{report.ROWS}, sd15 512 px", raw, prepared, None)
 
     def setting(self, setting: Setting, *, is_first: bool) -> Iterator[Row]:
         """Everything about one setting; techniques are tried at a size's first."""
@@ -170,6 +176,7 @@ def jobs(bench: Bench, sizes: Sequence[str]) -> Iterator[tuple[str, Callable[[],
     """What there is to measure, each with its name: counts, then settings, then largest batches."""
     for size, side_px in COUNTED:
         yield f"operations of {size}", lambda size=size, side_px=side_px: iter([bench.flops(size, side_px)])
+    yield "rows fed to a step", lambda: iter([bench.rows()])
     for size in sizes:
         runs = SIZES[size].runs.get(bench.device, ())
         for number, (side_px, images) in enumerate(runs):

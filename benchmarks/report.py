@@ -12,6 +12,7 @@ from pathlib import Path
 
 TIME, FLOPS, ROOF = "time per trained image [s]", "FLOPs per trained image [G]", "share of the measured roof"
 PEAK, BYTES, STALL = "peak memory [GB]", "bytes per checkpoint [MB]", "stall of a checkpoint [s]"
+ROWS = "a row fed to the step, one core [ms]"
 ENCODE, PARITY, TECHNIQUE = "encoding an image [s]", "gradient error", "time per trained image without / with"
 
 
@@ -40,6 +41,7 @@ TARGETS = (
     Target(PEAK, "any", ("sd15",), "ratio", 2.0),
     Target(PEAK, "any", ("sdxl",), "ratio", 1.8),
     Target(BYTES, "any", ("sd15",), "ratio", 13.0),
+    Target(ROWS, "any", (), "ratio", 300.0),
     Target(STALL, "any", ("sd",), "ours", 0.6, at_least=False),
     Target(ENCODE, "cpu", ("sd15",), "ratio", 1.7),
     Target(ENCODE, "cuda", ("sd15",), "ratio", 2.0),

@@ -122,3 +122,17 @@ def test_resting_text_encoders_come_back_for_prompts_only(
     with family.reading_prompts():
         assert moved == ["cpu", "cpu", "meta", "meta"]
     assert moved[4:] == ["cpu", "cpu"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_autoencoder_lies_channels_last_in_half_precision(base_folder: Callable, dtype: torch.dtype) -> None:
+    folder = base_folder("sd1")
+    entry = FAMILIES[family_of(str(folder))]
+    family = entry.load(str(folder), entry.Config(), dtype=dtype, device="cpu")
+    weight = family.autoencoder.encoder.conv_in.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) == (dtype != torch.float32)
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    found = family.encode_moments(pixels)
+    family.autoencoder.to(memory_format=torch.contiguous_format)
+    tolerance = {"rtol": 0, "atol": 0} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 5e-2}
+    torch.testing.assert_close(found, family.encode_moments(pixels), **tolerance)

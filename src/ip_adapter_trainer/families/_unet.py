@@ -75,6 +75,9 @@ class UNetFamily(Family):
         self.denoiser = pipeline.unet
         if self.denoiser is not None:
             self.context_dim = _context_dim(self.denoiser)
+        if pipeline.vae is not None and pipeline.vae.dtype != torch.float32:
+            # One core with AMX, SD1.5, 256 px, bf16: a picture is encoded in 0.69 s, with channels first in 1.62 s.
+            pipeline.vae.to(memory_format=torch.channels_last)
 
     @classmethod
     def without(cls, parts: Sequence[PartName]) -> dict[str, None]:

@@ -46,7 +46,9 @@ def _step(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
 
 
 def _ways(block: nn.Module) -> dict[str, AbstractContextManager[None]]:
-    lean = lean_layers(block) if isinstance(block, ResnetBlock2D) else lean_attention(block, ImagePrompt())
+    lean = (
+        lean_layers(block, products=True) if isinstance(block, ResnetBlock2D) else lean_attention(block, ImagePrompt())
+    )
     return {"as it is": nullcontext(), "lean": lean, "compiled": compiled_blocks(block, "on")}
 
 

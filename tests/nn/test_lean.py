@@ -10,7 +10,7 @@ import torch
 
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.nn.attention import ImagePrompt, LeanSelfProcessor, attend, attend_lean, lean_attention
-from ip_adapter_trainer.nn.lean import LeanGEGLU, LeanResnetBlock2D, ProductConv2d, lean_layers
+from ip_adapter_trainer.nn.lean import LeanConv2d, LeanGEGLU, LeanResnetBlock2D, ProductConv2d, lean_layers
 from ip_adapter_trainer.train.config import LeanConfig
 from ip_adapter_trainer.train.lean import lean
 from tests import tiny
@@ -76,12 +76,12 @@ def test_a_lean_denoiser_without_gradients_is_the_base_bit_for_bit_and_leaves_no
     processors, keys = dict(denoiser.attn_processors), list(denoiser.state_dict())
     with lean(model, LeanConfig(channels_last="off")):
         found = {type(m) for m in denoiser.modules()}
-        assert {ProductConv2d, LeanGEGLU, LeanResnetBlock2D} <= found
+        assert {LeanConv2d, LeanGEGLU, LeanResnetBlock2D} <= found and ProductConv2d not in found
         assert any(isinstance(p, LeanSelfProcessor) for p in denoiser.attn_processors.values())
         assert torch.equal(model.family.predict(noisy, t, text), base)
         assert list(denoiser.state_dict()) == keys
     with lean(model, LeanConfig(channels_last="on")):
-        pass
+        assert {type(m) for m in denoiser.modules()} >= {ProductConv2d, LeanGEGLU, LeanResnetBlock2D}
     assert [type(m) for m in denoiser.modules()] == classes
     assert all(p is processors[name] for name, p in denoiser.attn_processors.items())
     assert all(p.is_contiguous() for p in denoiser.parameters())
@@ -91,7 +91,7 @@ def test_a_lean_denoiser_without_gradients_is_the_base_bit_for_bit_and_leaves_no
 def test_trained_or_unusual_layers_stay_what_they_are() -> None:
     trained, padded = torch.nn.Conv2d(2, 2, 1), torch.nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect")
     padded.requires_grad_(False)
-    with lean_layers(torch.nn.Sequential(trained, padded)):
+    with lean_layers(torch.nn.Sequential(trained, padded), products=True):
         assert type(trained) is type(padded) is torch.nn.Conv2d
 
 

@@ -56,7 +56,7 @@ def test_a_layer_takes_the_product_over_few_positions_only(channels: int, side: 
     net = torch.nn.Conv2d(channels, channels, 3, padding=1).requires_grad_(False).to(memory_format=LAST)
     x = torch.randn(1, channels, side, side).to(memory_format=LAST).requires_grad_()
     expected = net(x)
-    with lean_layers(net):
+    with lean_layers(net, products=True):
         assert type(net) is ProductConv2d
         made = net(x)
     assert (type(made.grad_fn).__name__ == "_ProductBackward") == taken

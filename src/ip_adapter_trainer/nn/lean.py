@@ -197,12 +197,12 @@ def _is_plain(block: Any) -> bool:
 
 
 @contextmanager
-def lean_layers(net: nn.Module, products: bool = True) -> Iterator[None]:
+def lean_layers(net: nn.Module, *, products: bool) -> Iterator[None]:
     """Gives a frozen net's layers their lean classes for a while; parameters and their names stay where they are.
 
     Args:
         net: whose layers.
-        products: whether convolutions may compute as matrix products.
+        products: whether convolutions may compute as matrix products; for nets that are laid out channels-last.
     """
     changed = [(layer, type(layer), kind) for layer in net.modules() if (kind := _replacement(layer, products))]
     for layer, _, kind in changed:

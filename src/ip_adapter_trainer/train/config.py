@@ -69,7 +69,7 @@ class LeanConfig(Part):
     )
     product_convolutions: bool = Field(
         True,
-        description="Lean layers on a CPU: convolutions over few positions as matrix products, where those are faster.",
+        description="Lean layers on a CPU, channels-last: convolutions over few positions as matrix products.",
     )
     lean_attention: bool = Field(
         True,

@@ -25,7 +25,8 @@ def lean(model: Model, config: LeanConfig) -> Iterator[None]:
     """
     denoiser = model.family.denoiser
     with ExitStack() as stack:
-        if _channels_last(config, model.dtype):
+        laid_out = _channels_last(config, model.dtype)
+        if laid_out:
             denoiser.to(memory_format=torch.channels_last)
             stack.callback(denoiser.to, memory_format=torch.contiguous_format)
         if config.lean_attention:
@@ -33,7 +34,7 @@ def lean(model: Model, config: LeanConfig) -> Iterator[None]:
         if config.compile != "off":  # the compiler itself weighs what to keep, and cannot read the lean layers
             stack.enter_context(compiled_blocks(denoiser, config.compile))
         elif config.lean_layers:
-            stack.enter_context(lean_layers(denoiser, config.product_convolutions))
+            stack.enter_context(lean_layers(denoiser, products=laid_out and config.product_convolutions))
         yield
 
 

@@ -115,7 +115,7 @@ def levers(laid: Laid, names: Sequence[str], steps: int) -> Iterator[tuple[str, 
 
 
 def _levers_row(name: str, mark: Mark) -> str:
-    return f"| {name} | {mark.step} | {mark.gap:.4f} ± {mark.gap_error:.4f} | {_scores(mark)} |"
+    return f"| {name} | {mark.step} | {mark.gap:.4f} ± {mark.gap_error:.4f} | {mark.loss:.4f} | {_scores(mark)} |"
 
 
 def _arguments() -> argparse.Namespace:
@@ -148,7 +148,7 @@ def main() -> None:
         found = [r.as_json() for r in raced]
         print(race_table(raced))
     else:
-        print("| recipe | steps | gap | colour / pattern / background / shape |\n|---|---|---|---|")
+        print("| recipe | steps | gap | validation loss | colour / pattern / background / shape |\n" + "|---" * 5 + "|")
         for seed in args.seeds or [100]:
             for name, mark in levers(Laid.of(args.work, seed), args.names, args.steps):
                 print(_levers_row(name, mark), flush=True)

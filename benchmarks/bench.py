@@ -85,8 +85,8 @@ class Bench:
         raw, prepared = ([1000 / pair[side] for pair in pairs] for side in (0, 1))
         return self._timed(f"{report.ROWS}, sd15 512 px", raw, prepared, None)
 
-    def setting(self, setting: Setting, *, is_first: bool) -> Iterator[Row]:
-        """Everything about one setting; techniques are tried at a size's first."""
+    def setting(self, setting: Setting, *, tries: bool) -> Iterator[Row]:
+        """Everything about one setting; `tries`: the techniques too."""
         reference, parity = None, None
         for precision in PUBLISHED[self.device]:
             pair = setting.contender("published", precision), setting.contender("ours", "bf16")
@@ -101,7 +101,7 @@ class Bench:
                     name = f"{report.PARITY}, {setting.name}, bf16"
                     yield Row(name, self.device, error, parity, error / parity, None, parity)
             yield from self._rows(setting, theirs, ours, parity)
-        for technique in self.techniques if is_first else ():
+        for technique in self.techniques if tries else ():
             yield self._technique(setting, technique, reference)
 
     def _reference(self, setting: Setting) -> Path | None:
@@ -164,7 +164,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--techniques",
         default=",".join(name for name in TECHNIQUES if name != "compile"),
-        help="switches to try at each size's first setting; compile is left out unless asked for: minutes on a CPU",
+        help="switches to try at each size's first setting but tiny's; compile is left out unless asked for: minutes on a CPU",
     )
     parser.add_argument("--threads", type=int, help="threads of each side; default: as torch chooses")
     parser.add_argument("--minutes", type=float, default=60, help="no further setting is begun after this")
@@ -181,7 +181,7 @@ def jobs(bench: Bench, sizes: Sequence[str]) -> Iterator[tuple[str, Callable[[],
         runs = SIZES[size].runs.get(bench.device, ())
         for number, (side_px, images) in enumerate(runs):
             setting = Setting(size, side_px, images, bench.device)
-            yield setting.name, lambda s=setting, n=number: bench.setting(s, is_first=n == 0)
+            yield setting.name, lambda s=setting, n=number: bench.setting(s, tries=n == 0 and s.size != "tiny")
         if bench.device == "cuda" and runs:
             setting = Setting(size, runs[0][0], 1, bench.device)
             yield f"largest batches of {size}", lambda s=setting: bench.largest(s)

@@ -164,7 +164,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--techniques",
         default=",".join(name for name in TECHNIQUES if name != "compile"),
-        help="switches to try at each size's first setting but tiny's; compile is left out unless asked for: minutes on a CPU",
+        help="switches to try at each size's first setting but tiny's; not compile: minutes on a CPU",
     )
     parser.add_argument("--threads", type=int, help="threads of each side; default: as torch chooses")
     parser.add_argument("--minutes", type=float, default=60, help="no further setting is begun after this")

@@ -31,8 +31,8 @@ def product_pays(x: Tensor, weight: Tensor, stride: tuple[int, int], dilation: t
 def product_forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """`F.conv2d` of [B, C, H, W] with a channels-last weight [D, C, k, l], channels-last [B, D, h, w]."""
     patches = _patches(x, weight.shape[2:], geometry)  # [B, h, w, k, l, C]
-    out = F.linear(patches.flatten(3), _matrix(weight), bias)  # [B, h, w, D]
-    return out.permute(0, 3, 1, 2)
+    out = F.linear(patches.flatten(3).flatten(0, 2), _matrix(weight), bias)  # [B h w, D]
+    return out.view(*patches.shape[:3], -1).permute(0, 3, 1, 2)
 
 
 def product_backward(gradient: Tensor, weight: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
@@ -41,8 +41,9 @@ def product_backward(gradient: Tensor, weight: Tensor, shape: torch.Size, geomet
     Patches overlap; what falls on one position is summed in fp32 and rounded once.
     """
     (batch, channels, height, width), (stride, padding) = shape, geometry
-    spread = gradient.permute(0, 2, 3, 1) @ _matrix(weight)  # [B, h, w, k l C]
-    spread = spread.unflatten(-1, (*weight.shape[2:], channels))
+    rows = gradient.permute(0, 2, 3, 1).flatten(0, 2)  # one matrix, or PyTorch makes a copy of the weight for each line
+    sizes = (batch, *gradient.shape[2:], *weight.shape[2:], channels)
+    spread = (rows @ _matrix(weight)).view(sizes)  # [B, h, w, k, l, C]
     total = spread.new_zeros(batch, height + 2 * padding[0], width + 2 * padding[1], channels, dtype=torch.float32)
     for down in range(weight.shape[2]):
         for across in range(weight.shape[3]):

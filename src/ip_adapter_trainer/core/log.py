@@ -6,6 +6,9 @@ import logging
 import os
 import sys
 
+# It advises kernels from the hub as soon as accelerate imports it, on machines without a GPU.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 
 def say(line: str) -> None:
     """Prints a line from the first process only."""
@@ -23,7 +26,6 @@ def quiet_loading() -> None:
     transformers_logging.disable_progress_bar()
     for handler in transformers_logging.get_logger("transformers").handlers:
         handler.addFilter(_is_no_advice)
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # speaks of kernels from the hub
 
 
 def _is_no_advice(record: logging.LogRecord) -> bool:

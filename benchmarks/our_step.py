@@ -20,6 +20,7 @@ from ip_adapter_trainer.core.types import Batch, Encoded
 from ip_adapter_trainer.diffusion import NoiseProcess, ObjectiveConfig
 from ip_adapter_trainer.encoders import ClipImageEncoder
 from ip_adapter_trainer.families import FAMILIES
+from ip_adapter_trainer.families._unet import lay_out_autoencoder
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.train.config import LeanConfig
 from ip_adapter_trainer.train.lean import lean
@@ -93,6 +94,7 @@ class OurStep:
         self.precision, self.device, self.size = precision, device, size
         dtype = dtype_of(precision)
         nets.pipeline.to(dtype=dtype)
+        lay_out_autoencoder(nets.pipeline.vae)
         entry: Any = FAMILIES[size.family]
         encoder = ClipImageEncoder(nets.image_encoder.to(dtype), "random weights")
         with torch.device(device):

@@ -41,8 +41,19 @@ def load_pipeline(
     if pipeline.unet is not None:
         pack_denoiser(pipeline.unet, storage, device)
     pipeline.to(device)
+    if pipeline.vae is not None:
+        lay_out_autoencoder(pipeline.vae)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def lay_out_autoencoder(vae: Any) -> None:
+    """Lays a half precision autoencoder out channels-last.
+
+    One core with AMX, SD1.5, 256 px, bf16: a picture is encoded in 0.69 s, with channels first in 1.62 s.
+    """
+    if vae.dtype != torch.float32:
+        vae.to(memory_format=torch.channels_last)
 
 
 def pack_denoiser(unet: torch.nn.Module, storage: Storage, device: torch.device | str) -> None:
@@ -75,9 +86,6 @@ class UNetFamily(Family):
         self.denoiser = pipeline.unet
         if self.denoiser is not None:
             self.context_dim = _context_dim(self.denoiser)
-        if pipeline.vae is not None and pipeline.vae.dtype != torch.float32:
-            # One core with AMX, SD1.5, 256 px, bf16: a picture is encoded in 0.69 s, with channels first in 1.62 s.
-            pipeline.vae.to(memory_format=torch.channels_last)
 
     @classmethod
     def without(cls, parts: Sequence[PartName]) -> dict[str, None]:

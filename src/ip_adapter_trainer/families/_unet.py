@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -12,8 +12,9 @@ from torch import Tensor
 from ip_adapter_trainer.core.devices import to_device
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.log import quiet_loading
+from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.core.types import Site, TextCondition
-from ip_adapter_trainer.families._family import Family, PartName
+from ip_adapter_trainer.families._family import PARTS, Family, PartName
 from ip_adapter_trainer.nn.packed import Storage, pack
 
 PROCESSOR = ".processor"
@@ -81,6 +82,9 @@ class UNetFamily(Family):
         "autoencoder": ("vae",), "denoiser": ("unet",), "text": ("tokenizer", "text_encoder"),
     }  # fmt: skip
 
+    pipeline_class: ClassVar[str]  # of diffusers
+    left_out: ClassVar[Mapping[str, Any]]  # arguments by which the pipeline loads without what training never needs
+
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
         self.denoiser = pipeline.unet
@@ -88,9 +92,27 @@ class UNetFamily(Family):
             self.context_dim = _context_dim(self.denoiser)
 
     @classmethod
-    def without(cls, parts: Sequence[PartName]) -> dict[str, None]:
-        """What a pipeline is told so that it loads only these parts."""
-        return {name: None for part, names in cls.components.items() if part not in parts for name in names}
+    def matches(cls, model_index: Mapping[str, Any]) -> bool:
+        """See `Family.matches`."""
+        return model_index.get("_class_name") == cls.pipeline_class
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        config: Part,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        parts: Sequence[PartName] = PARTS,
+        storage: Storage = "none",
+    ) -> Self:
+        """See `Family.load`."""
+        import diffusers
+
+        without = {name: None for part, names in cls.components.items() if part not in parts for name in names}
+        kind = getattr(diffusers, cls.pipeline_class)
+        return cls(load_pipeline(kind, path, dtype=dtype, device=device, storage=storage, **cls.left_out, **without))
 
     def sites(self) -> list[Site]:
         """N counts every attention processor in module order (down, up, mid), so cross-attention has the odd ones."""

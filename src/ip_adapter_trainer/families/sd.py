@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ip_adapter_trainer.core.settings import Part
-from ip_adapter_trainer.families._family import FAMILIES, PARTS, PartName
+from ip_adapter_trainer.families._family import FAMILIES
 from ip_adapter_trainer.families._text import run_text_encoder
-from ip_adapter_trainer.families._unet import UNetFamily, load_pipeline
-from ip_adapter_trainer.nn.packed import Storage
+from ip_adapter_trainer.families._unet import UNetFamily
 
 
 @FAMILIES.register("sd")
@@ -20,35 +18,14 @@ class StableDiffusion(UNetFamily):
     """SD1.x and SD2.x."""
 
     Config = Part
+    pipeline_class = "StableDiffusionPipeline"
+    left_out = {"safety_checker": None, "requires_safety_checker": False, "image_encoder": None}  # noqa: RUF012
     name = "sd"
     small_cards = {  # noqa: RUF012
         8: {"mixed_precision": "bf16", "prepare": "auto", "encode_batch_size": 4, "train_batch_size": 4},
         12: {"mixed_precision": "bf16", "prepare": "auto", "train_batch_size": 8},
         24: {"mixed_precision": "bf16", "prepare": "auto", "train_batch_size": 16},
     }
-
-    @classmethod
-    def matches(cls, model_index: Mapping[str, Any]) -> bool:
-        """The pipeline class of both generations."""
-        return model_index.get("_class_name") == "StableDiffusionPipeline"
-
-    @classmethod
-    def load(
-        cls,
-        path: str,
-        config: Part,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        parts: Sequence[PartName] = PARTS,
-        storage: Storage = "none",
-    ) -> StableDiffusion:
-        """See `Family.load`."""
-        from diffusers import StableDiffusionPipeline
-
-        without = {"safety_checker": None, "requires_safety_checker": False, "image_encoder": None}
-        without |= cls.without(parts)
-        return cls(load_pipeline(StableDiffusionPipeline, path, dtype=dtype, device=device, storage=storage, **without))
 
     @torch.no_grad()
     def encode_captions(self, texts: Sequence[str]) -> dict[str, Tensor]:

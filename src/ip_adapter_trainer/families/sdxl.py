@@ -11,10 +11,9 @@ from torch import Tensor
 from ip_adapter_trainer.core.devices import to_device
 from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.core.types import Geometry, TextCondition
-from ip_adapter_trainer.families._family import FAMILIES, PARTS, PartName
+from ip_adapter_trainer.families._family import FAMILIES
 from ip_adapter_trainer.families._text import run_text_encoder
-from ip_adapter_trainer.families._unet import UNetFamily, load_pipeline
-from ip_adapter_trainer.nn.packed import Storage
+from ip_adapter_trainer.families._unet import UNetFamily
 
 _ONE_BY_ONE = {"mixed_precision": "bf16", "prepare": "auto", "encode_batch_size": 1, "train_batch_size": 1}
 _RECOMPUTED = _ONE_BY_ONE | {"gradient_checkpointing": True, "use_8bit_adam": True, "prepare_text": True}
@@ -25,6 +24,8 @@ class StableDiffusionXL(UNetFamily):
     """SDXL base models."""
 
     Config = Part
+    pipeline_class = "StableDiffusionXLPipeline"
+    left_out = {"image_encoder": None, "add_watermarker": False}  # noqa: RUF012
     name = "sdxl"
     layer_groups = {  # noqa: RUF012
         **UNetFamily.layer_groups,
@@ -41,32 +42,11 @@ class StableDiffusionXL(UNetFamily):
         "text": ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
     }
 
-    @classmethod
-    def matches(cls, model_index: Mapping[str, Any]) -> bool:
-        """The SDXL text-to-image pipeline."""
-        return model_index.get("_class_name") == "StableDiffusionXLPipeline"
-
-    @classmethod
-    def load(
-        cls,
-        path: str,
-        config: Part,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        parts: Sequence[PartName] = PARTS,
-        storage: Storage = "none",
-    ) -> StableDiffusionXL:
-        """See `Family.load`."""
-        from diffusers import StableDiffusionXLPipeline
-
-        without: dict[str, Any] = {"image_encoder": None, "add_watermarker": False, **cls.without(parts)}
-        pipeline = load_pipeline(
-            StableDiffusionXLPipeline, path, dtype=dtype, device=device, storage=storage, **without
-        )
-        if dtype == torch.float16 and pipeline.vae is not None and pipeline.vae.config.force_upcast:
-            pipeline.vae.to(torch.float32)  # SDXL's own VAE overflows in fp16; the pipeline upcasts it likewise
-        return cls(pipeline)
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline)
+        vae = pipeline.vae
+        if vae is not None and vae.dtype == torch.float16 and vae.config.force_upcast:
+            vae.to(torch.float32)  # SDXL's own VAE overflows in fp16; the pipeline upcasts it likewise
 
     @torch.no_grad()
     def encode_captions(self, texts: Sequence[str]) -> dict[str, Tensor]:

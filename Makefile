@@ -5,14 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test slow bench bench-gpu clean
+.PHONY: demo test slow bench bench-gpu faults clean
 
 demo: $(STAMP)
 	$(BIN)/ip-adapter demo --output_dir demo
 
 test: $(STAMP)
-	$(BIN)/ruff check src tests benchmarks examples
-	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check src tests benchmarks faults examples
+	$(BIN)/ruff format --check src tests benchmarks faults examples
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
@@ -28,6 +28,10 @@ bench: $(STAMP)
 # The same on one GPU, ended after ten minutes: SD1.5 at 512 px and SDXL at 1024 px.
 bench-gpu: $(STAMP)
 	$(BIN)/python -m benchmarks.bench --sizes sd15,sdxl --device cuda --rounds 3 --minutes 8 --techniques "" --out bench
+
+# Real runs, killed, stopped, filled up and fed with hostile files, into faults/report.json (about an hour).
+faults: $(STAMP)
+	$(BIN)/python -m faults
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

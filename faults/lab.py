@@ -1,0 +1,195 @@
+"""Where experiments are done: laid-out rows, real processes, and a watch on them from outside."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ip_adapter_trainer.core.settings import as_flags
+from ip_adapter_trainer.pocket import lay, world
+
+PATIENCE_S = 180.0
+ROWS = 24
+
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one fault did.
+
+    Attributes:
+        fault: which, in words; one line of the report.
+        tries: how often it was done.
+        lost: in how many of them something was lost, let in or wrong.
+        passed: None where the machine forbids the experiment.
+        note: what was done, with the figures that matter; why it was left out.
+    """
+
+    fault: str
+    tries: int
+    lost: int
+    passed: bool | None
+    note: str
+
+
+class Process:
+    """A command in a session of its own, with everything that it starts.
+
+    Usage::
+
+        process = lab.start("train", settings)
+        process.wait_until((output / "checkpoint-2").exists)
+        process.send(signal.SIGTERM)
+        assert process.wait(10) == 143, process.said
+    """
+
+    def __init__(self, argv: list[str], log: Path, environment: Mapping[str, str], folder: Path) -> None:
+        self._log = log
+        with log.open("wb") as out:
+            self._popen = subprocess.Popen(
+                argv, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=folder, start_new_session=True
+            )
+        self.pid = self._popen.pid
+
+    @property
+    def said(self) -> str:
+        """Everything it and its children have printed so far."""
+        return self._log.read_text(errors="replace")
+
+    @property
+    def runs(self) -> bool:
+        """Whether it has not ended."""
+        return self._popen.poll() is None
+
+    def wait_until(
+        self, happened: Callable[[], object], patience_s: float = PATIENCE_S, pause_s: float = 0.002
+    ) -> bool:
+        """Waits for something to be seen from outside; False if the process ended before it was.
+
+        Raises:
+            TimeoutError: neither came.
+        """
+        end = time.monotonic() + patience_s
+        while not happened():
+            if not self.runs:
+                return bool(happened())
+            if time.monotonic() > end:
+                self.kill()
+                raise TimeoutError(f"nothing happened in {patience_s:g} s; it said:\n{self.said[-2000:]}")
+            time.sleep(pause_s)
+        return True
+
+    def send(self, number: int) -> None:
+        """A signal to the process that was started, as a scheduler sends it."""
+        if self.runs:
+            self._popen.send_signal(number)
+
+    def kill(self) -> None:
+        """kill -9 to it and its children at once, as a machine that goes away."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._popen.wait()
+
+    def wait(self, patience_s: float = PATIENCE_S) -> int:
+        """Its exit code.
+
+        Raises:
+            TimeoutError: it goes on for too long; it is killed.
+        """
+        try:
+            return self._popen.wait(patience_s)
+        except subprocess.TimeoutExpired as error:
+            self.kill()
+            raise TimeoutError(f"still running after {patience_s:g} s; it said:\n{self.said[-2000:]}") from error
+
+
+class Lab:
+    """A folder to work in and the commands to try.
+
+    Args:
+        folder: empty or of an earlier lab.
+        share: of the full number of tries, for a quick look.
+    """
+
+    def __init__(self, folder: Path, share: float = 1.0) -> None:
+        self.folder, self.share = folder.resolve(), share
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def tries(self, full: int) -> int:
+        """How often to try what the full lab tries so often."""
+        return max(1, round(full * self.share))
+
+    def place(self, name: str) -> Path:
+        """A fresh, empty folder of an experiment."""
+        taken = len(list(self.folder.glob(f"{name}-*")))
+        folder = self.folder / f"{name}-{taken}"
+        folder.mkdir()
+        return folder
+
+    @cached_property
+    def pocket(self) -> Path:
+        """The pocket base, its image encoder, and training rows."""
+        folder = self.folder / "pocket"
+        if not (folder / "data.json").exists():
+            lay.lay(folder, rows=ROWS)
+        return folder
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Base, encoder and rows, as `train` and `prepare` take them."""
+        here = self.pocket
+        return {
+            "pretrained_model_name_or_path": here / "base", "image_encoder_path": here / "image_encoder",
+            "data_json_file": here / "data.json", "data_root_path": here / "images", "resolution": world.SIZE_PX,
+        }  # fmt: skip
+
+    def training(self, output: Path, **more: Any) -> dict[str, Any]:
+        """Settings of a short run without validation; keywords override."""
+        short = {
+            "output_dir": output, "train_batch_size": 2, "max_train_steps": 12, "save_steps": 1, "report_to": "none",
+            "num_validation_images": 0, "grid_rows": 0, "logging_steps": 1,
+        }  # fmt: skip
+        return {**self.inputs, **short, **more}
+
+    def start(
+        self, command: str, settings: Settings, *, processes: int = 1, script: str = "ip_adapter_trainer"
+    ) -> Process:
+        """Starts `ip-adapter COMMAND` in processes of its own.
+
+        Args:
+            command: train, prepare, export, check, ...
+            settings: its flags.
+            processes: above one, under `accelerate launch`.
+            script: the module to run; an observer may stand before the command.
+        """
+        argv = [sys.executable, "-m", script] if processes == 1 else _launcher(processes, script)
+        number = len(list(self.folder.glob("log-*.txt")))
+        log = self.folder / f"log-{number:04d}-{os.getpid()}.txt"
+        return Process([*argv, command, *as_flags(settings)], log, _environment(), self.folder)
+
+    def run(self, command: str, settings: Settings, **how: Any) -> tuple[int, str]:
+        """Runs a command to its end: exit code and what it said. See `start`."""
+        process = self.start(command, settings, **how)
+        return process.wait(), process.said
+
+
+def _launcher(processes: int, script: str) -> list[str]:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), "--multi_gpu"]
+    return [*launch, "--mixed_precision", "no", "--main_process_port", "0", "--module", script]
+
+
+def _environment() -> dict[str, str]:
+    """One thread a process, nothing fetched, and this checkout's modules."""
+    root = str(Path(__file__).resolve().parents[1])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}

@@ -138,3 +138,21 @@ def test_a_prompt_outside_training_attends_by_the_fused_kernel() -> None:
     with lean_attention(torch.nn.Module(), prompt):
         assert prompt.attend is attend_lean
     assert prompt.attend is attend
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_picture_is_encoded_bit_for_bit_as_by_the_stock_autoencoder(
+    dtype: torch.dtype, base_folder: Callable, encoder_folder: Path
+) -> None:
+    family = build(base_folder("sd1"), encoder_folder, "base").family
+    vae = family.autoencoder.to(dtype)
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before = pixels.clone()
+    with torch.no_grad():
+        stock = vae.encode(pixels).latent_dist.parameters
+    lean_blocks: list[torch.nn.Module] = []
+    vae.encoder.mid_block.register_forward_hook(
+        lambda *_: lean_blocks.extend(m for m in vae.encoder.modules() if type(m) is LeanResnetBlock2D)
+    )
+    assert torch.equal(family.encode_moments(pixels), stock) and torch.equal(pixels, before)
+    assert lean_blocks and not any(type(m) is LeanResnetBlock2D for m in vae.modules())

@@ -7,13 +7,16 @@ training what its users will feed it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from ip_adapter_trainer.core.classes import classes_changed
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.log import quiet_loading
 
@@ -41,6 +44,47 @@ class ClipPreprocess:
         """One RGB picture to [3, S, S]."""
         pixels = self._processor(images=picture, return_tensors="np")["pixel_values"][0]
         return torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32))
+
+
+class _ExactNorm(nn.LayerNorm):
+    """A norm over the residual stream, which it leaves in fp32."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, T, E] to fp32 [B, T, E]."""
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps)
+
+
+class _InnerNorm(_ExactNorm):
+    """A norm before a layer's products, which are in the weights' dtype."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, T, E] to the weight's dtype."""
+        return super().forward(input).to(self.weight.dtype)
+
+
+class _ExactLinear(nn.Linear):
+    """A linear layer without bias that multiplies in fp32."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, E] to fp32 [B, D]."""
+        return F.linear(input.float(), self.weight.float())
+
+
+def _exact_stream(model: CLIPVisionModelWithProjection) -> AbstractContextManager[None]:
+    """Lets a half precision encoder keep its residual stream, norms and projection in fp32 for a while.
+
+    The adapter's gradients are proportional to the features, so their rounding is the gradients' own. ViT-H/14's depth
+    and half its width in bf16: features 1.4e-2 off those in fp32, so 4.0e-3, for 2.5 % more time on one core.
+    """
+    vision = model.vision_model
+    changes: list[tuple[nn.Module, type[nn.Module]]] = []
+    if model.dtype != torch.float32:
+        inner = [norm for layer in vision.encoder.layers for norm in (layer.layer_norm1, layer.layer_norm2)]
+        changes += [(norm, _InnerNorm) for norm in inner]
+        changes += [(norm, _ExactNorm) for norm in (vision.pre_layrnorm, vision.post_layernorm)]
+        changes += [(model.visual_projection, _ExactLinear)]
+    return classes_changed(changes)
 
 
 class ClipImageEncoder:
@@ -102,8 +146,11 @@ class ClipImageEncoder:
         """Several kinds of feature of the same pixels, by one pass; see `encode`."""
         assert not self._is_released, "the encoder's weights are gone"
         deep = "penultimate" in kinds
-        output = self.model(pixels.to(self.model.device, self.model.dtype), output_hidden_states=deep)
-        return {kind: output.hidden_states[-2] if kind == "penultimate" else output.image_embeds for kind in kinds}
+        dtype = self.model.dtype
+        with _exact_stream(self.model):
+            output = self.model(pixels.to(self.model.device, dtype), output_hidden_states=deep)
+        found = {"penultimate": output.hidden_states[-2] if deep else None, "image_embeds": output.image_embeds}
+        return {kind: found[kind].to(dtype) for kind in kinds}
 
     def null(self, kind: FeatureKind) -> Tensor:
         """The feature that loaders feed as "no picture", with a batch of one.

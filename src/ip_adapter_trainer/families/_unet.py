@@ -15,6 +15,7 @@ from ip_adapter_trainer.core.log import quiet_loading
 from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.core.types import Site, TextCondition
 from ip_adapter_trainer.families._family import PARTS, Family, PartName
+from ip_adapter_trainer.nn.lean import lean_layers
 from ip_adapter_trainer.nn.packed import Storage, pack
 
 PROCESSOR = ".processor"
@@ -173,7 +174,8 @@ class UNetFamily(Family):
     def encode_moments(self, pixels: Tensor) -> Tensor:
         """See `Family.encode_moments`."""
         vae = self.pipeline.vae
-        moments: Tensor = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.parameters
+        with lean_layers(vae.encoder, products=False):
+            moments: Tensor = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.parameters
         return moments
 
     def release_encoder(self) -> None:

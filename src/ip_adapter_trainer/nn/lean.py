@@ -4,7 +4,7 @@ A layer whose weights are not trained needs less than autograd keeps. A convolut
 backward needs the weight alone, yet PyTorch holds its input as well. GroupNorm, SiLU and a gated GELU in a row hold
 each other's outputs, which follow from the first input at the price of one more elementwise pass. The layers here do
 the same sums in the forward pass; where no gradient flows they are the layers they replace, but for convolutions that
-are faster as matrix products.
+are faster as matrix products, and residual blocks that write over what they alone have seen.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from ip_adapter_trainer.core.classes import classes_changed
 from ip_adapter_trainer.nn.attention import gradient_flows
 from ip_adapter_trainer.nn.products import product_backward, product_forward, product_pays
 
@@ -154,18 +155,18 @@ class LeanResnetBlock2D(ResnetBlock2D):
     """diffusers' residual block in the one shape that the frozen UNets have it in; see `_replacement`."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[B, C, H, W] and time embedding [B, T] to [B, D, H, W]."""
-        if not gradient_flows(input_tensor):
-            return super().forward(input_tensor, temb, *args, **kwargs)
+        """[B, C, H, W] and time embedding [B, T], or none, to [B, D, H, W]."""
         hidden = self.conv1(_norm_silu(self.norm1, input_tensor))
         if self.time_emb_proj is not None:
             hidden = hidden + self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
         hidden = self.conv2(_norm_silu(self.norm2, hidden))
         skipped = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
-        return (skipped + hidden) / self.output_scale_factor
+        return skipped + hidden if gradient_flows(hidden, skipped) else hidden.add_(skipped)
 
 
 def _norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    if not gradient_flows(x):
+        return F.silu(norm(x), inplace=True)
     out: Tensor = _NormSilu.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
     return out
 
@@ -185,7 +186,7 @@ def _replacement(layer: nn.Module, products: bool) -> type[nn.Module] | None:
 
 
 def _is_plain(block: Any) -> bool:
-    """Whether a residual block neither resizes nor scales by time, and has SiLU and no dropout."""
+    """Whether a residual block neither resizes nor scales, by time or at its end, and has SiLU and no dropout."""
     return (
         block.time_embedding_norm == "default"
         and block.upsample is None
@@ -193,6 +194,7 @@ def _is_plain(block: Any) -> bool:
         and not block.skip_time_act
         and isinstance(block.nonlinearity, nn.SiLU)
         and block.dropout.p == 0
+        and block.output_scale_factor == 1
     )
 
 
@@ -204,11 +206,5 @@ def lean_layers(net: nn.Module, *, products: bool) -> Iterator[None]:
         net: whose layers.
         products: whether convolutions may compute as matrix products; for nets that are laid out channels-last.
     """
-    changed = [(layer, type(layer), kind) for layer in net.modules() if (kind := _replacement(layer, products))]
-    for layer, _, kind in changed:
-        layer.__class__ = kind
-    try:
+    with classes_changed((layer, kind) for layer in net.modules() if (kind := _replacement(layer, products))):
         yield
-    finally:
-        for layer, own, _ in changed:
-            layer.__class__ = own

@@ -274,3 +274,11 @@ def test_two_processes_give_the_same_set(go: Callable, flags: Callable, tmp_path
     assert "8 pictures, 8 read and 16 encodings made now, 9 captions" in done.stderr
     assert content(tmp_path / "set") == content(tmp_path / "whole")
     assert go().encoded == 0
+
+
+def test_one_run_prepares_for_several_encoders(go: Callable, tmp_path: Path, encoder_folder: Path) -> None:
+    other = tiny.make_encoder(tmp_path / "other", seed=2)
+    both = go(more_image_encoders=other)
+    assert (both.pictures, both.read, both.encoded) == (8, 16, 24), "latents once, features for each"
+    for encoder in (encoder_folder, other):
+        assert go(image_encoder_path=encoder).encoded == 0

@@ -42,6 +42,9 @@ class PrepareConfig(SetConfig, CutConfig, FrozenConfig):
     both_features: bool = Field(
         False, description="Keep pooled and penultimate features alike, for runs of any variant."
     )
+    more_image_encoders: tuple[str, ...] = Field(
+        (), description="Further image encoders, one after the other, for runs with any of them: folders or hub ids."
+    )
     local_rank: int = Field(-1, description="Process number for launchers that pass a flag instead of LOCAL_RANK.")
 
 

@@ -24,25 +24,33 @@ from ip_adapter_trainer.prepare.config import FrozenConfig
 _SAYS_NOTHING = ("architectures", "dtype", "torch_dtype", "transformers_version")  # and names that begin with "_"
 
 
-def load_frozen(
-    config: FrozenConfig, runtime: Runtime, parts: Sequence[PartName] = PARTS, storage: Storage = "none"
-) -> tuple[Family, ClipImageEncoder]:
-    """Parts of the base model and the image encoder of a run; the family's own settings are taken from the run's.
+def load_frozen(config: FrozenConfig, runtime: Runtime, storage: Storage = "none") -> tuple[Family, ClipImageEncoder]:
+    """The base model and the image encoder of a run.
 
     Args:
         config: which models.
         runtime: their precision and device.
-        parts: of the base model; the image encoder always comes.
         storage: how the denoiser keeps its weights.
 
     Raises:
         Problem: something is missing or of an unknown kind.
     """
+    return load_family(config, runtime, storage=storage), load_encoder(config.image_encoder_path, runtime)
+
+
+def load_family(
+    config: FrozenConfig, runtime: Runtime, parts: Sequence[PartName] = PARTS, storage: Storage = "none"
+) -> Family:
+    """Parts of the base model; the family's own settings are taken from the run's. See `load_frozen`."""
     path = config.pretrained_model_name_or_path
     entry = FAMILIES[family_of(path, config.family)]
     own = _part(config, entry.Config)
-    family = entry.load(path, own, dtype=runtime.dtype, device=runtime.device, parts=parts, storage=storage)
-    return family, ClipImageEncoder.load(config.image_encoder_path, dtype=runtime.dtype, device=runtime.device)
+    return entry.load(path, own, dtype=runtime.dtype, device=runtime.device, parts=parts, storage=storage)
+
+
+def load_encoder(path: str, runtime: Runtime) -> ClipImageEncoder:
+    """An image encoder. See `load_frozen`."""
+    return ClipImageEncoder.load(path, dtype=runtime.dtype, device=runtime.device)
 
 
 def _part(config: Part, kind: type[Part]) -> Part:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -28,7 +28,7 @@ from ip_adapter_trainer.images.decode import PictureFault
 from ip_adapter_trainer.prepare.captions import encode_captions, missing_captions
 from ip_adapter_trainer.prepare.config import PrepareConfig
 from ip_adapter_trainer.prepare.encode import Encoding, encode_with
-from ip_adapter_trainer.prepare.frozen import load_frozen, recipe_of
+from ip_adapter_trainer.prepare.frozen import load_encoder, load_family, recipe_of
 from ip_adapter_trainer.prepare.work import Reading, missing, read_all, share_of
 
 _FLAG = "--prepared_dir"
@@ -39,11 +39,16 @@ class Report:
     """What a run of `prepare` did, over all processes."""
 
     folder: Path
-    pictures: int  # that the rows name
-    read: int  # of them, now
-    encoded: int  # passes of one of them through an encoder
-    captions: int  # encoded now
-    faulty_rows: int
+    pictures: int = 0  # that the rows name
+    read: int = 0  # of them, now; once for each image encoder
+    encoded: int = 0  # passes of one of them through an encoder
+    captions: int = 0  # encoded now
+    faulty_rows: int = 0
+
+    def followed_by(self, later: Report) -> Report:
+        """This and what was done after it for another image encoder, whose faults are the same ones."""
+        done = {name: getattr(self, name) + getattr(later, name) for name in ("read", "encoded", "captions")}
+        return replace(later, **done)
 
     def __str__(self) -> str:
         return (
@@ -72,13 +77,15 @@ def prepare(config: PrepareConfig) -> Report:
             logging_dir="",
         )
         manifest = read_manifest(config)
-        family, encoder = load_frozen(
-            config, runtime, ("autoencoder", "text") if config.prepare_text else ("autoencoder",)
-        )
+        family = load_family(config, runtime, ("autoencoder", "text") if config.prepare_text else ("autoencoder",))
         kinds = FEATURES if config.both_features else (VARIANTS[config.variant].feature,)
-        recipe = recipe_of(config, family, encoder, kinds, text=config.prepare_text)
-        job = Job(config, runtime, manifest, recipe, folder)
-        return job.run(family, encoder, config.encode_batch_size, stop.poll)
+        report = Report(folder)
+        for path in dict.fromkeys((config.image_encoder_path, *config.more_image_encoders)):
+            encoder = load_encoder(path, runtime)
+            recipe = recipe_of(config, family, encoder, kinds, text=config.prepare_text)
+            job = Job(config, runtime, manifest, recipe, folder)
+            report = report.followed_by(job.run(family, encoder, config.encode_batch_size, stop.poll))
+        return report
 
 
 def demand_preparable(config: CutConfig) -> None:

@@ -8,7 +8,7 @@ an image's index, so nothing else need be stored for a resumed run to end with t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,20 @@ MAX_BAD_STEPS = 5  # in a row; then something is wrong that waiting will not men
 
 
 class Trainer:
-    """One run from its first or resumed step to its last."""
+    """One run from its first or resumed step to its last; `marks` are those of its frozen models."""
 
     def __init__(
-        self, config: TrainConfig, runtime: Runtime, model: Model, source: Source, step: Step, plan: Plan
+        self,
+        config: TrainConfig,
+        runtime: Runtime,
+        model: Model,
+        source: Source,
+        step: Step,
+        plan: Plan,
+        marks: Mapping[str, str],
     ) -> None:
         self.config, self.runtime, self.model, self.source, self.plan = config, runtime, model, source, plan
+        self.identity = guard.Identity(source.fingerprint, source.where, marks, plan.images_per_step, runtime.world)
         self.output = Path(config.output_dir)
         self.loss_of = step
         parameters = [p for p in model.adapter.parameters() if p.requires_grad]
@@ -61,6 +69,7 @@ class Trainer:
         self.saved = -1  # the last step at which a checkpoint was written or tried
         self.bad_steps = 0  # in a row
         self.stopping = False  # as all processes agreed
+        self.accepted: list[str] = []  # differences to the run that was resumed
         self._metrics_bytes = 0
 
     # state ------------------------------------------------------------------------------------------------------
@@ -73,9 +82,8 @@ class Trainer:
         """
         saved = checkpoint.read(folder)
         state = saved.state
-        guard.check_settings(state["config"], self.config)
-        guard.check_rows(state["rows"], self.source.fingerprint)
-        guard.check_batch(state["images_per_step"], self.plan.images_per_step)
+        accepted = guard.check(state, self.config, self.identity)
+        self.accepted = [*state.get("accepted", []), *(f"at step {saved.step}: {what}" for what in accepted)]
         self.model.adapter.load_state_dict(state["live"] if self.ema else saved.weights)
         merged = self.optimizer.state_dict() | {"state": state["optimizer"]}
         self.optimizer.load_state_dict(merged)
@@ -92,8 +100,8 @@ class Trainer:
     def _state(self, metrics_bytes: int) -> dict[str, Any]:
         state: dict[str, Any] = {
             "config": self.config.model_dump(mode="json"),
-            "rows": self.source.fingerprint,
-            "images_per_step": self.plan.images_per_step,
+            **self.identity.to_json(),
+            "accepted": self.accepted,
             "optimizer": self.optimizer.state_dict()["state"],
             "scaler": self.scaler.state_dict(),
             "bad_steps": self.bad_steps,

@@ -20,6 +20,7 @@ from ip_adapter_trainer.prepare.frozen import load_frozen
 from ip_adapter_trainer.train.config import TrainConfig
 from ip_adapter_trainer.train.encoded import prepared_set
 from ip_adapter_trainer.train.loop import Trainer
+from ip_adapter_trainer.train.marks import marks_of
 from ip_adapter_trainer.train.plan import make_plan
 from ip_adapter_trainer.train.source import Source
 from ip_adapter_trainer.train.step import Step
@@ -97,6 +98,7 @@ def train(config: TrainConfig, write_resolved: WriteResolved) -> None:
 
 def _make_trainer(config: TrainConfig, runtime: Runtime, stop: StopSignal) -> Trainer:
     model = build_model(config, runtime)
+    marks = marks_of(model)
     manifest = read_manifest(config)
     prepared = prepared_set(config, runtime, model, manifest, stop.poll)
     source = Source(config, runtime, manifest, model.encoder.preprocess, prepared)
@@ -113,7 +115,7 @@ def _make_trainer(config: TrainConfig, runtime: Runtime, stop: StopSignal) -> Tr
     if config.low_memory:
         chosen = {name: getattr(config, name) for name in model.family.small_cards[config.low_memory]}
         say(f"low_memory {config.low_memory}: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
-    return Trainer(config, runtime, model, source, Step(model, process, config.seed, runtime.device), plan)
+    return Trainer(config, runtime, model, source, Step(model, process, config.seed, runtime.device), plan, marks)
 
 
 def _demand_own_folder(config: TrainConfig) -> None:

@@ -28,6 +28,7 @@ from ip_adapter_trainer.train.outcomes import Outcome, Outcomes
 from ip_adapter_trainer.train.plan import Plan
 from ip_adapter_trainer.train.saver import Saver
 from ip_adapter_trainer.train.source import Source
+from ip_adapter_trainer.train.spikes import Spikes
 from ip_adapter_trainer.train.step import Step
 from ip_adapter_trainer.train.track import Track
 from ip_adapter_trainer.train.validate import Validator
@@ -63,6 +64,7 @@ class Trainer:
         )
         self.validator = Validator(config, model, source, step)
         self.outcomes = Outcomes(runtime.device)
+        self.spikes = Spikes()
         self.saver = Saver(self.output, config.checkpoints_total_limit)
         self.done = 0  # optimizer steps
         self.validated = -1  # the step of the last validation
@@ -92,6 +94,8 @@ class Trainer:
         if state["scaler"]:  # empty where the run had no scaler, which an enabled one refuses
             self.scaler.load_state_dict(state["scaler"])
         self.bad_steps = state.get("bad_steps", 0)
+        if "spikes" in state:  # not in the first checkpoints
+            self.spikes.restore(state["spikes"])
         self.done = self.saved = saved.step
         self.validated, self._metrics_bytes = state["validated"], state["metrics_bytes"]
         optim.wind(self.schedule, self.done)
@@ -105,6 +109,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict()["state"],
             "scaler": self.scaler.state_dict(),
             "bad_steps": self.bad_steps,
+            "spikes": self.spikes.state(),
             "validated": self.validated,
             "metrics_bytes": metrics_bytes,
         }
@@ -114,14 +119,32 @@ class Trainer:
         return state
 
     def save(self, track: Track) -> None:
-        """Begins a checkpoint of this very step unless there is one; `finish` waits for it."""
+        """Begins a checkpoint of this very step unless there is one; `finish` waits for it.
+
+        Raises:
+            NotFiniteProblem: on every process alike, whose weights are the same.
+        """
         if self.saved == self.done:
             return
+        self._demand_finite()
         metrics_bytes = track.metrics_bytes()
         if self.runtime.is_main:
             self._tell_of(self.saver.wait)
             self.saver.start(self._snapshot(metrics_bytes))
         self.saved = self.done  # on every process alike
+
+    def _demand_finite(self) -> None:
+        """A finite gradient can still lead to weights that are not, at a learning rate that is far too large.
+
+        Raises:
+            NotFiniteProblem: weights, moments or average are not finite.
+        """
+        state = [value for entry in self.optimizer.state.values() for value in entry.values()]
+        average = self.ema.shadow_params if self.ema else []
+        if not optim.all_finite([*self.model.adapter.parameters(), *state, *average]):
+            what = "weights or moments are not finite, and are not saved"
+            remedy = "resume from the last checkpoint, which is good, with a lower --learning_rate"
+            raise NotFiniteProblem(what, where=f"step {self.done}", remedy=remedy)
 
     def finish(self) -> None:
         """Waits until the last checkpoint is on the disk.
@@ -157,11 +180,12 @@ class Trainer:
         if self.saved != self.done > 0:
             for outcome in self.outcomes.read(keep=0):
                 self._note(outcome, track)
-            self.saver.start(self._snapshot(track.metrics_bytes()))
             try:
+                self._demand_finite()
+                self.saver.start(self._snapshot(track.metrics_bytes()))
                 self.saver.wait()
                 say(f"saved checkpoint-{self.done} before stopping")
-            except StorageProblem as problem:
+            except (NotFiniteProblem, StorageProblem) as problem:
                 say(str(problem))
 
     def published_weights(self) -> Any:
@@ -264,6 +288,7 @@ class Trainer:
             self._note(outcome, track)
             if outcome.is_finite:
                 self.bad_steps = 0
+                self._note_spike(outcome)
             else:
                 self._note_skipped(outcome)
             self.stopping = self.stopping or outcome.stop
@@ -273,9 +298,18 @@ class Trainer:
         if outcome.step % self.config.logging_steps == 0:
             track.flush()
 
+    def _named(self, outcome: Outcome) -> str:
+        """The rows of a step, on all processes."""
+        return "; ".join(self.source.where(row) for row in self.runtime.gathered(outcome.rows))
+
+    def _note_spike(self, outcome: Outcome) -> None:
+        if (times := self.spikes.excess(outcome.loss)) is not None:
+            named = self._named(outcome)
+            say(f"step {outcome.step}: loss {outcome.loss:.4g}, {times:.3g} times the usual; its rows: {named}")
+
     def _note_skipped(self, outcome: Outcome) -> None:
         self.bad_steps += 1
-        named = "; ".join(self.source.where(row) for row in self.runtime.gathered(outcome.rows))
+        named = self._named(outcome)
         say(f"step {outcome.step}: not finite, step skipped ({self.bad_steps} in a row); its rows: {named}")
         if self.bad_steps >= MAX_BAD_STEPS:
             what = f"gradients were not finite for {MAX_BAD_STEPS} steps in a row"

@@ -78,6 +78,12 @@ def step_if_finite(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
         optimizer.step()
 
 
+@torch.no_grad()
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no number in any of them is NaN or infinite; waits for the device."""
+    return all(bool(tensor.isfinite().all()) for tensor in tensors if tensor.is_floating_point())
+
+
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW over the adapter alone: fused, or bitsandbytes' 8-bit one.
 

@@ -139,7 +139,8 @@ class Trainer:
         Raises:
             NotFiniteProblem: weights, moments or average are not finite.
         """
-        state = [value for entry in self.optimizer.state.values() for value in entry.values()]
+        entries = [value for entry in self.optimizer.state.values() for value in entry.values()]
+        state = [value for value in entries if isinstance(value, torch.Tensor)]  # steps may be plain numbers
         average = self.ema.shadow_params if self.ema else []
         if not optim.all_finite([*self.model.adapter.parameters(), *state, *average]):
             what = "weights or moments are not finite, and are not saved"

@@ -119,7 +119,8 @@ def test_two_processes_train_what_one_does_with_the_doubled_batch(
 
 
 def test_rows_of_a_bad_step_are_named_from_every_process(flags: Callable, tmp_path: Path) -> None:
-    process = launched(flags(tmp_path / "out", learning_rate=1e30, max_train_steps=9, max_grad_norm=1e9))
+    process = launched(flags(tmp_path / "out", learning_rate=1e30, max_train_steps=9, max_grad_norm=1e9,
+                             save_steps=100))  # fmt: skip
     out, _ = process.communicate()
     assert "step 6: not finite, step skipped (5 in a row)" in out, out[-3000:]
     skipped = [line for line in out.splitlines() if "step skipped" in line]

@@ -84,27 +84,28 @@ class Digest:
 
     def __init__(self) -> None:
         self._whole = hashlib.sha256()
-        self._line = array("Q")  # checksums of the line of the table that is being filled
+        self._line: list[bytes] = []  # of the table, that is being filled
         self._lines = array("Q")
         self._columns = np.zeros(SIDE, np.uint64)
-        self._rows = 0
+        self._full = 0  # lines
 
     def add(self, row: bytes) -> None:
         """The next row."""
-        self._whole.update(row)
-        self._line.append(zlib.crc32(row))
-        self._rows += 1
+        self._line.append(row)
         if len(self._line) == SIDE:
             self._close_line()
+            self._full += 1
 
     def _close_line(self) -> None:
-        sums = np.array(self._line, np.uint64)
+        self._whole.update(b"".join(self._line))
+        sums = np.fromiter(map(zlib.crc32, self._line), np.uint64, len(self._line))
         self._lines.append(int(sums.sum()))
         self._columns[: len(sums)] += sums
-        self._line = array("Q")
+        self._line = []
 
     def fingerprint(self) -> Fingerprint:
         """Of all rows; none may come after."""
+        rows = self._full * SIDE + len(self._line)
         if self._line:
             self._close_line()
-        return Fingerprint(self._whole.hexdigest(), self._rows, np.array(self._lines, np.uint64), self._columns)
+        return Fingerprint(self._whole.hexdigest(), rows, np.array(self._lines, np.uint64), self._columns)

@@ -134,16 +134,16 @@ class Trainer:
         self.saved = self.done  # on every process alike
 
     def _demand_finite(self) -> None:
-        """A finite gradient can still lead to weights that are not, at a learning rate that is far too large.
+        """A finite gradient can still lead to ruined weights, at a learning rate that is far too large.
 
         Raises:
-            NotFiniteProblem: weights, moments or average are not finite.
+            NotFiniteProblem: moments are not finite; weights or their average are not, or not in fp16.
         """
         entries = [value for entry in self.optimizer.state.values() for value in entry.values()]
         state = [value for value in entries if isinstance(value, torch.Tensor)]  # steps may be plain numbers
-        average = self.ema.shadow_params if self.ema else []
-        if not optim.all_finite([*self.model.adapter.parameters(), *state, *average]):
-            what = "weights or moments are not finite, and are not saved"
+        weights = [*self.model.adapter.parameters(), *(self.ema.shadow_params if self.ema else [])]
+        if not (optim.all_within(optim.LARGEST_WEIGHT, weights) and optim.all_within(optim.LARGEST_MOMENT, state)):
+            what = "weights or moments are not finite, or would not be in fp16, and are not saved"
             remedy = "resume from the last checkpoint, which is good, with a lower --learning_rate"
             raise NotFiniteProblem(what, where=f"step {self.done}", remedy=remedy)
 

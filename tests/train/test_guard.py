@@ -115,6 +115,18 @@ def test_changed_rows_are_refused(run: Callable, rows_folder: Path, tmp_path: Pa
         run(output, data_json_file=other, resume_from_checkpoint="latest")
 
 
+def test_nothing_is_loaded_for_a_run_that_is_refused(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ip_adapter_trainer.train import run as running
+
+    output = run(tmp_path / "out", max_train_steps=2)
+    monkeypatch.setattr(running, "build_model", lambda *_: pytest.fail("loaded"))
+    for asked in ("latest", output / "checkpoint-2"):
+        with pytest.raises(Problem, match="seed was 0, is 7"):
+            run(output, seed=7, resume_from_checkpoint=asked)
+
+
 def test_marks_tell_models_apart(base_folder: Callable, encoder_folder: Path) -> None:
     model = build(base_folder("sd1"), encoder_folder, "base")
     marks = marks_of(model)

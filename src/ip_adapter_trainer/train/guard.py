@@ -54,13 +54,16 @@ class Difference:
     accepts: str = ""
 
 
-def check(saved: Mapping[str, Any], config: TrainConfig, identity: Identity) -> list[str]:
+def check(
+    saved: Mapping[str, Any], config: TrainConfig, identity: Identity, tell: Callable[[str], None] = say
+) -> list[str]:
     """Compares a checkpoint's run with this one; tells what changed.
 
     Args:
         saved: `config` and all of `Identity.to_json`, as the checkpoint has them.
         config: settings of this run.
-        identity: of this run.
+        identity: of this run; models that it does not name are not compared.
+        tell: takes a line for each difference that is no fault.
 
     Returns:
         Each difference that was accepted.
@@ -69,8 +72,8 @@ def check(saved: Mapping[str, Any], config: TrainConfig, identity: Identity) -> 
         Problem: something that must match differs, and is not accepted; each is named, with what to do.
     """
     _demand_known(config)
-    found = [*_settings(saved["config"], config), *_rows(saved, identity), *_models(saved, identity)]
-    found += _batch(saved["images_per_step"], identity, config)
+    found = [*_settings(saved["config"], config, tell), *_rows(saved, identity)]
+    found += [*_models(saved, identity, tell), *_batch(saved["images_per_step"], identity, config)]
     wrong = [d for d in found if d.accepts not in config.accept_changed]
     if wrong:
         names = " ".join(dict.fromkeys(d.accepts for d in found if d.accepts))
@@ -80,7 +83,7 @@ def check(saved: Mapping[str, Any], config: TrainConfig, identity: Identity) -> 
         what = "this run cannot be resumed as another one: " + "; ".join(d.what for d in wrong)
         raise Problem(what, where="--resume_from_checkpoint", remedy="; or ".join([", ".join(ways[:-1]), ways[-1]]))
     for difference in found:
-        say(f"WARNING: resuming although {difference.what} (--accept_changed {difference.accepts})")
+        tell(f"WARNING: resuming although {difference.what} (--accept_changed {difference.accepts})")
     return [difference.what for difference in found]
 
 
@@ -92,7 +95,7 @@ def _demand_known(config: TrainConfig) -> None:
             raise Problem(what, where="--accept_changed", remedy=did_you_mean(name, known))
 
 
-def _settings(saved: Mapping[str, Any], config: Part) -> Iterator[Difference]:
+def _settings(saved: Mapping[str, Any], config: Part, tell: Callable[[str], None]) -> Iterator[Difference]:
     """Settings that must match and do not; the others are told.
 
     A setting that the checkpoint's version did not have yet stood at `BEFORE`, else at its default. One that its part
@@ -105,7 +108,7 @@ def _settings(saved: Mapping[str, Any], config: Part) -> Iterator[Difference]:
     for name in (name for name in new if name not in lists["free"] and old.get(name) != new[name]):
         before, after = old.get(name), new[name]
         if name in lists["may_change"]:
-            say(f"resuming with {name} {after!r} (was {before!r})")
+            tell(f"resuming with {name} {after!r} (was {before!r})")
             continue
         flag = " ".join(as_flags({name: before})) or f"no --{name}"
         accepts = name if name in lists["must_match"] else ""
@@ -124,10 +127,10 @@ def _rows(saved: Mapping[str, Any], identity: Identity) -> Iterator[Difference]:
     yield Difference(what, "restore the manifest", ROWS)
 
 
-def _models(saved: Mapping[str, Any], identity: Identity) -> Iterator[Difference]:
+def _models(saved: Mapping[str, Any], identity: Identity, tell: Callable[[str], None]) -> Iterator[Difference]:
     changed, untold = compared(saved.get("models", {}), identity.models)  # none in the first checkpoints
     if untold:
-        say(f"loaded in another precision than before and so not compared: {', '.join(untold)}")
+        tell(f"loaded in another precision than before and so not compared: {', '.join(untold)}")
     if changed:
         what = f"other weights or settings than before: {', '.join(changed)}"
         yield Difference(what, "give the models that the run began with", MODELS)

@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test slow bench bench-gpu faults clean
+.PHONY: demo test slow coverage audit bench bench-gpu faults clean
 
 demo: $(STAMP)
 	$(BIN)/ip-adapter demo --output_dir demo
@@ -20,6 +20,16 @@ test: $(STAMP)
 slow: $(STAMP)
 	$(BIN)/python -m pip install --quiet 'scikit-image<1'
 	$(BIN)/python -m pytest -s -m slow tests
+
+# Lines and branches of core, data, images and train that their own tests reach, commands that tests start among them.
+coverage: $(STAMP)
+	$(BIN)/python -m pytest --cov --cov-report=term tests/core tests/images tests/data tests/train tests/prepare
+
+# Known vulnerabilities of the versions in constraints.txt, by PyPI's advisories; what cannot be looked up fails too.
+audit: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'pip-audit>=2.9,<3'
+	$(BIN)/python -m pip_audit --strict --disable-pip --no-deps --requirement constraints.txt \
+	  || { echo "audit: vulnerabilities are listed above, or the advisories could not be reached; nothing is vouched for"; exit 1; }
 
 # The published recipe's step beside ours, into bench/ratios.json and bench/ratios.md (12 GB of memory, 8 GB of disk).
 bench: $(STAMP)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -172,19 +173,23 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _alone(measure: Callable[..., Row], *of: Any) -> Iterator[Row]:
+    yield measure(*of)
+
+
 def jobs(bench: Bench, sizes: Sequence[str]) -> Iterator[tuple[str, Callable[[], Iterator[Row]]]]:
     """What there is to measure, each with its name: counts, then settings, then largest batches."""
     for size, side_px in COUNTED:
-        yield f"operations of {size}", lambda size=size, side_px=side_px: iter([bench.flops(size, side_px)])
-    yield "rows fed to a step", lambda: iter([bench.rows()])
+        yield f"operations of {size}", partial(_alone, bench.flops, size, side_px)
+    yield "rows fed to a step", partial(_alone, bench.rows)
     for size in sizes:
         runs = SIZES[size].runs.get(bench.device, ())
         for number, (side_px, images) in enumerate(runs):
             setting = Setting(size, side_px, images, bench.device)
-            yield setting.name, lambda s=setting, n=number: bench.setting(s, tries=n == 0 and s.size != "tiny")
+            yield setting.name, partial(bench.setting, setting, tries=number == 0 and size != "tiny")
         if bench.device == "cuda" and runs:
             setting = Setting(size, runs[0][0], 1, bench.device)
-            yield f"largest batches of {size}", lambda s=setting: bench.largest(s)
+            yield f"largest batches of {size}", partial(bench.largest, setting)
 
 
 def main() -> None:
@@ -197,7 +202,7 @@ def main() -> None:
     if args.threads:
         os.environ["OMP_NUM_THREADS"] = str(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    began, rows, missing = time.monotonic(), [], []
+    began, rows, missing = time.monotonic(), list[Row](), list[str]()
     with tempfile.TemporaryDirectory(dir=args.out) as scratch:
         bench = Bench(device, args.rounds, [t for t in args.techniques.split(",") if t], Path(scratch))
         for name, job in jobs(bench, args.sizes.split(",")):

@@ -100,8 +100,9 @@ def race_table(raced: Sequence[Raced]) -> str:
         lines.append(f"| {r.seed} | {a.step} | {a.seconds:.0f} | {a.gap:.4f} | {_scores(a)} | {there}")
     if all(r.reached for r in raced):
         a_s, b_s = mean(r.published.seconds for r in raced), mean(r.ours[-1].seconds for r in raced)
-        a, b = mean(r.published.step for r in raced), mean(r.ours[-1].step for r in raced)
-        lines.append(f"| mean | {a:.0f} | {a_s:.0f} | | | {b:.0f} | {b_s:.0f} | | | {a / b:.1f} | {a_s / b_s:.1f} |")
+        first, then = mean(r.published.step for r in raced), mean(r.ours[-1].step for r in raced)
+        ratios = f"{first / then:.1f} | {a_s / b_s:.1f}"
+        lines.append(f"| mean | {first:.0f} | {a_s:.0f} | | | {then:.0f} | {b_s:.0f} | | | {ratios} |")
     return "\n".join(lines)
 
 

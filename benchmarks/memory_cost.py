@@ -30,7 +30,8 @@ from ip_adapter_trainer.train.lean import lean
 SIZE, SIDE_PX = "half", 256
 
 
-def _model(storage: Storage) -> Model:
+def random_model(storage: Storage) -> Model:
+    """The model of `SIZE` in bf16, its denoiser's weights kept in some way."""
     size = SIZES[SIZE]
     nets = build(size, "cpu")
     nets.pipeline.to(dtype=torch.bfloat16)
@@ -50,7 +51,7 @@ def _recompute(model: Model, on: bool) -> None:
 
 def measure(rounds: int) -> dict[tuple[Storage, bool], list[float]]:
     """Seconds of each step, by storage and whether activations are recomputed; the first round is not counted."""
-    models = {storage: _model(storage) for storage in STORAGES}
+    models = {storage: random_model(storage) for storage in STORAGES}
     found: dict[tuple[Storage, bool], list[float]] = {}
     with ExitStack() as stack:
         for model in models.values():

@@ -17,6 +17,7 @@ from ip_adapter_trainer.core.launch import start
 from ip_adapter_trainer.core.precision import dtype_of
 from ip_adapter_trainer.core.signals import StopSignal
 from ip_adapter_trainer.core.types import Batch, Encoded
+from ip_adapter_trainer.data.fingerprint import Digest
 from ip_adapter_trainer.diffusion import NoiseProcess, ObjectiveConfig
 from ip_adapter_trainer.encoders import ClipImageEncoder
 from ip_adapter_trainer.families import FAMILIES
@@ -45,7 +46,7 @@ ON_BY_DEFAULT = frozenset(("lean_layers", "product_convolutions", "lean_attentio
 class Rows:
     """Batches for a `Trainer` in place of those of a manifest."""
 
-    fingerprint = "benchmark"
+    fingerprint = Digest().fingerprint()
 
     def __init__(self, batches: Iterator[Batch], images: int) -> None:
         self._batches, self.rows, self.images_per_step = batches, images, images
@@ -53,6 +54,10 @@ class Rows:
     def batches(self, first_step: int) -> Iterator[Batch]:
         """The given batches."""
         return self._batches
+
+    def where(self, row: int) -> str:
+        """Rows of a benchmark stand nowhere."""
+        return f"row {row}"
 
     def fixed(self, count: int, seed: int) -> list[Batch]:
         """No validation rows: validation is no part of a step."""
@@ -139,7 +144,7 @@ class OurStep:
         )
         rows: Any = Rows(batches, images)
         plan = make_plan(self.model, config, images, images)
-        trainer = TimedTrainer(config, runtime, self.model, rows, self.loss, plan)
+        trainer = TimedTrainer(config, runtime, self.model, rows, self.loss, plan, marks={})
         with StopSignal() as stop:
             trainer.run(stop)
         return trainer.save_s

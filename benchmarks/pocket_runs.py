@@ -172,7 +172,7 @@ class Measure:
     @cached_property
     def pairs(self) -> list[Pair]:
         """Text asks for one shape, the reference shows another in the attributes wanted."""
-        rng, pairs = stream(self.laid.seed, "fewer-steps-pairs"), []
+        rng, pairs = stream(self.laid.seed, "fewer-steps-pairs"), list[Pair]()
         while len(pairs) < PAIRS:
             reference = world.random_scene(rng, held=self.held)
             shape = str(rng.choice([s for s in world.SHAPES if s != reference.shape]))

@@ -82,8 +82,10 @@ class Row:
     @property
     def is_met(self) -> bool | None:
         """Whether the target is met; None without target or figure."""
-        value = self.target and getattr(self, self.target.of)
-        if self.target is None or value is None:
+        if self.target is None:
+            return None
+        value: float | None = getattr(self, self.target.of)
+        if value is None:
             return None
         return value >= self.target.bound if self.target.at_least else value <= self.target.bound
 

@@ -22,7 +22,7 @@ from benchmarks.our_step import OurStep
 from benchmarks.published_step import PublishedStep
 from benchmarks.rows import at_step, make_batch
 from ip_adapter_trainer.core.log import quiet_loading
-from ip_adapter_trainer.core.types import Batch
+from ip_adapter_trainer.core.types import Batch, Encoded
 from ip_adapter_trainer.prepare.config import SetConfig
 
 
@@ -153,9 +153,10 @@ class Child:
         for images in candidates:
             self._make_batch(images)
             if self.ours:  # any encoded row will do to see what fits
+                assert isinstance(one.picture, Encoded)
                 parts = (one.picture.moments, one.picture.features)
-                repeated = (t[:1].expand(images, *t.shape[1:]).contiguous() for t in parts)
-                self.batch = replace(self.batch, picture=type(one.picture)(*repeated))
+                moments, features = (t[:1].expand(images, *t.shape[1:]).contiguous() for t in parts)
+                self.batch = replace(self.batch, picture=Encoded(moments, features))
             try:
                 self.step.gradients(self.batch)
             except torch.cuda.OutOfMemoryError:

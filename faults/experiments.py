@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from faults import folder
+from faults import changes, folder, numbers
 from faults.lab import Finding, Lab
 
 Experiment = Callable[[Lab], Iterator[Finding]]
 
 EXPERIMENTS: dict[str, Experiment] = {
     "folder": folder.two_runs,
+    "changes": changes.other_run,
+    "million": changes.one_in_a_million,
+    "numbers": numbers.not_finite,
 }

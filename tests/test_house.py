@@ -18,10 +18,10 @@ from ip_adapter_trainer.demo import DemoConfig
 from ip_adapter_trainer.evaluate.generate import GenerateConfig
 from ip_adapter_trainer.evaluate.scores import EvaluateConfig
 from ip_adapter_trainer.export import ExportConfig
+from ip_adapter_trainer.families import FAMILIES
 from ip_adapter_trainer.inspection import InspectConfig
 from ip_adapter_trainer.pocket.config import PocketConfig
 from ip_adapter_trainer.prepare.config import PrepareConfig
-from ip_adapter_trainer.train import guard
 
 PACKAGE = Path(__file__).parents[1] / "src" / "ip_adapter_trainer"
 RANKS = {
@@ -99,10 +99,12 @@ def test_every_setting_has_a_help_text() -> None:
     assert not [f"{k.__name__}.{n}" for k in kinds for n, f in k.model_fields.items() if not f.description]
 
 
-def test_the_resume_lists_name_real_settings_and_do_not_overlap() -> None:
-    names = {n for v in VARIANTS for n in compose(v, "sd").model_fields}
-    assert names >= guard.MAY_CHANGE | guard.FREE
-    assert not guard.MAY_CHANGE & guard.FREE
+@pytest.mark.parametrize("family", [*FAMILIES, "auto"])
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_every_setting_of_a_run_is_in_exactly_one_resume_list(variant: str, family: str) -> None:
+    kind = compose(variant, family)
+    listed = [name for names in kind.resume_lists().values() for name in names]
+    assert sorted(listed) == sorted(kind.model_fields)
 
 
 def test_help_comes_in_half_a_second_without_heavy_imports() -> None:

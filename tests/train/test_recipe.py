@@ -13,8 +13,6 @@ import torch
 import yaml
 
 from ip_adapter_trainer.config import parse_train
-from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.train import guard
 from ip_adapter_trainer.train.config import PUBLISHED, OptimConfig
 from ip_adapter_trainer.train.optim import make_optimizer, make_schedule, warmup_steps
 
@@ -117,12 +115,3 @@ def test_the_constant_schedule_alone_takes_no_warm_up() -> None:
     config = OptimConfig(lr_scheduler="constant")
     schedule = make_schedule(make_optimizer([torch.nn.Parameter(torch.zeros(1))], config), config, 100)
     assert schedule.get_last_lr() == [3e-4]
-
-
-def test_a_checkpoint_from_before_there_were_densities_was_uniform(flags: Callable, tmp_path: Path) -> None:
-    config = parse_train(flags(tmp_path, timestep_density="uniform"))
-    new = ("timestep_density", "timestep_uniform_share", "timestep_shift", "logit_mean", "logit_std")
-    saved = {name: value for name, value in config.model_dump(mode="json").items() if name not in new}
-    guard.check_settings(saved, config)
-    with pytest.raises(Problem, match="timestep_density was 'uniform', is 'logit_normal'"):
-        guard.check_settings(saved, parse_train(flags(tmp_path)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -16,11 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from ip_adapter_trainer.config import parse_train
 from ip_adapter_trainer.core.checkpoints import newest, verified
 from ip_adapter_trainer.core.errors import NotFiniteProblem, Problem
 from ip_adapter_trainer.core.types import Batch
-from ip_adapter_trainer.train import checkpoint, guard
+from ip_adapter_trainer.train import checkpoint
 from ip_adapter_trainer.train.config import PUBLISHED
 from ip_adapter_trainer.train.outcomes import Outcomes
 from ip_adapter_trainer.train.step import Step
@@ -121,7 +119,8 @@ def test_two_processes_train_what_one_does_with_the_doubled_batch(
 
 
 def test_rows_of_a_bad_step_are_named_from_every_process(flags: Callable, tmp_path: Path) -> None:
-    process = launched(flags(tmp_path / "out", learning_rate=1e30, max_train_steps=9, max_grad_norm=1e9))
+    process = launched(flags(tmp_path / "out", learning_rate=1e30, max_train_steps=9, max_grad_norm=1e9,
+                             save_steps=100))  # fmt: skip
     out, _ = process.communicate()
     assert "step 6: not finite, step skipped (5 in a row)" in out, out[-3000:]
     skipped = [line for line in out.splitlines() if "step skipped" in line]
@@ -192,32 +191,6 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_moments(
     assert all(torch.equal(one.weights[key], two.weights[key]) for key in one.weights)
     for number, moments in one.state["optimizer"].items():
         assert all(torch.equal(moments[key], two.state["optimizer"][number][key]) for key in moments)
-
-
-def test_settings_that_would_make_it_another_run_are_named(run: Callable, tmp_path: Path) -> None:
-    output = run(tmp_path / "out")
-    with pytest.raises(Problem, match=r"seed was 0, is 7"):
-        run(output, seed=7, resume_from_checkpoint="latest")
-    with pytest.raises(Problem, match="a step had 2 images and would have 4"):
-        run(output, train_batch_size=4, resume_from_checkpoint="latest")
-
-
-def test_a_checkpoint_older_than_a_setting_had_its_default(flags: Callable, tmp_path: Path) -> None:
-    config = parse_train(flags(tmp_path, min_timestep=0))
-    saved = {name: value for name, value in config.model_dump(mode="json").items() if name != "min_timestep"}
-    guard.check_settings(saved, config)
-    with pytest.raises(Problem, match="min_timestep was 0, is 400"):
-        guard.check_settings(saved, config.model_copy(update={"min_timestep": 400}))
-
-
-def test_changed_rows_are_refused(run: Callable, rows_folder: Path, tmp_path: Path) -> None:
-    output = run(tmp_path / "out")
-    rows = json.loads((rows_folder / "data.json").read_text())
-    rows[3]["text"] = "a moon"
-    other = tmp_path / "other.json"
-    other.write_text(json.dumps(rows))
-    with pytest.raises(Problem, match="rows changed"):
-        run(output, data_json_file=other, resume_from_checkpoint="latest")
 
 
 def test_an_output_folder_with_checkpoints_is_not_overwritten(run: Callable, tmp_path: Path) -> None:

@@ -7,13 +7,15 @@ from torch import Tensor, nn
 
 from ip_adapter_trainer.adapters._variant import VARIANTS, Reader, Shapes, Variant
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.core.settings import Part
+from ip_adapter_trainer.core.settings import Part, Resume
 
 TOKENS = 4  # fixed by diffusers and ComfyUI, which read it off no tensor
 
 
 class BaseConfig(Part):
     """Settings of the base variant."""
+
+    resume = Resume(of_state="num_tokens")
 
     num_tokens: int = Field(TOKENS, gt=0, description="Image tokens; diffusers and ComfyUI load exactly 4.")
 

@@ -7,11 +7,13 @@ from torch import Tensor, nn
 
 from ip_adapter_trainer.adapters._variant import SDXL_CONTEXT, VARIANTS, Reader, Shapes, Variant
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.core.settings import Part
+from ip_adapter_trainer.core.settings import Part, Resume
 
 
 class FullConfig(Part):
     """Settings of the Full variant."""
+
+    resume = Resume(of_state="num_tokens")
 
     num_tokens: int | None = Field(None, gt=0, description="Image tokens; given by the encoder: CLS and every patch.")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ip_adapter_trainer.adapters._variant import SDXL_CONTEXT, VARIANTS, Reader, Shapes, Variant
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.core.settings import Part
+from ip_adapter_trainer.core.settings import Part, Resume
 
 DEPTH, HEAD_DIM, EXPANSION = 4, 64, 4  # fixed by diffusers' loader, which would compute something else
 HEADS = 12  # of every base model but SDXL, in the original code and ComfyUI
@@ -22,6 +22,10 @@ EXTRAS = ("pos_emb.", "to_latents_from_mean_pooled_seq.")  # options of the orig
 
 class PlusConfig(Part):
     """Settings of the Plus variant; depth, head width and expansion exist to be refused with a reason."""
+
+    resume = Resume(
+        of_state="num_tokens resampler_dim resampler_heads resampler_depth resampler_head_dim resampler_ff_mult"
+    )
 
     num_tokens: int = Field(TOKENS, gt=0, description="Image tokens (learned queries of the resampler).")
     resampler_dim: int | None = Field(

@@ -7,22 +7,54 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
+
+
+@dataclass(frozen=True)
+class Resume:
+    """What may become of a part's own settings between a run and its resumption; names in lists by blanks.
+
+    Attributes:
+        must_match: the run would be another one; each may be accepted by name.
+        of_state: must match too, and cannot be accepted: they decide which tensors a checkpoint holds.
+        may_change: and is told.
+        free: says nothing of what is trained.
+    """
+
+    must_match: str = ""
+    of_state: str = ""
+    may_change: str = ""
+    free: str = ""
+
+    def lists(self) -> dict[str, list[str]]:
+        """The names of each list."""
+        return {name: names.split() for name, names in vars(self).items()}
 
 
 class Part(BaseModel):
     """Settings of one part: immutable, unknown keys refused.
 
+    A class says of each of its own fields in `resume` what a resumed run may do with it.
+
     Usage::
 
         class OptimConfig(Part):
+            resume = Resume(may_change="learning_rate", free="save_steps")
+
             learning_rate: float = Field(1e-4, gt=0, description="Peak rate of AdamW.")
             save_steps: Annotated[int, alias("checkpointing_steps")] = Field(2000, description="...")
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    resume: ClassVar[Resume] = Resume()
+
+    @classmethod
+    def resume_lists(cls) -> dict[str, list[str]]:
+        """The names of each list of `Resume`, of this class and all it is composed of."""
+        owners = [kind.__dict__["resume"] for kind in cls.__mro__ if "resume" in kind.__dict__]
+        return {name: [n for owner in owners for n in owner.lists()[name]] for name in Resume().lists()}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
-from ip_adapter_trainer.core.settings import Part, alias
+from ip_adapter_trainer.core.settings import Part, Resume, alias
 from ip_adapter_trainer.images.buckets import LATENT_STEP_PX, Buckets
 from ip_adapter_trainer.images.ground import parse_colour
 
@@ -15,6 +15,12 @@ PILLOW_MEGAPIXELS = 89.0  # above it Pillow itself warns of a decompression bomb
 
 class ReadConfig(Part):
     """Where rows and pictures are, and which of them are refused."""
+
+    resume = Resume(
+        must_match="allow_outside_root alpha_ground min_side_px max_aspect max_picture_megapixels max_picture_mb",
+        may_change="data_json_file data_root_path image_column text_column prompt_image_column",
+        free="max_fault_rate dataloader_num_workers",
+    )
 
     data_json_file: str = Field(
         description="Manifest: a .json, .jsonl or .csv file, or a folder of pictures with captions."
@@ -51,6 +57,11 @@ class ReadConfig(Part):
 
 class CutConfig(ReadConfig):
     """How rows become targets and image prompts."""
+
+    resume = Resume(
+        must_match="resolution center_crop random_flip aspect_ratio_buckets bucket_step_px bucket_max_aspect "
+        "prompt_crop_min_share prompt_flip prompt_pad_square"
+    )
 
     resolution: int = Field(512, gt=0, description="Side of the training images in pixels; a multiple of 8.")
     center_crop: bool = Field(True, description="Crop at the centre; off: at a random place.")
@@ -91,6 +102,12 @@ class CutConfig(ReadConfig):
 
 class DataConfig(CutConfig):
     """How rows become batches of training images."""
+
+    resume = Resume(
+        must_match="text_drop_rate image_drop_rate both_drop_rate",
+        may_change="train_batch_size",
+        free="prefetch_factor data_timeout_s",
+    )
 
     train_batch_size: int = Field(8, gt=0, description="Images per process and micro-batch.")
     text_drop_rate: float = Field(0.05, ge=0, le=1, description="Share of images trained without their text.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.types import Fault, Row
 from ip_adapter_trainer.data.config import ReadConfig
+from ip_adapter_trainer.data.fingerprint import Digest, Fingerprint
 from ip_adapter_trainer.data.rows import Columns, row_of
 from ip_adapter_trainer.data.sources import Entry, open_source
 from ip_adapter_trainer.data.strict_json import Complaint
@@ -26,7 +26,7 @@ class Manifest:
     root: Path  # resolved; image paths start here
     rows: Sequence[Row]  # made on demand
     faults: tuple[Fault, ...]
-    fingerprint: str  # SHA-256 over the rows, in hexadecimal
+    fingerprint: Fingerprint  # of the rows
     unread_columns: tuple[str, ...]  # of the first sound entry: columns that nothing reads
     unit: str  # what a place is called: line, element, picture
     places: Sequence[int]  # of each row, counted from 1
@@ -51,20 +51,20 @@ def read_manifest(config: ReadConfig) -> Manifest:
     root = _root(source, config.data_root_path)
     columns = Columns(config.image_column, config.text_column, config.prompt_image_column)
     opened = open_source(source, columns)
-    rows, digest = RowTable(), hashlib.sha256()
+    rows, digest = RowTable(), Digest()
     places, faults, unread = array("q"), list[Fault](), tuple[str, ...]()
     for entry in opened.entries:
         row = row_of(entry.fields, columns, allow_outside=config.allow_outside_root) if not entry.complaints else []
         if isinstance(row, Row):
             unread = unread if rows else tuple(sorted(set(entry.fields) - set(columns.names)))
             rows.append(row)
-            digest.update(_line(row))
+            digest.add(_line(row))
             places.append(entry.number)
         else:
             faults.extend(_faults(opened.path, opened.unit, entry, [*entry.complaints, *row]))
     if not rows and not faults:
         raise Problem("the manifest holds no rows", where=str(source), remedy="add pictures and captions")
-    return Manifest(opened.path, root, rows, tuple(faults), digest.hexdigest(), unread, opened.unit, places)
+    return Manifest(opened.path, root, rows, tuple(faults), digest.fingerprint(), unread, opened.unit, places)
 
 
 def _root(source: Path, data_root_path: str) -> Path:

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from ip_adapter_trainer.core.errors import Problem, did_you_mean
 from ip_adapter_trainer.core.rng import stream
-from ip_adapter_trainer.core.settings import Part
+from ip_adapter_trainer.core.settings import Part, Resume
 from ip_adapter_trainer.diffusion import density
 from ip_adapter_trainer.diffusion.density import Density
 
@@ -30,6 +30,11 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 class ObjectiveConfig(Part):
     """What is predicted and how errors are weighed."""
+
+    resume = Resume(
+        must_match="prediction_type noise_offset snr_gamma min_timestep max_timestep timestep_density logit_mean "
+        "logit_std timestep_shift timestep_uniform_share"
+    )
 
     prediction_type: str = Field(
         "auto", description="epsilon, v_prediction or sample; auto: as the scheduler's config says."

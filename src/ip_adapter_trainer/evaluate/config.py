@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ip_adapter_trainer.core.settings import Part, alias
+from ip_adapter_trainer.core.settings import Part, Resume, alias
 from ip_adapter_trainer.data.config import ReadConfig
 
 Scheduler = Literal["auto", "ddim", "euler", "dpm++"]  # auto: the base model's own
@@ -14,6 +14,11 @@ Scheduler = Literal["auto", "ddim", "euler", "dpm++"]  # auto: the base model's 
 
 class ValidationConfig(Part):
     """What a run looks at while it trains: losses on fixed rows, and a picture grid."""
+
+    resume = Resume(
+        free="validation_steps num_validation_images validation_seed grid_rows grid_steps grid_guidance_scale "
+        "grid_prompt"
+    )
 
     validation_steps: int | None = Field(
         None, gt=0, description="Validate every so many optimizer steps, and at the end; None: at the end only."

@@ -7,12 +7,16 @@ from typing import Literal
 
 from pydantic import Field
 
-from ip_adapter_trainer.core.settings import Part, as_flags
+from ip_adapter_trainer.core.settings import Part, Resume, as_flags
 from ip_adapter_trainer.data.config import CutConfig
 
 
 class FrozenConfig(Part):
     """Which frozen models, and for which adapter."""
+
+    resume = Resume(
+        of_state="family variant", may_change="pretrained_model_name_or_path image_encoder_path mixed_precision"
+    )
 
     pretrained_model_name_or_path: str = Field(description="Base model: a diffusers pipeline folder or a hub id.")
     image_encoder_path: str = Field(description="Image encoder: folder or hub id of a CLIPVisionModelWithProjection.")
@@ -25,6 +29,8 @@ class FrozenConfig(Part):
 
 class SetConfig(Part):
     """The prepared set."""
+
+    resume = Resume(may_change="prepared_dir prepare_text", free="encode_batch_size")
 
     prepared_dir: str | None = Field(
         None, description="Prepared set (ip-adapter prepare) to train from; default: encode pictures at every step."

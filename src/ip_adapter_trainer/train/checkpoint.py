@@ -115,6 +115,12 @@ def prune(output: Path, keep: int | None) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What a checkpoint remembers of its run, tensors left out: for a look before anything large is loaded."""
+    state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))["state"]
+    return state
+
+
 def read(folder: Path) -> Saved:
     """Reads a checkpoint for resuming, hashes verified, no pickle executed.
 

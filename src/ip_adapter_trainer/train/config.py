@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
-from ip_adapter_trainer.core.settings import Part, alias
+from ip_adapter_trainer.core.settings import Part, Resume, alias
 from ip_adapter_trainer.data.config import DataConfig
 from ip_adapter_trainer.diffusion import ObjectiveConfig
 from ip_adapter_trainer.evaluate.config import ValidationConfig
@@ -23,6 +23,10 @@ PUBLISHED: dict[str, Any] = {
 
 class ModelConfig(FrozenConfig):
     """Which frozen models, which adapter."""
+
+    resume = Resume(
+        of_state="adapter_layers", may_change="quantize gradient_checkpointing", free="pretrained_ip_adapter_path"
+    )
 
     pretrained_ip_adapter_path: str | None = Field(
         None, description="Adapter file (.bin or .safetensors) or checkpoint to start from; every shape is checked."
@@ -43,6 +47,8 @@ class ModelConfig(FrozenConfig):
 class CardConfig(Part):
     """What the settings are chosen for."""
 
+    resume = Resume(free="low_memory")
+
     low_memory: Literal[8, 12, 24] | None = Field(
         None, description="GB of a small card: its family's settings for it become the defaults of other flags."
     )
@@ -51,6 +57,8 @@ class CardConfig(Part):
 class SourceConfig(SetConfig):
     """Where latents and image features come from."""
 
+    resume = Resume(may_change="prepare")
+
     prepare: Literal["off", "auto"] = Field(
         "off", description="auto: prepare the set first where that pays, in prepared_dir or output_dir/prepared."
     )
@@ -58,6 +66,8 @@ class SourceConfig(SetConfig):
 
 class LeanConfig(Part):
     """How the frozen denoiser computes; none of it changes what is computed beyond rounding."""
+
+    resume = Resume(may_change="compile lean_layers product_convolutions lean_attention channels_last")
 
     compile: Compile = Field(
         "off",
@@ -82,6 +92,14 @@ class LeanConfig(Part):
 
 class OptimConfig(Part):
     """How the adapter is optimised, and for how long."""
+
+    resume = Resume(
+        must_match="seed",
+        of_state="use_8bit_adam use_ema",
+        may_change="learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
+        "gradient_accumulation_steps num_train_epochs max_train_steps lr_scheduler lr_warmup_steps lr_num_cycles "
+        "lr_power ema_decay",
+    )
 
     learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(1e-2, ge=0, description="Decoupled weight decay.")
@@ -111,6 +129,8 @@ class OptimConfig(Part):
 class CheckpointConfig(Part):
     """Where and how often the run is saved."""
 
+    resume = Resume(free="output_dir save_steps checkpoints_total_limit resume_from_checkpoint accept_changed")
+
     output_dir: str = Field(
         "sd-ip_adapter", description="Folder for checkpoints, metrics, grids and the resolved config."
     )
@@ -123,10 +143,17 @@ class CheckpointConfig(Part):
     resume_from_checkpoint: Annotated[str | None, alias("resume")] = Field(
         None, description="'latest' (start afresh if there is none) or the path of a checkpoint-N folder."
     )
+    accept_changed: tuple[str, ...] = Field(
+        (),
+        description="On resuming, what must match and may differ nevertheless: names of settings, 'rows', 'models'. "
+        "Each difference is told and kept in the checkpoints.",
+    )
 
 
 class TrackConfig(Part):
     """What is reported, and to whom."""
+
+    resume = Resume(free="logging_dir report_to tracker_project_name logging_steps local_rank dry_run")
 
     logging_dir: str = Field("logs", description="Folder for tracker files, under output_dir.")
     report_to: str = Field(

@@ -1,74 +1,146 @@
-"""What a resumed run may change. Every setting must match, may change and is told, or is free."""
+"""What a resumed run may change. Every setting is in one of the lists that its part keeps (`core.settings.Resume`)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.errors import Problem, did_you_mean
 from ip_adapter_trainer.core.log import say
-from ip_adapter_trainer.core.settings import Part
+from ip_adapter_trainer.core.settings import Part, as_flags
+from ip_adapter_trainer.data.fingerprint import Fingerprint
+from ip_adapter_trainer.train.config import TrainConfig
+from ip_adapter_trainer.train.marks import compared
 
-# These may change between a run and its resumption, and the run says so.
-MAY_CHANGE = frozenset(
-    "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm lr_scheduler lr_warmup_steps "  # noqa: SIM905
-    "lr_num_cycles lr_power ema_decay num_train_epochs max_train_steps mixed_precision gradient_checkpointing "
-    "lean_layers product_convolutions lean_attention channels_last quantize compile "
-    "pretrained_model_name_or_path image_encoder_path data_json_file data_root_path image_column text_column "
-    "prompt_image_column train_batch_size gradient_accumulation_steps prepared_dir prepare prepare_text".split()
-)
-# These say nothing of what is trained.
-FREE = frozenset(
-    "output_dir save_steps checkpoints_total_limit resume_from_checkpoint logging_dir report_to tracker_project_name "  # noqa: SIM905
-    "logging_steps local_rank dry_run validation_steps num_validation_images validation_seed grid_rows grid_steps "
-    "grid_guidance_scale grid_prompt dataloader_num_workers prefetch_factor data_timeout_s max_fault_rate "
-    "pretrained_ip_adapter_path encode_batch_size low_memory".split()
-)
-# All others must match, so that a new variant's settings are guarded without being listed here.
+ROWS, MODELS = "rows", "models"  # beside settings' names, for --accept_changed
 
 # What was done before there was a setting, where that is not the setting's default.
 BEFORE = {"timestep_density": "uniform"}
 
 
-def check_settings(saved: Mapping[str, Any], config: Part) -> None:
-    """Compares a checkpoint's settings with this run's; tells what changed.
+@dataclass(frozen=True)
+class Identity:
+    """What makes a run the one that it is, beside its settings.
 
-    A setting that the checkpoint's version did not have yet stood at `BEFORE`, else at its default.
+    Attributes:
+        rows: of the training set.
+        where: a row's place in its manifest, by its number.
+        models: a short hash of each frozen part, by its name.
+        images_per_step: over all processes and micro batches.
+        world: processes.
+    """
+
+    rows: Fingerprint
+    where: Callable[[int], str]
+    models: Mapping[str, str]
+    images_per_step: int
+    world: int
+
+    def to_json(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        own = {"images_per_step": self.images_per_step, "models": dict(self.models)}
+        return {"rows": self.rows.sha256, "row_sums": self.rows.to_json(), **own}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Something that must match and does not; `accepts` is its name for --accept_changed, else it cannot be."""
+
+    what: str
+    remedy: str
+    accepts: str = ""
+
+
+def check(
+    saved: Mapping[str, Any], config: TrainConfig, identity: Identity, tell: Callable[[str], None] = say
+) -> list[str]:
+    """Compares a checkpoint's run with this one; tells what changed.
+
+    Args:
+        saved: `config` and all of `Identity.to_json`, as the checkpoint has them.
+        config: settings of this run.
+        identity: of this run; models that it does not name are not compared.
+        tell: takes a line for each difference that is no fault.
+
+    Returns:
+        Each difference that was accepted.
 
     Raises:
-        Problem: a setting that must match differs; each is named with both values.
+        Problem: something that must match differs, and is not accepted; each is named, with what to do.
     """
+    _demand_known(config)
+    found = [*_settings(saved["config"], config, tell), *_rows(saved, identity)]
+    found += [*_models(saved, identity, tell), *_batch(saved["images_per_step"], identity, config)]
+    wrong = [d for d in found if d.accepts not in config.accept_changed]
+    if wrong:
+        names = " ".join(dict.fromkeys(d.accepts for d in found if d.accepts))
+        ways = list(dict.fromkeys(d.remedy for d in wrong))
+        ways += [f"go on deliberately with --accept_changed {names}"] if all(d.accepts for d in wrong) else []
+        ways.append("train on in a new --output_dir from --pretrained_ip_adapter_path")
+        what = "this run cannot be resumed as another one: " + "; ".join(d.what for d in wrong)
+        raise Problem(what, where="--resume_from_checkpoint", remedy="; or ".join([", ".join(ways[:-1]), ways[-1]]))
+    for difference in found:
+        tell(f"WARNING: resuming although {difference.what} (--accept_changed {difference.accepts})")
+    return [difference.what for difference in found]
+
+
+def _demand_known(config: TrainConfig) -> None:
+    known = [ROWS, MODELS, *type(config).resume_lists()["must_match"]]
+    for name in config.accept_changed:
+        if name not in known:
+            what = f"{name!r} is nothing that a resumed run can accept to have changed"
+            raise Problem(what, where="--accept_changed", remedy=did_you_mean(name, known))
+
+
+def _settings(saved: Mapping[str, Any], config: Part, tell: Callable[[str], None]) -> Iterator[Difference]:
+    """Settings that must match and do not; the others are told.
+
+    A setting that the checkpoint's version did not have yet stood at `BEFORE`, else at its default. One that its part
+    puts into no list, as those of variants from elsewhere may be, must match.
+    """
+    lists = config.resume_lists()
     new = config.model_dump(mode="json")
     old = to_jsonable_python({k: f.default for k, f in type(config).model_fields.items() if not f.is_required()})
     old |= {k: v for k, v in BEFORE.items() if k in old} | dict(saved)
-    changed = {k: (old.get(k), new[k]) for k in new if k not in FREE and old.get(k) != new[k]}
-    wrong = [f"{k} was {a!r}, is {b!r}" for k, (a, b) in changed.items() if k not in MAY_CHANGE]
-    if wrong:
-        remedy = "give the old values, or train on in a new --output_dir from --pretrained_ip_adapter_path"
-        raise Problem("this run cannot be resumed with other settings: " + "; ".join(wrong), remedy=remedy)
-    for key, (before, after) in changed.items():
-        say(f"resuming with {key} {after!r} (was {before!r})")
+    for name in (name for name in new if name not in lists["free"] and old.get(name) != new[name]):
+        before, after = old.get(name), new[name]
+        if name in lists["may_change"]:
+            tell(f"resuming with {name} {after!r} (was {before!r})")
+            continue
+        flag = " ".join(as_flags({name: before})) or f"no --{name}"
+        accepts = name if name in lists["must_match"] else ""
+        yield Difference(f"{name} was {before!r}, is {after!r}", f"give {flag}", accepts)
 
 
-def check_rows(old: str, new: str) -> None:
-    """Compares row fingerprints.
+def _rows(saved: Mapping[str, Any], identity: Identity) -> Iterator[Difference]:
+    if saved["rows"] == identity.rows.sha256:
+        return
+    what = "the training rows changed"
+    if "row_sums" in saved:  # not in the first checkpoints
+        old = Fingerprint.from_json(saved["row_sums"])
+        row = old.changed_row(identity.rows)
+        now = "" if row is None else f", now {identity.where(row)}"
+        what += f" ({old.difference(identity.rows)}{now})"
+    yield Difference(what, "restore the manifest", ROWS)
 
-    Raises:
-        Problem: the manifest has other rows than when the checkpoint was written.
-    """
-    if old != new:
-        remedy = "restore the manifest, or train on in a new --output_dir from --pretrained_ip_adapter_path"
-        raise Problem("the training rows changed since the checkpoint", where="--data_json_file", remedy=remedy)
+
+def _models(saved: Mapping[str, Any], identity: Identity, tell: Callable[[str], None]) -> Iterator[Difference]:
+    changed, untold = compared(saved.get("models", {}), identity.models)  # none in the first checkpoints
+    if untold:
+        tell(f"loaded in another precision than before and so not compared: {', '.join(untold)}")
+    if changed:
+        what = f"other weights or settings than before: {', '.join(changed)}"
+        yield Difference(what, "give the models that the run began with", MODELS)
 
 
-def check_batch(old: int, new: int) -> None:
-    """Compares images per optimizer step, which must survive any change of processes, batch or accumulation.
-
-    Raises:
-        Problem: the product differs.
-    """
-    if old != new:
-        remedy = f"choose train_batch_size x processes x gradient_accumulation_steps = {old}"
-        raise Problem(f"a step had {old} images and would have {new}", where="--train_batch_size", remedy=remedy)
+def _batch(old: int, identity: Identity, config: TrainConfig) -> Iterator[Difference]:
+    """Images per optimizer step must survive any change of processes, batch or accumulation: the order is by them."""
+    if old == identity.images_per_step:
+        return
+    what = f"a step had {old} images and would have {identity.images_per_step}"
+    split = identity.world * config.gradient_accumulation_steps
+    remedy = f"choose train_batch_size x processes x gradient_accumulation_steps = {old}"
+    yield Difference(what, f"give --train_batch_size={old // split}" if old % split == 0 else remedy)

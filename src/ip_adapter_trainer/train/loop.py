@@ -8,7 +8,7 @@ an image's index, so nothing else need be stored for a resumed run to end with t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from ip_adapter_trainer.train.outcomes import Outcome, Outcomes
 from ip_adapter_trainer.train.plan import Plan
 from ip_adapter_trainer.train.saver import Saver
 from ip_adapter_trainer.train.source import Source
+from ip_adapter_trainer.train.spikes import Spikes
 from ip_adapter_trainer.train.step import Step
 from ip_adapter_trainer.train.track import Track
 from ip_adapter_trainer.train.validate import Validator
@@ -37,12 +38,20 @@ MAX_BAD_STEPS = 5  # in a row; then something is wrong that waiting will not men
 
 
 class Trainer:
-    """One run from its first or resumed step to its last."""
+    """One run from its first or resumed step to its last; `marks` are those of its frozen models."""
 
     def __init__(
-        self, config: TrainConfig, runtime: Runtime, model: Model, source: Source, step: Step, plan: Plan
+        self,
+        config: TrainConfig,
+        runtime: Runtime,
+        model: Model,
+        source: Source,
+        step: Step,
+        plan: Plan,
+        marks: Mapping[str, str],
     ) -> None:
         self.config, self.runtime, self.model, self.source, self.plan = config, runtime, model, source, plan
+        self.identity = guard.Identity(source.fingerprint, source.where, marks, plan.images_per_step, runtime.world)
         self.output = Path(config.output_dir)
         self.loss_of = step
         parameters = [p for p in model.adapter.parameters() if p.requires_grad]
@@ -55,12 +64,14 @@ class Trainer:
         )
         self.validator = Validator(config, model, source, step)
         self.outcomes = Outcomes(runtime.device)
+        self.spikes = Spikes()
         self.saver = Saver(self.output, config.checkpoints_total_limit)
         self.done = 0  # optimizer steps
         self.validated = -1  # the step of the last validation
         self.saved = -1  # the last step at which a checkpoint was written or tried
         self.bad_steps = 0  # in a row
         self.stopping = False  # as all processes agreed
+        self.accepted: list[str] = []  # differences to the run that was resumed
         self._metrics_bytes = 0
 
     # state ------------------------------------------------------------------------------------------------------
@@ -73,9 +84,8 @@ class Trainer:
         """
         saved = checkpoint.read(folder)
         state = saved.state
-        guard.check_settings(state["config"], self.config)
-        guard.check_rows(state["rows"], self.source.fingerprint)
-        guard.check_batch(state["images_per_step"], self.plan.images_per_step)
+        accepted = guard.check(state, self.config, self.identity)
+        self.accepted = [*state.get("accepted", []), *(f"at step {saved.step}: {what}" for what in accepted)]
         self.model.adapter.load_state_dict(state["live"] if self.ema else saved.weights)
         merged = self.optimizer.state_dict() | {"state": state["optimizer"]}
         self.optimizer.load_state_dict(merged)
@@ -84,6 +94,8 @@ class Trainer:
         if state["scaler"]:  # empty where the run had no scaler, which an enabled one refuses
             self.scaler.load_state_dict(state["scaler"])
         self.bad_steps = state.get("bad_steps", 0)
+        if "spikes" in state:  # not in the first checkpoints
+            self.spikes.restore(state["spikes"])
         self.done = self.saved = saved.step
         self.validated, self._metrics_bytes = state["validated"], state["metrics_bytes"]
         optim.wind(self.schedule, self.done)
@@ -92,11 +104,12 @@ class Trainer:
     def _state(self, metrics_bytes: int) -> dict[str, Any]:
         state: dict[str, Any] = {
             "config": self.config.model_dump(mode="json"),
-            "rows": self.source.fingerprint,
-            "images_per_step": self.plan.images_per_step,
+            **self.identity.to_json(),
+            "accepted": self.accepted,
             "optimizer": self.optimizer.state_dict()["state"],
             "scaler": self.scaler.state_dict(),
             "bad_steps": self.bad_steps,
+            "spikes": self.spikes.state(),
             "validated": self.validated,
             "metrics_bytes": metrics_bytes,
         }
@@ -106,14 +119,33 @@ class Trainer:
         return state
 
     def save(self, track: Track) -> None:
-        """Begins a checkpoint of this very step unless there is one; `finish` waits for it."""
+        """Begins a checkpoint of this very step unless there is one; `finish` waits for it.
+
+        Raises:
+            NotFiniteProblem: on every process alike, whose weights are the same.
+        """
         if self.saved == self.done:
             return
+        self._demand_finite()
         metrics_bytes = track.metrics_bytes()
         if self.runtime.is_main:
             self._tell_of(self.saver.wait)
             self.saver.start(self._snapshot(metrics_bytes))
         self.saved = self.done  # on every process alike
+
+    def _demand_finite(self) -> None:
+        """A finite gradient can still lead to ruined weights, at a learning rate that is far too large.
+
+        Raises:
+            NotFiniteProblem: moments are not finite; weights or their average are not, or not in fp16.
+        """
+        entries = [value for entry in self.optimizer.state.values() for value in entry.values()]
+        state = [value for value in entries if isinstance(value, torch.Tensor)]  # steps may be plain numbers
+        weights = [*self.model.adapter.parameters(), *(self.ema.shadow_params if self.ema else [])]
+        if not (optim.all_within(optim.LARGEST_WEIGHT, weights) and optim.all_within(optim.LARGEST_MOMENT, state)):
+            what = "weights or moments are not finite, or would not be in fp16, and are not saved"
+            remedy = "resume from the last checkpoint, which is good, with a lower --learning_rate"
+            raise NotFiniteProblem(what, where=f"step {self.done}", remedy=remedy)
 
     def finish(self) -> None:
         """Waits until the last checkpoint is on the disk.
@@ -149,11 +181,12 @@ class Trainer:
         if self.saved != self.done > 0:
             for outcome in self.outcomes.read(keep=0):
                 self._note(outcome, track)
-            self.saver.start(self._snapshot(track.metrics_bytes()))
             try:
+                self._demand_finite()
+                self.saver.start(self._snapshot(track.metrics_bytes()))
                 self.saver.wait()
                 say(f"saved checkpoint-{self.done} before stopping")
-            except StorageProblem as problem:
+            except (NotFiniteProblem, StorageProblem) as problem:
                 say(str(problem))
 
     def published_weights(self) -> Any:
@@ -256,6 +289,7 @@ class Trainer:
             self._note(outcome, track)
             if outcome.is_finite:
                 self.bad_steps = 0
+                self._note_spike(outcome)
             else:
                 self._note_skipped(outcome)
             self.stopping = self.stopping or outcome.stop
@@ -265,9 +299,18 @@ class Trainer:
         if outcome.step % self.config.logging_steps == 0:
             track.flush()
 
+    def _named(self, outcome: Outcome) -> str:
+        """The rows of a step, on all processes."""
+        return "; ".join(self.source.where(row) for row in self.runtime.gathered(outcome.rows))
+
+    def _note_spike(self, outcome: Outcome) -> None:
+        if (times := self.spikes.excess(outcome.loss)) is not None:
+            named = self._named(outcome)
+            say(f"step {outcome.step}: loss {outcome.loss:.4g}, {times:.3g} times the usual; its rows: {named}")
+
     def _note_skipped(self, outcome: Outcome) -> None:
         self.bad_steps += 1
-        named = "; ".join(self.source.where(row) for row in self.runtime.gathered(outcome.rows))
+        named = self._named(outcome)
         say(f"step {outcome.step}: not finite, step skipped ({self.bad_steps} in a row); its rows: {named}")
         if self.bad_steps >= MAX_BAD_STEPS:
             what = f"gradients were not finite for {MAX_BAD_STEPS} steps in a row"

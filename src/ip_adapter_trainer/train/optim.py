@@ -13,6 +13,8 @@ from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.train.config import OptimConfig
 
 MAX_WARMUP_STEPS = 500  # unless more are asked for
+LARGEST_WEIGHT = torch.finfo(torch.float16).max  # adapters are published in fp16
+LARGEST_MOMENT = torch.finfo(torch.float32).max
 
 
 class Gradients:
@@ -76,6 +78,12 @@ def step_if_finite(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
         optimizer.step()
     elif not bool(bad):
         optimizer.step()
+
+
+@torch.no_grad()
+def all_within(limit: float, tensors: Iterable[Tensor]) -> bool:
+    """Whether every number in them is between a limit and its negative, and so none is NaN; waits for the device."""
+    return all(bool((tensor.abs() <= limit).all()) for tensor in tensors if tensor.is_floating_point())
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,13 +14,15 @@ from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.launch import Runtime, claim, start
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.signals import StopSignal
-from ip_adapter_trainer.data.manifest import read_manifest
+from ip_adapter_trainer.data.manifest import Manifest, read_manifest
 from ip_adapter_trainer.diffusion import NoiseProcess, ObjectiveConfig
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.prepare.frozen import load_frozen
+from ip_adapter_trainer.train import checkpoint, guard
 from ip_adapter_trainer.train.config import TrainConfig
 from ip_adapter_trainer.train.encoded import prepared_set
 from ip_adapter_trainer.train.loop import Trainer
+from ip_adapter_trainer.train.marks import marks_of
 from ip_adapter_trainer.train.plan import make_plan
 from ip_adapter_trainer.train.source import Source
 from ip_adapter_trainer.train.step import Step
@@ -96,8 +99,10 @@ def train(config: TrainConfig, write_resolved: WriteResolved) -> None:
 
 
 def _make_trainer(config: TrainConfig, runtime: Runtime, stop: StopSignal) -> Trainer:
-    model = build_model(config, runtime)
     manifest = read_manifest(config)
+    _demand_same_run(config, runtime, manifest)
+    model = build_model(config, runtime)
+    marks = marks_of(model)
     prepared = prepared_set(config, runtime, model, manifest, stop.poll)
     source = Source(config, runtime, manifest, model.encoder.preprocess, prepared)
     pipeline = model.family.pipeline
@@ -113,7 +118,7 @@ def _make_trainer(config: TrainConfig, runtime: Runtime, stop: StopSignal) -> Tr
     if config.low_memory:
         chosen = {name: getattr(config, name) for name in model.family.small_cards[config.low_memory]}
         say(f"low_memory {config.low_memory}: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
-    return Trainer(config, runtime, model, source, Step(model, process, config.seed, runtime.device), plan)
+    return Trainer(config, runtime, model, source, Step(model, process, config.seed, runtime.device), plan, marks)
 
 
 def _demand_own_folder(config: TrainConfig) -> None:
@@ -125,6 +130,27 @@ def _demand_own_folder(config: TrainConfig) -> None:
     if config.resume_from_checkpoint is None and all_checkpoints(Path(config.output_dir)):
         remedy = "give --resume_from_checkpoint latest to go on, or another --output_dir"
         raise Problem("the output folder holds another run's checkpoints", where=config.output_dir, remedy=remedy)
+
+
+def _demand_same_run(config: TrainConfig, runtime: Runtime, manifest: Manifest) -> None:
+    """Refuses to resume what these settings and rows do not belong to, before any model is loaded.
+
+    `Trainer.restore` looks again, at the checkpoint whose files are all whole, and at the models.
+
+    Raises:
+        Problem: settings, rows or images per step differ.
+    """
+    asked = config.resume_from_checkpoint
+    has_state = partial(verified, names=[checkpoint.STATE])
+    folders = (
+        reversed(all_checkpoints(Path(config.output_dir))) if asked == "latest" else [Path(asked)] if asked else []
+    )
+    folder = next(filter(has_state, folders), None)
+    if folder is None:
+        return
+    images = config.images_per_step(runtime.world)
+    identity = guard.Identity(manifest.fingerprint, manifest.where, {}, images, runtime.world)
+    guard.check(checkpoint.read_settings(folder), config, identity, tell=lambda line: None)
 
 
 def _resume(trainer: Trainer, config: TrainConfig) -> None:

@@ -36,7 +36,7 @@ class Source:
     Attributes:
         rows: usable rows.
         images_per_step: images of one optimizer step over all processes and micro batches.
-        fingerprint: hash of the rows, by which a resumed run knows them again.
+        fingerprint: of the rows, by which a resumed run knows them again.
     """
 
     def __init__(

@@ -1,0 +1,67 @@
+"""Short hashes of the frozen models, by which a resumed run sees that one was exchanged under the same name.
+
+A few weights of every tensor are looked at, not all: a base that was trained further differs in nearly all of them,
+and reading a few takes milliseconds where reading all takes seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ip_adapter_trainer.model import Model
+
+SAMPLES = 16  # of each tensor
+_SAYS_NOTHING = ("_class_name", "_diffusers_version", "_name_or_path", "_use_default_values")
+
+
+def marks_of(model: Model) -> dict[str, str]:
+    """A hash of each frozen module's sampled weights and dtype, by its name, and of the scheduler's settings.
+
+    Args:
+        model: before any of its encoders is released.
+    """
+    parts = {**model.family.pipeline.components, "image_encoder": model.encoder.model}
+    marks = {name: _of_weights(part) for name, part in parts.items() if isinstance(part, nn.Module)}
+    return marks | {"scheduler": _of_settings(model.family.pipeline.scheduler.config)}
+
+
+def compared(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Names of the parts that changed, and of those that were loaded in another way, whose hashes tell nothing."""
+    both = [name for name in new if name in old and old[name] != new[name]]
+    changed = [name for name in both if _way(old[name]) == _way(new[name])]
+    return changed, [name for name in both if name not in changed]
+
+
+def _way(mark: str) -> str:
+    return mark.partition(":")[0]
+
+
+@torch.no_grad()
+def _of_weights(module: nn.Module) -> str:
+    """The way in which it was loaded (dtypes, number of tensors), a colon, and the hash."""
+    tensors = [tensor.detach() for _, tensor in sorted(module.named_parameters())]
+    sampled = torch.cat([_sampled(tensor) for tensor in tensors]).cpu()
+    dtypes = "+".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
+    return f"{dtypes} x {len(tensors)}:{_hash(sampled.numpy().tobytes())}"
+
+
+def _sampled(tensor: Tensor) -> Tensor:
+    """At most SAMPLES of a tensor's numbers, evenly spread over its order, as fp32."""
+    places = torch.linspace(0, tensor.numel() - 1, min(SAMPLES, tensor.numel()), device=tensor.device).long()
+    at = torch.unravel_index(places, tensor.shape)  # no copy, whatever the layout
+    return tensor[at].float()
+
+
+def _of_settings(config: Any) -> str:
+    told = {name: value for name, value in dict(config).items() if name not in _SAYS_NOTHING}
+    return f"settings:{_hash(json.dumps(told, sort_keys=True, default=str).encode())}"
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()

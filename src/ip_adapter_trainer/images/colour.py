@@ -44,6 +44,16 @@ def to_rgb(image: Image.Image, ground: Colour) -> Image.Image:
     return below
 
 
+def fold_key(image: Image.Image) -> None:
+    """Brings the one transparent colour of a 16-bit RGB PNG to the upper bytes, which are all that loading keeps.
+
+    Called before the picture is loaded, after which nothing tells its depth.
+    """
+    key = image.info.get("transparency")
+    if isinstance(key, tuple) and any(args == "RGB;16B" for *_, args in image.tile):
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+
+
 def _deep_to_rgb(image: Image.Image, ground: Colour) -> Image.Image:
     samples: Samples = np.asarray(image)  # [H, W]
     gray = Image.fromarray(_float_to_8_bits(samples) if image.mode == "F" else _integers_to_8_bits(image, samples))

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from faults import folder
+from faults import folder, paths, pictures, rows
 from faults.lab import Finding, Lab
 
 Experiment = Callable[[Lab], Iterator[Finding]]
 
 EXPERIMENTS: dict[str, Experiment] = {
     "folder": folder.two_runs,
+    "pictures": pictures.pictures,
+    "bombs": pictures.bombs,
+    "replaced": pictures.replaced,
+    "rows": rows.rows,
+    "names": rows.names,
+    "paths": paths.paths,
 }

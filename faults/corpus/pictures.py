@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -104,7 +105,7 @@ def _transparent() -> Iterator[Sound]:
     yield Sound("palette PNG, one clear", ".png", encoded(palette, "PNG", transparency=5), shown)
     yield Sound("palette GIF, one clear", ".gif", encoded(palette, "GIF", transparency=5), shown)
     value = int(GRAY[3, 4])
-    shown = np.where((value == GRAY)[..., None], GROUND, gray(GRAY))
+    shown = np.where(np.equal(GRAY, value)[..., None], GROUND, gray(GRAY))
     yield Sound("gray PNG, one value clear", ".png", encoded(GRAY, "PNG", transparency=value), shown)
     colour = RGB[3, 4]
     shown = np.where((colour == RGB).all(-1, keepdims=True), GROUND, RGB)
@@ -165,7 +166,7 @@ def _turned() -> Iterator[Sound]:
 def _turned_file(format: str, orientation: int) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}
+    options: dict[str, dict[str, Any]] = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}
     return encoded(BLOCKS, format, exif=exif, **options.get(format, {}))
 
 

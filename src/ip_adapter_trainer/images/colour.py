@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFile
 
 from ip_adapter_trainer.images.ground import Colour
 
@@ -44,7 +44,7 @@ def to_rgb(image: Image.Image, ground: Colour) -> Image.Image:
     return below
 
 
-def fold_key(image: Image.Image) -> None:
+def fold_key(image: ImageFile.ImageFile) -> None:
     """Brings the one transparent colour of a 16-bit RGB PNG to the upper bytes, which are all that loading keeps.
 
     Called before the picture is loaded, after which nothing tells its depth.

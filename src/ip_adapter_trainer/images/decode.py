@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
 from ip_adapter_trainer.core.files import NotRegularError, open_regular
 from ip_adapter_trainer.images.colour import NotFiniteSamplesError, fold_key, to_rgb
@@ -126,7 +126,7 @@ def read_file(path: Path, limits: Limits) -> tuple[bytes, os.stat_result]:
 
 
 @contextmanager
-def _opened(source: Path | bytes, limits: Limits) -> Iterator[Image.Image]:
+def _opened(source: Path | bytes, limits: Limits) -> Iterator[ImageFile.ImageFile]:
     """The picture with its header checked; whatever goes wrong inside the block becomes a `PictureFault`."""
     with _stream(source, limits) as stream, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -198,7 +198,7 @@ def check_size(size_px: tuple[int, int], limits: Limits) -> None:
         raise PictureFault("too_elongated", what, "crop it, or raise --max_aspect")
 
 
-def _check_tiles(image: Image.Image) -> None:
+def _check_tiles(image: ImageFile.ImageFile) -> None:
     """A tile of a TIFF is held whole, however small the picture is that lies in it."""
     tags = getattr(image, "tag_v2", {})
     width, height = tags.get(_TILE_WIDTH_TAG, 0), tags.get(_TILE_HEIGHT_TAG, 0)
@@ -206,7 +206,7 @@ def _check_tiles(image: Image.Image) -> None:
         raise _too_many_pixels(f"tiles of {width}x{height} pixels for {image.width}x{image.height}")
 
 
-def _check_scans(image: Image.Image) -> None:
+def _check_scans(image: ImageFile.ImageFile) -> None:
     """Each scan of a JPEG costs a pass over all its pixels, and a hundred bytes are enough for one."""
     if image.format not in ("JPEG", "MPO") or not image.fp:
         return

@@ -13,8 +13,10 @@ EXPERIMENTS: dict[str, Experiment] = {
     "folder": folder.two_runs,
     "pictures": pictures.pictures,
     "bombs": pictures.bombs,
+    "flips": pictures.flips,
     "replaced": pictures.replaced,
     "rows": rows.rows,
+    "endless": rows.endless,
     "names": rows.names,
     "paths": paths.paths,
 }

@@ -7,14 +7,20 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from faults.checking import check
+from faults.checking import Checked, check
 from faults.corpus.files import encoded
-from faults.corpus.names import cases, lay
+from faults.corpus.names import NameCase, cases, lay, lay_captions
 from faults.corpus.pictures import RGB
-from faults.corpus.rows import FILES, JSON_ROWS, LINES, OK_FILE, TABLE_LINES, FileCase, RowCase, row
+from faults.corpus.rows import FILES, JSON_ROWS, LINES, OK, OK_FILE, TABLE_LINES, FileCase, RowCase, row
 from faults.lab import Finding, Lab
+from faults.watch import seen
 
 _HEADER = "image_file,text"
+ENDLESS_MB, ENDLESS_LIMIT_MB = 64, 50
+ENDLESS = {  # how each begins, and the exit code
+    "string.json": (f'[{OK},\n{{"image_file": "', 2), "broken.json": (f"[{OK},\n{{tru", 2), "word.json": ("", 2),
+    "line.jsonl": (f"{OK}\n", 0), "line.csv": (f"{_HEADER}\nok.png,", 2), "quote.csv": (f'{_HEADER}\nok.png,"', 2),
+}  # fmt: skip
 
 
 def rows(lab: Lab) -> Iterator[Finding]:
@@ -44,15 +50,50 @@ def names(lab: Lab) -> Iterator[Finding]:
     listed = cases(root)
     manifest = root / "names.jsonl"
     manifest.write_text("".join(row(case.name) + "\n" for case in listed))
-    checked = check(lab, manifest)
-    wrong = [] if checked.exit_code == 0 else [f"exit {checked.exit_code}"]
-    for number, case in enumerate(listed, 1):
-        told = [fault.kind for fault in checked.faults.get(number, [])]
-        if not (told[0] in case.kinds if len(told) == 1 else not told and not case.kinds):
-            wrong.append(ascii(case.name[:60]))
+    wrong = _misnamed(check(lab, manifest), listed)
+    folder = lab.place("captions") / "root"
+    folder.mkdir()
+    captioned = lay_captions(folder)
+    wrong += _misnamed(check(lab, folder), captioned)
+    listed += captioned
     verdicts = Counter(case.kinds[0] if case.kinds else "read" for case in listed)
     note = ", ".join(f"{count} {kind}" for kind, count in verdicts.most_common()) + _listed(wrong)
     yield Finding("names by every spelling, links, devices, pipes, sockets", len(listed), len(wrong), not wrong, note)
+
+
+def endless(lab: Lab) -> Iterator[Finding]:
+    """Manifests of 64 MB without an end to a row: what a watched `check` holds, beside that of one row."""
+    folder = lab.place("endless")
+    (folder / OK_FILE).write_bytes(encoded(RGB, "PNG"))
+    costs_mb: dict[str, float] = {}
+    wrong = []
+    for name, (head, refused) in {"one.jsonl": (OK, 0), **ENDLESS}.items():
+        with (folder / name).open("w") as file:
+            file.write(head)
+            for _ in range(ENDLESS_MB if name != "one.jsonl" else 0):
+                file.write("x" * 2**20)
+        checked = check(lab, folder / name, watched=True)
+        (peak,) = (event["peak_bytes"] for event in seen(lab.folder, checked.pid) if "peak_bytes" in event)
+        costs_mb[name] = peak / 2**20 - costs_mb.get("one.jsonl", 0)
+        if checked.exit_code != refused or (name in ENDLESS and costs_mb[name] >= ENDLESS_LIMIT_MB):
+            wrong.append(f"{name}: exit {checked.exit_code}, {costs_mb[name]:.0f} MB")
+    most = max(costs_mb[name] for name in ENDLESS)
+    note = f"refused or a fault; at most {most:.1f} MB over a check of one row (limit {ENDLESS_LIMIT_MB} MB)" + _listed(
+        wrong
+    )
+    yield Finding(f"manifests of {ENDLESS_MB} MB that do not end", len(ENDLESS), len(wrong), not wrong, note)
+
+
+def _misnamed(checked: Checked, listed: Sequence[NameCase]) -> list[str]:
+    """Names whose row was not told as one of its faults, in one printable line, or as none."""
+    wrong = [] if checked.exit_code == 0 else [f"exit {checked.exit_code}"]
+    for number, case in enumerate(listed, 1):
+        told = checked.faults.get(number, [])
+        if not (
+            told[0].kind in case.kinds and told[0].line.isprintable() if len(told) == 1 else not told and not case.kinds
+        ):
+            wrong.append(ascii(case.name[:60]))
+    return wrong
 
 
 def _misjudged(lab: Lab, manifest: Path, content: bytes, listed: Sequence[RowCase], first: int) -> list[str]:

@@ -60,6 +60,37 @@ def lay(folder: Path) -> Path:
     return root
 
 
+def lay_captions(folder: Path) -> list[NameCase]:
+    """A folder of pictures with captions beside them, some of which are none or lie elsewhere, and a decoy beside it.
+
+    Returns:
+        The pictures in the order of their names, with the faults that they must be.
+    """
+    decoy = folder.parent / "secret.txt"
+    decoy.write_text("not to be read")
+    out, none = ("unsafe_path",), ("missing_caption",)
+    texts: list[tuple[str, bytes, tuple[str, ...]]] = [
+        ("a ok", b" a caption\n", ()), ("b BOM", b"\xef\xbb\xbfa caption", ()), ("c empty", b"", ()),
+        ("d long", b"x" * 70_000, ("line_too_long",)), ("e Latin-1", b"\xe9", ("bad_text",)), ("f\nline", b"x", ()),
+        ("g \x1b[2J", b"\xff", ("bad_text",)), (os.fsdecode(b"h \xff"), b"x", ("bad_text",)),
+    ]  # fmt: skip
+    links: list[tuple[str, Path, tuple[str, ...]]] = [
+        ("m inside", Path("a ok.txt"), ()), ("n outside", decoy, out), ("o up", Path("../secret.txt"), out),
+        ("p zero", Path("/dev/zero"), out), ("q gone", Path("gone.txt"), none), ("r round", Path("r round.txt"), out),
+    ]  # fmt: skip
+    for name, text, _ in texts:
+        (folder / f"{name}.txt").write_bytes(text)
+    for name, target, _ in links:
+        (folder / f"{name}.txt").symlink_to(target)
+    os.mkfifo(folder / "s pipe.txt")
+    (folder / "t folder.txt").mkdir()
+    listed = [NameCase(name, kinds) for name, _, kinds in (*texts, *links)]
+    listed += [NameCase(name, ("unreadable",)) for name in ("s pipe", "t folder")] + [NameCase("u none", none)]
+    for case in listed:
+        (folder / f"{case.name}.png").write_bytes(INSIDE)
+    return listed
+
+
 def _leave_socket(root: Path, name: str) -> None:
     before = Path.cwd()
     with socket.socket(socket.AF_UNIX) as server:

@@ -98,7 +98,7 @@ def _transparent() -> Iterator[Sound]:
     yield Sound("RGBA TIFF", ".tif", encoded(rgba, "TIFF"), rgba_rgb)
     yield Sound("gray and alpha PNG", ".png", encoded(np.dstack([GRAY, ALPHA]), "PNG"), over(gray(GRAY), ALPHA, GROUND))
     palette, colours, numbers = _palette()
-    opacity = _CHANCE.integers(0, 256, 16, dtype=np.uint8)
+    opacity = np.linspace(0, 255, 16).astype(np.uint8)
     shown = over(colours[numbers], opacity[numbers], GROUND)
     yield Sound("palette PNG, opacities", ".png", encoded(palette, "PNG", transparency=opacity.tobytes()), shown)
     shown = np.where((numbers == 5)[..., None], GROUND, colours[numbers])

@@ -61,6 +61,21 @@ def test_names_are_judged_as_expected_by_a_real_check(tmp_path: Path) -> None:
 
 
 @POSIX
+def test_captions_are_judged_as_expected_and_none_is_read_from_outside(tmp_path: Path) -> None:
+    folder = tmp_path / "root"
+    folder.mkdir()
+    cases = names.lay_captions(folder)
+    manifest = read_manifest(ReadConfig(data_json_file=str(folder)))
+    told = {int(fault.where.split("picture ")[1].split()[0]): fault for fault in manifest.faults}
+    for number, case in enumerate(cases, 1):
+        kind = (told[number].kind,) if number in told else ()
+        assert kind == case.kinds and (number not in told or str(told[number]).isprintable()), case.name
+    assert not any("not to be read" in row.text for row in manifest.rows)
+    outside = read_manifest(ReadConfig(data_json_file=str(folder), allow_outside_root=True))
+    assert sum("not to be read" in row.text for row in outside.rows) == 2
+
+
+@POSIX
 def test_generated_names_do_not_get_out_of_a_real_check(tmp_path: Path) -> None:
     (finding,) = paths.paths(Lab(tmp_path, share=0.02))
     assert finding.passed and finding.tries == 200, finding.note

@@ -103,7 +103,13 @@ def test_each_fault_has_its_name(kind: str, tmp_path: Path) -> None:
 
 
 def test_every_kind_is_tested() -> None:
-    assert set(get_args(FaultKind)) == set(FAULTY) | {"unsafe_path", "changed", "not_prepared", "damaged_values"}
+    assert set(get_args(FaultKind)) == set(FAULTY) | {
+        "unsafe_path",
+        "changed",
+        "not_listed",
+        "not_prepared",
+        "damaged_values",
+    }
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")

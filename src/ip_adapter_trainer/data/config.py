@@ -27,6 +27,9 @@ class ReadConfig(Part):
     prompt_image_column: str = Field(
         "prompt_image_file", min_length=1, description="Key of the path of another picture to prompt with; optional."
     )
+    picture_hashes_file: str = Field(
+        "", description="List of the pictures' SHA-256, as `sha256sum` writes it; a picture of another hash is a fault."
+    )
     allow_outside_root: bool = Field(False, description="Take absolute paths, '..' and links that leave the root.")
     alpha_ground: str = Field(
         "white", description="Colour under transparent pictures: white, black, gray or '#rrggbb'."

@@ -30,7 +30,8 @@ FaultKind = Literal[
     "missing_file", "not_a_file", "unreadable", "empty_file", "file_too_large", "not_a_picture", "damaged", "truncated",
     "too_many_pixels", "too_small", "too_elongated", "not_finite",
     "unsafe_path",  # told by who looks the name up
-    "changed", "not_prepared", "damaged_values",  # told by a prepared set
+    "changed", "not_listed",  # told by who knows what the file should be
+    "not_prepared", "damaged_values",  # told by a prepared set
 ]  # fmt: skip
 
 Note = Literal["several_frames"]

@@ -17,7 +17,8 @@ MAY_CHANGE = frozenset(
     "lr_num_cycles lr_power ema_decay num_train_epochs max_train_steps mixed_precision gradient_checkpointing "
     "lean_layers product_convolutions lean_attention channels_last quantize compile "
     "pretrained_model_name_or_path image_encoder_path data_json_file data_root_path image_column text_column "
-    "prompt_image_column train_batch_size gradient_accumulation_steps prepared_dir prepare prepare_text".split()
+    "prompt_image_column picture_hashes_file train_batch_size gradient_accumulation_steps prepared_dir prepare "
+    "prepare_text".split()
 )
 # These say nothing of what is trained.
 FREE = frozenset(

@@ -17,9 +17,10 @@ from faults.watch import seen
 
 _HEADER = "image_file,text"
 ENDLESS_MB, ENDLESS_LIMIT_MB = 64, 50
-ENDLESS = {  # how each begins, and the exit code
-    "string.json": (f'[{OK},\n{{"image_file": "', 2), "broken.json": (f"[{OK},\n{{tru", 2), "word.json": ("", 2),
-    "line.jsonl": (f"{OK}\n", 0), "line.csv": (f"{_HEADER}\nok.png,", 2), "quote.csv": (f'{_HEADER}\nok.png,"', 2),
+ENDLESS = {  # how each begins, what it goes on with, and the exit code
+    "blank.json": ("", " ", 2), "word.json": ("", "x", 2), "broken.json": (f"[{OK},\n{{tru", "x", 2),
+    "string.json": (f'[{OK},\n{{"image_file": "', "x", 2), "line.jsonl": (f"{OK}\n", "x", 0),
+    "line.csv": (f"{_HEADER}\nok.png,", "x", 2), "quote.csv": (f'{_HEADER}\nok.png,"', "x", 2),
 }  # fmt: skip
 
 
@@ -67,15 +68,15 @@ def endless(lab: Lab) -> Iterator[Finding]:
     (folder / OK_FILE).write_bytes(encoded(RGB, "PNG"))
     costs_mb: dict[str, float] = {}
     wrong = []
-    for name, (head, refused) in {"one.jsonl": (OK, 0), **ENDLESS}.items():
+    for name, (head, more, exit_code) in {"one.jsonl": (OK, "", 0), **ENDLESS}.items():
         with (folder / name).open("w") as file:
             file.write(head)
-            for _ in range(ENDLESS_MB if name != "one.jsonl" else 0):
-                file.write("x" * 2**20)
+            for _ in range(ENDLESS_MB):
+                file.write(more * 2**20)
         checked = check(lab, folder / name, watched=True)
         (peak,) = (event["peak_bytes"] for event in seen(lab.folder, checked.pid) if "peak_bytes" in event)
         costs_mb[name] = peak / 2**20 - costs_mb.get("one.jsonl", 0)
-        if checked.exit_code != refused or (name in ENDLESS and costs_mb[name] >= ENDLESS_LIMIT_MB):
+        if checked.exit_code != exit_code or (name in ENDLESS and costs_mb[name] >= ENDLESS_LIMIT_MB):
             wrong.append(f"{name}: exit {checked.exit_code}, {costs_mb[name]:.0f} MB")
     most = max(costs_mb[name] for name in ENDLESS)
     note = f"refused or a fault; at most {most:.1f} MB over a check of one row (limit {ENDLESS_LIMIT_MB} MB)" + _listed(

@@ -123,7 +123,7 @@ def _bombs() -> Iterator[Broken]:
     at = jpeg.index(b"\xff\xc0") + 5
     jpeg[at : at + 4] = b"\xff\xff\xff\xff"
     yield Broken("JPEG that claims 4 billion pixels", ".jpg", bytes(jpeg), pixels, bomb=True)
-    content = with_scans(encoded(Image.new("L", (4000, 4000)), "JPEG", progressive=True), 5000)
+    content = with_scans(encoded(Image.new("L", (1000, 1000)), "JPEG", progressive=True), 5000)
     yield Broken("JPEG of 5,000 scans", ".jpg", content, ("damaged",), bomb=True)
 
 

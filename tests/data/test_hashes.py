@@ -84,7 +84,8 @@ def test_it_reads_what_sha256sum_writes(tmp_path: Path) -> None:
 
 
 def test_it_travels_as_its_path(folder: Path) -> None:
-    hashes = Hashes.of(str(_list(folder, ["0.png"])))
+    copies = [shutil.copy(folder / "0.png", folder / f"copy {number}.png") for number in range(50)]
+    hashes = Hashes.of(str(_list(folder, ["0.png", *(Path(copy).name for copy in copies)])))
     assert len(pickle.dumps(hashes)) < 500
     pickle.loads(pickle.dumps(hashes)).demand("0.png", (folder / "0.png").read_bytes())
 

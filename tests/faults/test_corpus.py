@@ -36,7 +36,7 @@ def _demand(manifest: Manifest, case: RowCase, where: str) -> None:
 @pytest.mark.parametrize("case", [*JSON_ROWS, *LINES], ids=lambda case: case.what)
 def test_a_row_of_json_is_judged_as_expected(case: RowCase, tmp_path: Path) -> None:
     ok = OK.encode()
-    _demand(_read(tmp_path / "a.jsonl", b"%b\n%b" % (ok, case.content)), case, "a.jsonl, line 2")
+    _demand(_read(tmp_path / "a.jsonl", b"%b\n%b\n" % (ok, case.content)), case, "a.jsonl, line 2")
     if case.is_value:
         _demand(_read(tmp_path / "a.json", b"[%b,\n%b]" % (ok, case.content)), case, "a.json, element 2 (line 2)")
 
@@ -52,6 +52,7 @@ def test_a_manifest_is_refused_with_its_place_and_a_remedy(case: FileCase, tmp_p
         _read(tmp_path / case.name, case.content)
     assert caught.value.where.startswith(str(tmp_path / case.name)) and caught.value.remedy
     assert all(words in str(caught.value) for words in case.says)
+    assert all(line.isprintable() for line in str(caught.value).splitlines())
 
 
 @POSIX
@@ -71,6 +72,7 @@ def test_captions_are_judged_as_expected_and_none_is_read_from_outside(tmp_path:
         kind = (told[number].kind,) if number in told else ()
         assert kind == case.kinds and (number not in told or str(told[number]).isprintable()), case.name
     assert not any("not to be read" in row.text for row in manifest.rows)
+    assert all(manifest.where(row).isprintable() for row in range(len(manifest.rows)))
     outside = read_manifest(ReadConfig(data_json_file=str(folder), allow_outside_root=True))
     assert sum("not to be read" in row.text for row in outside.rows) == 2
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from faults import changes, folder, numbers
+from faults import changes, folder, numbers, paths, pictures, rows
 from faults.lab import Finding, Lab
 
 Experiment = Callable[[Lab], Iterator[Finding]]
@@ -14,4 +14,12 @@ EXPERIMENTS: dict[str, Experiment] = {
     "changes": changes.other_run,
     "million": changes.one_in_a_million,
     "numbers": numbers.not_finite,
+    "pictures": pictures.pictures,
+    "bombs": pictures.bombs,
+    "flips": pictures.flips,
+    "replaced": pictures.replaced,
+    "rows": rows.rows,
+    "endless": rows.endless,
+    "names": rows.names,
+    "paths": paths.paths,
 }

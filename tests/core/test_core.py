@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ip_adapter_trainer.core.errors import Problem, did_you_mean
+from ip_adapter_trainer.core.errors import Problem, did_you_mean, one_line
 from ip_adapter_trainer.core.launch import Runtime
 from ip_adapter_trainer.core.registry import Registry
 from ip_adapter_trainer.core.rng import key, stream
@@ -62,6 +62,13 @@ def test_unknown_names_get_a_hint() -> None:
     with pytest.raises(Problem, match="did you mean 'plus'"):
         registry["pluss"]
     assert did_you_mean("zzz", ["a", "b"]) == "known: a, b"
+
+
+@given(st.text(max_size=2000))
+def test_a_stranger_s_words_become_one_line_that_stays_as_it_is(text: str) -> None:
+    line = one_line(text)
+    assert line.isprintable() and len(line) <= 400 and one_line(line) == line
+    assert line == text if len(text) <= 400 and text.isprintable() else line != text
 
 
 def test_a_problem_says_what_where_and_what_to_do() -> None:

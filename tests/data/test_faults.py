@@ -51,3 +51,19 @@ def test_a_resumed_run_counts_on(tmp_path: Path) -> None:
     assert log.faulty_rows == 2
     with pytest.raises(DataProblem):
         log.add([_fault(3)])
+
+
+def test_what_follows_a_torn_line_is_not_lost(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_text('{"kind": "dam')
+    FaultLog(tmp_path, 200, 0.01).add([_fault(1)])
+    FaultLog(tmp_path, 200, 0.01).add([_fault(2)])
+    assert FaultLog(tmp_path, 200, 0.01).faulty_rows == 2
+
+
+def test_names_of_strangers_are_one_bounded_line_and_the_same_when_read_again(tmp_path: Path) -> None:
+    odd = Fault("missing_file", "what\n\x1b[2J\udcff", "data.json, element 1 (" + "\0" * 10**6 + ")", "\u202e")
+    FaultLog(tmp_path, 200, 0.01).add([odd])
+    log = FaultLog(tmp_path, 200, 0.01)
+    log.add([odd])
+    assert str(odd).isprintable() and len(str(odd)) < 1300
+    assert log.faulty_rows == 1 and len((tmp_path / FILE_NAME).read_text().splitlines()) == 1

@@ -12,6 +12,7 @@ import pytest
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.types import Row
 from ip_adapter_trainer.data.config import ReadConfig
+from ip_adapter_trainer.data.json_array import read_array
 from ip_adapter_trainer.data.manifest import Manifest, read_manifest
 from ip_adapter_trainer.data.sources import MAX_CAPTION_BYTES, MAX_LINE_BYTES
 
@@ -208,6 +209,16 @@ def test_what_cannot_be_read_at_all_is_a_problem(name: str, tmp_path: Path) -> N
     with pytest.raises(Problem) as caught:
         _read(tmp_path / file)
     assert words in str(caught.value) and caught.value.where and caught.value.remedy and caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("start", [b"", b"[{tru", b'["'])
+def test_an_array_is_given_up_soon(start: bytes, tmp_path: Path) -> None:
+    filler = b"x" if start else b" "
+    (tmp_path / "data.json").write_bytes(start + filler * 2**24)
+    with (tmp_path / "data.json").open("rb") as stream:
+        with pytest.raises(Problem):
+            list(read_array(tmp_path / "data.json", stream))
+        assert stream.tell() <= 2**23
 
 
 def test_a_missing_root_is_a_problem(tmp_path: Path) -> None:

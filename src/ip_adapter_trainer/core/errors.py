@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LINE_CHARACTERS = 400
+
 
 class Problem(ValueError):
     """A fault that its user can mend: one line what, one line where, one line what to do.
@@ -51,6 +53,20 @@ class Stopped(Exception):
     def __init__(self, exit_code: int) -> None:
         super().__init__(exit_code)
         self.exit_code = exit_code
+
+
+def one_line(text: str) -> str:
+    """Words of a stranger as one line that a terminal and a log can bear: nothing unprintable, 400 characters at most.
+
+    What it gives it leaves as it is.
+
+    >>> one_line("a\\nb")
+    'a\\\\nb'
+    """
+    start = text[: _LINE_CHARACTERS + 1]
+    if not start.isprintable():
+        start = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in start)
+    return start if len(start) <= _LINE_CHARACTERS else f"{start[: _LINE_CHARACTERS - 3]}..."
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ip_adapter_trainer.core.devices import to_device
+from ip_adapter_trainer.core.errors import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,10 @@ class Fault:
     what: str
     where: str
     remedy: str
+
+    def __post_init__(self) -> None:
+        for name in ("what", "where", "remedy"):  # all three may hold names out of a stranger's file
+            object.__setattr__(self, name, one_line(getattr(self, name)))
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}; {self.remedy}"

@@ -18,7 +18,7 @@ class ReadConfig(Part):
 
     resume = Resume(
         must_match="allow_outside_root alpha_ground min_side_px max_aspect max_picture_megapixels max_picture_mb",
-        may_change="data_json_file data_root_path image_column text_column prompt_image_column",
+        may_change="data_json_file data_root_path image_column text_column prompt_image_column picture_hashes_file",
         free="max_fault_rate dataloader_num_workers",
     )
 
@@ -32,6 +32,9 @@ class ReadConfig(Part):
     )
     prompt_image_column: str = Field(
         "prompt_image_file", min_length=1, description="Key of the path of another picture to prompt with; optional."
+    )
+    picture_hashes_file: str = Field(
+        "", description="List of the pictures' SHA-256, as `sha256sum` writes it; a picture of another hash is a fault."
     )
     allow_outside_root: bool = Field(False, description="Take absolute paths, '..' and links that leave the root.")
     alpha_ground: str = Field(

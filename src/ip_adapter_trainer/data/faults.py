@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import BinaryIO
 
 from ip_adapter_trainer.core.errors import DataProblem
 from ip_adapter_trainer.core.types import Fault
@@ -57,8 +59,9 @@ class FaultLog:
         self._seen |= dict.fromkeys(fresh)
         self._places |= {fault.where for fault in fresh}
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("ab", buffering=0) as file:  # one write a call: processes share the file
-            file.write("".join(json.dumps(asdict(fault)) + "\n" for fault in fresh).encode())
+        lines = "".join(json.dumps(asdict(fault)) + "\n" for fault in fresh).encode()
+        with self._path.open("a+b", buffering=0) as file:  # one write a call: processes share the file
+            file.write(_after_torn(file) + lines)
         self.demand_limit()
 
     def demand_limit(self) -> None:
@@ -76,6 +79,13 @@ class FaultLog:
         what = f"{self.faulty_rows} of {self.rows} rows are faulty, {share} ({kinds})"
         remedy = f"mend the rows that {self._path} names, or raise --max_fault_rate"
         return DataProblem(what, where=str(last), remedy=remedy)
+
+
+def _after_torn(file: BinaryIO) -> bytes:
+    """What parts new lines from a last one that a kill tore."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 1))
+    return b"" if file.read(1) in (b"", b"\n") else b"\n"
 
 
 def _read(path: Path) -> list[Fault]:

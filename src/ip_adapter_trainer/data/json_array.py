@@ -13,6 +13,7 @@ from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.data.strict_json import Complaint, StrictDecoder, skip_space
 
 MAX_JSON_BYTES = 2**30
+MAX_ELEMENT_CHARACTERS = 2**20
 _WINDOW_BYTES = 2**20
 
 Element = tuple[int, Any, list[Complaint]]  # line it begins on, counted from 1; value; what is wrong with it
@@ -22,7 +23,7 @@ def read_array(path: Path, stream: BinaryIO) -> Iterator[Element]:
     """The elements of a file that is one array, in order.
 
     Raises:
-        Problem: not an array, not valid JSON, not UTF-8, or too large; where it breaks off.
+        Problem: not an array, not valid JSON, not UTF-8, or it or an element is too large; where it breaks off.
     """
     if os.fstat(stream.fileno()).st_size > MAX_JSON_BYTES:
         what = f"the manifest is larger than {MAX_JSON_BYTES // 2**30} GB"
@@ -81,7 +82,8 @@ class _Window:
         column = error.colno + (self._column if error.lineno == 1 else 0)
         where = f"{self._path}, line {self._line + error.lineno - 1}, column {column} (element {number})"
         remedy = "correct it there; in a .jsonl file a broken line would cost one row only"
-        return Problem(f"the manifest is not valid JSON: {error.msg}", where=where, remedy=remedy)
+        what = "is not valid JSON" if self.is_whole else "has an element that is not valid JSON or longer than 1 MB"
+        return Problem(f"the manifest {what}: {error.msg}", where=where, remedy=remedy)
 
 
 def _enter(path: Path, window: _Window) -> bool:
@@ -89,7 +91,7 @@ def _enter(path: Path, window: _Window) -> bool:
     while True:
         start = skip_space(window.text, 0)
         inside = skip_space(window.text, start + 1)
-        if inside < len(window.text) or window.is_whole:
+        if inside < len(window.text) or window.is_whole or len(window.text) > MAX_ELEMENT_CHARACTERS:
             break
         window.extend()
     if window.text[start : start + 1] != "[":
@@ -102,7 +104,8 @@ def _enter(path: Path, window: _Window) -> bool:
 def _element(window: _Window, decoder: StrictDecoder) -> tuple[Any, list[Complaint], int, bool]:
     """The element at the window's position, which moves to the next; the last value tells whether there is one.
 
-    What fails to decode may only be cut off by the window's end, so it fails for good only once all is read.
+    What fails to decode may only be cut off by the window's end, so it fails for good only once all is read, or so
+    much that no element may be longer.
     """
     while True:
         try:
@@ -110,7 +113,7 @@ def _element(window: _Window, decoder: StrictDecoder) -> tuple[Any, list[Complai
             following = _following(window.text, end, is_whole=window.is_whole)
             break
         except json.JSONDecodeError:
-            if window.is_whole:
+            if window.is_whole or len(window.text) - window.position > MAX_ELEMENT_CHARACTERS:
                 raise
             window.extend()
     line = window.line()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii as quoted
 from pathlib import Path
 
-from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.errors import Problem, one_line
 from ip_adapter_trainer.core.types import Fault, Row
 from ip_adapter_trainer.data.config import ReadConfig
 from ip_adapter_trainer.data.fingerprint import Digest, Fingerprint
@@ -50,7 +50,7 @@ def read_manifest(config: ReadConfig) -> Manifest:
     source = Path(config.data_json_file)
     root = _root(source, config.data_root_path)
     columns = Columns(config.image_column, config.text_column, config.prompt_image_column)
-    opened = open_source(source, columns)
+    opened = open_source(source, columns, allow_outside=config.allow_outside_root)
     rows, digest = RowTable(), Digest()
     places, faults, unread = array("q"), list[Fault](), tuple[str, ...]()
     for entry in opened.entries:
@@ -83,7 +83,7 @@ def _faults(source: Path, unit: str, entry: Entry, complaints: list[Complaint]) 
 
 
 def _place(source: Path, unit: str, number: int, detail: str) -> str:
-    return f"{source.name}, {unit} {number}" + (f" ({detail})" if detail else "")
+    return one_line(f"{source.name}, {unit} {number}" + (f" ({detail})" if detail else ""))
 
 
 def _line(row: Row) -> bytes:

@@ -15,6 +15,7 @@ from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.files import safe_join, stat_plain
 from ip_adapter_trainer.core.types import Fault
 from ip_adapter_trainer.data.config import ReadConfig
+from ip_adapter_trainer.data.hashes import Hashes
 from ip_adapter_trainer.images.decode import Limits, Picture, PictureFault, decode, read_file, read_size
 from ip_adapter_trainer.images.ground import Colour, parse_colour
 
@@ -33,6 +34,7 @@ class Pictures:
     limits: Limits
     ground: Colour
     allow_outside: bool
+    hashes: Hashes | None = None  # recorded ones, which files must have
 
     @classmethod
     def of(cls, root: Path, config: ReadConfig) -> Pictures:
@@ -43,7 +45,8 @@ class Pictures:
             min_side_px=config.min_side_px,
             max_aspect=config.max_aspect,
         )
-        return cls(root, limits, parse_colour(config.alpha_ground), config.allow_outside_root)
+        hashes = Hashes.of(config.picture_hashes_file) if config.picture_hashes_file else None
+        return cls(root, limits, parse_colour(config.alpha_ground), config.allow_outside_root, hashes)
 
     def read(self, name: str) -> Picture:
         """The decoded picture.
@@ -51,7 +54,8 @@ class Pictures:
         Raises:
             PictureFault: there is none to be had.
         """
-        return decode(self._path(name), self.limits, self.ground)
+        source = self._path(name) if self.hashes is None else self.read_file(name)[0]
+        return decode(source, self.limits, self.ground)
 
     def read_file(self, name: str) -> tuple[bytes, os.stat_result]:
         """The picture's file, undecoded, and what the system says of it.
@@ -59,7 +63,10 @@ class Pictures:
         Raises:
             PictureFault: there is none to be had.
         """
-        return read_file(self._path(name), self.limits)
+        content, status = read_file(self._path(name), self.limits)
+        if self.hashes is not None:
+            self.hashes.demand(name, content)
+        return content, status
 
     def decode(self, content: bytes) -> Picture:
         """The picture of a file's content; raises as `read` does."""

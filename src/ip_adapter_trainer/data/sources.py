@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.core.files import open_regular
+from ip_adapter_trainer.core.files import open_regular, safe_join
 from ip_adapter_trainer.data.json_array import read_array
 from ip_adapter_trainer.data.rows import Columns, missing_column, unknown_column
 from ip_adapter_trainer.data.strict_json import Complaint, StrictDecoder, skip_space
@@ -44,8 +44,8 @@ class Source:
     entries: Iterator[Entry]
 
 
-def open_source(path: Path, columns: Columns) -> Source:
-    """The entries of a manifest, by its suffix; a folder by what is in it.
+def open_source(path: Path, columns: Columns, *, allow_outside: bool = False) -> Source:
+    """The entries of a manifest, by its suffix; a folder by what is in it, with `allow_outside` also through links.
 
     Raises:
         Problem: not there, or of no known form. Reading on may raise it too, where the file breaks off.
@@ -54,7 +54,7 @@ def open_source(path: Path, columns: Columns) -> Source:
         metadata = path / METADATA_FILE
         if metadata.exists():
             return Source(metadata, "line", _with_image_key(_read_jsonl(metadata), columns.image))
-        return Source(path, "picture", _read_folder(path, columns))
+        return Source(path, "picture", _read_folder(path, columns, allow_outside))
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         remedy = f"give a file that ends in {', '.join(_READERS)}, or a folder"
@@ -80,7 +80,7 @@ def _read_jsonl(path: Path) -> Iterator[Entry]:
 
 def _entry_of_line(number: int, line: bytes, decoder: StrictDecoder) -> Entry:
     try:
-        text = line.decode()
+        text = line.decode().rstrip("\r\n")
         fields, end, complaints = decoder.value_at(text, 0)
         if skip_space(text, end) < len(text):
             raise json.JSONDecodeError("Text after the object", text, end)
@@ -141,14 +141,20 @@ def _csv_lines(path: Path) -> Iterator[str]:
         yield line.decode("utf-8", "surrogateescape")  # the row that holds the bad bytes is found as a fault
 
 
-def _read_folder(folder: Path, columns: Columns) -> Iterator[Entry]:
+def _read_folder(folder: Path, columns: Columns, allow_outside: bool) -> Iterator[Entry]:
     """Pictures in the order of their names, each with the text file beside it."""
+    root = folder.resolve()
     for number, picture in enumerate(_pictures(folder), 1):
         name = picture.relative_to(folder).as_posix()
         caption = picture.with_suffix(".txt")
         try:
-            with open_regular(caption) as stream:
+            inside = safe_join(root, caption.relative_to(folder).as_posix(), allow_outside=allow_outside)
+            with open_regular(inside) as stream:
                 text = stream.read(MAX_CAPTION_BYTES + 1)
+        except Problem as problem:
+            yield Entry(
+                number, None, (Complaint("unsafe_path", f"{caption.name}: {problem.what}", problem.remedy),), name
+            )
         except FileNotFoundError:
             complaint = Complaint("missing_caption", f"there is no {caption.name}", "write one; it may be empty")
             yield Entry(number, None, (complaint,), name)

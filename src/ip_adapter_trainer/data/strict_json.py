@@ -8,6 +8,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from ip_adapter_trainer.core.errors import one_line
+
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -18,6 +20,10 @@ class Complaint:
     kind: str
     what: str
     remedy: str
+
+    def __post_init__(self) -> None:
+        for name in ("what", "remedy"):
+            object.__setattr__(self, name, one_line(getattr(self, name)))
 
 
 class StrictDecoder:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFile
 
 from ip_adapter_trainer.images.ground import Colour
 
@@ -42,6 +42,16 @@ def to_rgb(image: Image.Image, ground: Colour) -> Image.Image:
     below = Image.new("RGB", image.size, ground)
     below.paste(above, mask=above)
     return below
+
+
+def fold_key(image: ImageFile.ImageFile) -> None:
+    """Brings the one transparent colour of a 16-bit RGB PNG to the upper bytes, which are all that loading keeps.
+
+    Called before the picture is loaded, after which nothing tells its depth.
+    """
+    key = image.info.get("transparency")
+    if isinstance(key, tuple) and any(args == "RGB;16B" for *_, args in image.tile):
+        image.info["transparency"] = tuple(value >> 8 for value in key)
 
 
 def _deep_to_rgb(image: Image.Image, ground: Colour) -> Image.Image:

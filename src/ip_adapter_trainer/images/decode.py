@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
 from ip_adapter_trainer.core.files import NotRegularError, open_regular
-from ip_adapter_trainer.images.colour import NotFiniteSamplesError, to_rgb
+from ip_adapter_trainer.images.colour import NotFiniteSamplesError, fold_key, to_rgb
 from ip_adapter_trainer.images.ground import Colour
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
@@ -30,13 +30,16 @@ FaultKind = Literal[
     "missing_file", "not_a_file", "unreadable", "empty_file", "file_too_large", "not_a_picture", "damaged", "truncated",
     "too_many_pixels", "too_small", "too_elongated", "not_finite",
     "unsafe_path",  # told by who looks the name up
-    "changed", "not_prepared", "damaged_values",  # told by a prepared set
+    "changed", "not_listed",  # told by who knows what the file should be
+    "not_prepared", "damaged_values",  # told by a prepared set
 ]  # fmt: skip
 
 Note = Literal["several_frames"]
 
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_ORIENTATION_TAG = 0x0112
+_ORIENTATION_TAG, _TILE_WIDTH_TAG, _TILE_HEIGHT_TAG = 0x0112, 322, 323
+_START_OF_SCAN, _MAX_SCANS = b"\xff\xda", 100  # usual are 1 to 12 of them, and a few more in thumbnails
+_MAX_TILE_PIXELS = 2**20  # of pictures that are smaller than that
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -46,6 +49,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_LYING = (5, 6, 7, 8)  # width and height change places
 _REPLACE = "replace the file by a sound copy, or remove the row"
 
 # Compressed text chunks are unpacked while the header is read; Pillow's own limit of 64 MiB is a bomb's worth.
@@ -88,6 +92,8 @@ def decode(source: Path | bytes, limits: Limits, ground: Colour = (255, 255, 255
         PictureFault: no such picture.
     """
     with _opened(source, limits) as image:
+        fold_key(image)
+        _check_scans(image)
         image.load()
         turn = _orientation(image)  # after load: Pillow turns a TIFF itself, and then no longer says so
         picture = to_rgb(image, ground)
@@ -103,7 +109,7 @@ def read_size(source: Path | bytes, limits: Limits) -> tuple[int, int]:
     """
     with _opened(source, limits) as image:
         width, height = image.size
-        lies = image.format != "TIFF" and _orientation(image) >= 5  # Pillow gives a TIFF's size upright
+        lies = image.format != "TIFF" and _orientation(image) in _LYING  # Pillow gives a TIFF's size upright
         return (width, height) if lies else (height, width)
 
 
@@ -121,7 +127,7 @@ def read_file(path: Path, limits: Limits) -> tuple[bytes, os.stat_result]:
 
 
 @contextmanager
-def _opened(source: Path | bytes, limits: Limits) -> Iterator[Image.Image]:
+def _opened(source: Path | bytes, limits: Limits) -> Iterator[ImageFile.ImageFile]:
     """The picture with its header checked; whatever goes wrong inside the block becomes a `PictureFault`."""
     with _stream(source, limits) as stream, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -129,6 +135,7 @@ def _opened(source: Path | bytes, limits: Limits) -> Iterator[Image.Image]:
         try:
             with Image.open(stream, formats=FORMATS) as image:
                 check_size(image.size, limits)
+                _check_tiles(image)
                 yield image
         except PictureFault:
             raise
@@ -190,6 +197,26 @@ def check_size(size_px: tuple[int, int], limits: Limits) -> None:
     if max(size_px) > limits.max_aspect * min(size_px):
         what = f"the picture is {width}x{height} pixels, more than {limits.max_aspect:g} to 1"
         raise PictureFault("too_elongated", what, "crop it, or raise --max_aspect")
+
+
+def _check_tiles(image: ImageFile.ImageFile) -> None:
+    """A tile of a TIFF is held whole, however small the picture is that lies in it."""
+    tags = getattr(image, "tag_v2", {})
+    width, height = tags.get(_TILE_WIDTH_TAG, 0), tags.get(_TILE_HEIGHT_TAG, 0)
+    if width * height > max(_MAX_TILE_PIXELS, image.width * image.height):
+        raise _too_many_pixels(f"tiles of {width}x{height} pixels for {image.width}x{image.height}")
+
+
+def _check_scans(image: ImageFile.ImageFile) -> None:
+    """Each scan of a JPEG costs a pass over all its pixels, and a hundred bytes are enough for one."""
+    if image.format not in ("JPEG", "MPO") or not image.fp:
+        return
+    image.fp.seek(0)
+    scans = image.fp.read().count(_START_OF_SCAN)
+    if scans > _MAX_SCANS:
+        raise PictureFault(
+            "damaged", f"the picture is made up of {scans} scans, over the limit of {_MAX_SCANS}", _REPLACE
+        )
 
 
 def _too_many_pixels(what: str) -> PictureFault:

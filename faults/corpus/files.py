@@ -58,3 +58,28 @@ def over(colour: Array, alpha: Array, ground: tuple[int, int, int]) -> Array:
 def gray(samples: Array) -> Array:
     """[H, W] to three equal channels."""
     return np.repeat(samples[..., None], 3, axis=2)
+
+
+def packed_12_bits(samples: Array) -> bytes:
+    """[H, W] of 12 bits each, two in three bytes, as a TIFF holds them; W is even."""
+    first, second = samples[:, ::2], samples[:, 1::2]
+    return np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=-1).astype(np.uint8).tobytes()
+
+
+def pfm(samples: Array) -> bytes:
+    """A gray float map: little-endian, the lowest line first."""
+    return b"Pf\n%d %d\n-1.0\n" % samples.shape[::-1] + samples[::-1].astype("<f4").tobytes()
+
+
+def tiff_tiled(width: int, height: int, tile_px: int, data: bytes) -> bytes:
+    """A deflated 8-bit gray TIFF of one square tile."""
+    tags = [(256, width), (257, height), (258, 8), (259, 8), (262, 1), (277, 1), (322, tile_px), (323, tile_px)]
+    tags += [(324, 8), (325, len(data))]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def with_scans(jpeg: bytes, count: int) -> bytes:
+    """A progressive JPEG whose last scan is there so many times more."""
+    start, end = jpeg.rindex(b"\xff\xda"), jpeg.rindex(b"\xff\xd9")
+    return jpeg[:end] + jpeg[start:end] * count + jpeg[end:]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,7 @@ class Lab:
     def __init__(self, folder: Path, share: float = 1.0) -> None:
         self.folder, self.share = folder.resolve(), share
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._logs = count()  # threads may start processes side by side
 
     def tries(self, full: int) -> int:
         """How often to try what the full lab tries so often."""
@@ -167,15 +169,15 @@ class Lab:
         """Starts `ip-adapter COMMAND` in processes of its own.
 
         Args:
-            command: train, prepare, export, check, ...
+            command: train, prepare, export, check, ...; or a drop-in script's file.
             settings: its flags.
             processes: above one, under `accelerate launch`.
             script: the module to run; an observer may stand before the command.
         """
         argv = [sys.executable, "-m", script] if processes == 1 else _launcher(processes, script)
-        number = len(list(self.folder.glob("log-*.txt")))
-        log = self.folder / f"log-{number:04d}-{os.getpid()}.txt"
-        return Process([*argv, command, *as_flags(settings)], log, _environment(), self.folder)
+        argv = [sys.executable, command] if command.endswith(".py") else [*argv, command]
+        log = self.folder / f"log-{next(self._logs):04d}-{os.getpid()}.txt"
+        return Process([*argv, *as_flags(settings)], log, _environment(), self.folder)
 
     def run(self, command: str, settings: Settings, **how: Any) -> tuple[int, str]:
         """Runs a command to its end: exit code and what it said. See `start`."""

@@ -15,6 +15,8 @@ from filelock import FileLock, Timeout
 
 from ip_adapter_trainer.core.errors import Problem
 
+_LOCK = ".lock"
+_LOCK_PATIENCE_S = 0.1  # longer than a start that only looks holds the lock
 _STAGED = ".staged"
 _REPLACED = ".replaced"  # an older folder, out of the way while the newer one takes its name
 
@@ -101,6 +103,11 @@ def sweep(parent: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
+def was_claimed(folder: Path) -> bool:
+    """Whether some run has claimed a folder, of which it may be done long since."""
+    return (folder / _LOCK).exists()
+
+
 def lock(folder: Path, flag: str = "--output_dir") -> FileLock:
     """Claims a folder for this run.
 
@@ -111,9 +118,9 @@ def lock(folder: Path, flag: str = "--output_dir") -> FileLock:
     Raises:
         Problem: another run holds it.
     """
-    claimed = FileLock(folder / ".lock")
+    claimed = FileLock(folder / _LOCK)
     try:
-        claimed.acquire(timeout=0)
+        claimed.acquire(timeout=_LOCK_PATIENCE_S, poll_interval=_LOCK_PATIENCE_S / 5)
     except Timeout as error:
         remedy = f"wait for it, stop it, or give another {flag}"
         raise Problem("another run is writing this folder", where=str(folder), remedy=remedy) from error

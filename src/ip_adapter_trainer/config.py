@@ -19,6 +19,7 @@ from pydantic import ValidationError, create_model
 from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.core.errors import Problem, did_you_mean
 from ip_adapter_trainer.core.settings import Alias, Part, as_flags, read_yaml
+from ip_adapter_trainer.core.staging import staged_file
 from ip_adapter_trainer.families import FAMILIES, family_of
 from ip_adapter_trainer.train.config import TrainConfig
 
@@ -142,5 +143,6 @@ def write_resolved(config: Part, folder: Path) -> Path:
     """Writes every setting, defaults included, as a YAML file that `--config` takes."""
     file = folder / RESOLVED
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    file.write_text(text, encoding="utf-8")
+    with staged_file(file) as stage:
+        stage.write_text(text, encoding="utf-8")
     return file

@@ -6,6 +6,7 @@ A stage has a hidden name, so a reader never meets it; a process that dies leave
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -101,6 +102,14 @@ def sweep(parent: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+
+def sweep_stages(final: Path) -> None:
+    """Removes what writers of one file that died left beside it; call it while no one else writes that file."""
+    stage = re.compile(rf"\.{re.escape(final.name)}\.\d+{re.escape(_STAGED + final.suffix)}")
+    for path in final.parent.iterdir():
+        if stage.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def was_claimed(folder: Path) -> bool:

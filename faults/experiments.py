@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from faults import changes, folder, numbers, paths, pictures, rows
+from faults import changes, files, folder, kills, numbers, paths, pictures, rows
 from faults.lab import Finding, Lab
 
 Experiment = Callable[[Lab], Iterator[Finding]]
 
 EXPERIMENTS: dict[str, Experiment] = {
     "folder": folder.two_runs,
+    "kills-saving": kills.during_saves,
+    "kills-anywhere": kills.anywhere,
+    "kills-prepare": files.preparing,
+    "kills-export": files.exporting,
     "changes": changes.other_run,
     "million": changes.one_in_a_million,
     "numbers": numbers.not_finite,

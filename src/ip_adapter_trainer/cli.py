@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from ip_adapter_trainer.core.early import demand_free
 from ip_adapter_trainer.core.errors import Problem, Stopped, did_you_mean
 
 COMMANDS = {
@@ -30,6 +31,7 @@ def usage() -> str:
 
 
 def _train(argv: Sequence[str]) -> int:
+    demand_free(argv, "output_dir")
     from ip_adapter_trainer.config import parse_train
 
     return run_training(parse_train(argv))
@@ -47,6 +49,7 @@ def run_training(config: object) -> int:
 
 
 def _prepare(argv: Sequence[str]) -> int:
+    demand_free(argv, "prepared_dir")
     from ip_adapter_trainer.config import parse
     from ip_adapter_trainer.core.log import say
     from ip_adapter_trainer.prepare.config import PrepareConfig
@@ -152,6 +155,7 @@ def script(variant: str) -> None:
 
     def run(argv: Sequence[str]) -> int:
         """Trains as the published script does where flags say nothing."""
+        demand_free(argv, "output_dir")
         from ip_adapter_trainer.config import parse_train
         from ip_adapter_trainer.train.config import PUBLISHED
 

@@ -18,7 +18,8 @@ from pydantic import ValidationError, create_model
 
 from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.core.errors import Problem, did_you_mean
-from ip_adapter_trainer.core.settings import Alias, Part, as_flags
+from ip_adapter_trainer.core.settings import Alias, Part, as_flags, read_yaml
+from ip_adapter_trainer.core.staging import staged_file
 from ip_adapter_trainer.families import FAMILIES, family_of
 from ip_adapter_trainer.train.config import TrainConfig
 
@@ -127,22 +128,6 @@ def _small_card(family: str, memory: object) -> dict[str, Any]:
     return dict(cards[str(memory)])
 
 
-def read_yaml(path: str) -> dict[str, Any]:
-    """The settings in a YAML file: one flat mapping of setting to value.
-
-    Raises:
-        Problem: no such file, no YAML, or no mapping.
-    """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        line = str(error).splitlines()[0]
-        raise Problem(f"cannot read the settings: {line}", where=path, remedy="give a YAML file") from error
-    if not isinstance(content, dict):
-        raise Problem("the settings are no mapping", where=path, remedy="write one `name: value` a line")
-    return content
-
-
 def check_keys(settings: Mapping[str, Any], kind: type[Part], where: str) -> None:
     """Refuses settings that a class does not have.
 
@@ -158,5 +143,6 @@ def write_resolved(config: Part, folder: Path) -> Path:
     """Writes every setting, defaults included, as a YAML file that `--config` takes."""
     file = folder / RESOLVED
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    file.write_text(text, encoding="utf-8")
+    with staged_file(file) as stage:
+        stage.write_text(text, encoding="utf-8")
     return file

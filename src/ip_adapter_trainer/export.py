@@ -25,7 +25,7 @@ from ip_adapter_trainer.card import card_of, package_version
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.core.rng import stream
 from ip_adapter_trainer.core.settings import Part, alias
-from ip_adapter_trainer.core.staging import staged_file
+from ip_adapter_trainer.core.staging import staged_file, sweep_stages
 from ip_adapter_trainer.core.types import Geometry, TextCondition
 from ip_adapter_trainer.loading import build_model
 
@@ -95,6 +95,7 @@ def export(config: ExportConfig) -> Exported:
     card = _card(model, file, config.pretrained_model_name_or_path)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        sweep_stages(out)
         with staged_file(out) as stage:
             write_adapter(stage, tables, card.to_metadata())
             written = _reread(stage, tables)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ip_adapter_trainer.core.checkpoints import MANIFEST, all_checkpoints, sha256_of, verified
-from ip_adapter_trainer.core.staging import staged_file, staged_folder, sweep
+from ip_adapter_trainer.core.staging import staged_file, staged_folder, sweep, sweep_stages
 
 
 def names(folder: Path) -> list[str]:
@@ -83,6 +83,14 @@ def test_sweeping_removes_stages_and_nothing_else(tmp_path: Path) -> None:
         (tmp_path / name / "file").touch()
     sweep(tmp_path)
     assert names(tmp_path) == [".hidden", "a.bin", "b.staged", "checkpoint-2"]
+
+
+def test_only_the_stages_of_one_file_are_swept(tmp_path: Path) -> None:
+    others = [".a.bin.x.bin.7.staged.bin", ".b.bin.7.staged.bin", ".a.bin.7.staged", "a.bin"]
+    for name in [".a.bin.7.staged.bin", ".a.bin.12.staged.bin", *others]:
+        (tmp_path / name).touch()
+    sweep_stages(tmp_path / "a.bin")
+    assert names(tmp_path) == sorted(others)
 
 
 def test_checkpoints_are_ordered_by_step(tmp_path: Path) -> None:

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
+import yaml
 from pydantic import BaseModel, ConfigDict
+
+from ip_adapter_trainer.core.errors import Problem
 
 
 @dataclass(frozen=True)
@@ -80,3 +84,19 @@ def as_flags(settings: Mapping[str, Any]) -> list[str]:
         elif value is not None:
             flags.append(f"--{name}={value}")
     return flags
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The settings in a YAML file: one flat mapping of setting to value.
+
+    Raises:
+        Problem: no such file, no YAML, or no mapping.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        line = str(error).splitlines()[0]
+        raise Problem(f"cannot read the settings: {line}", where=path, remedy="give a YAML file") from error
+    if not isinstance(content, dict):
+        raise Problem("the settings are no mapping", where=path, remedy="write one `name: value` a line")
+    return content

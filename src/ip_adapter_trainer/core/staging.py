@@ -6,6 +6,7 @@ A stage has a hidden name, so a reader never meets it; a process that dies leave
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from filelock import FileLock, Timeout
 
 from ip_adapter_trainer.core.errors import Problem
 
+_LOCK = ".lock"
+_LOCK_PATIENCE_S = 0.1  # longer than a start that only looks holds the lock
 _STAGED = ".staged"
 _REPLACED = ".replaced"  # an older folder, out of the way while the newer one takes its name
 
@@ -101,6 +104,19 @@ def sweep(parent: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
+def sweep_stages(final: Path) -> None:
+    """Removes what writers of one file that died left beside it; call it while no one else writes that file."""
+    stage = re.compile(rf"\.{re.escape(final.name)}\.\d+{re.escape(_STAGED + final.suffix)}")
+    for path in final.parent.iterdir():
+        if stage.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def was_claimed(folder: Path) -> bool:
+    """Whether some run has claimed a folder, of which it may be done long since."""
+    return (folder / _LOCK).exists()
+
+
 def lock(folder: Path, flag: str = "--output_dir") -> FileLock:
     """Claims a folder for this run.
 
@@ -111,9 +127,9 @@ def lock(folder: Path, flag: str = "--output_dir") -> FileLock:
     Raises:
         Problem: another run holds it.
     """
-    claimed = FileLock(folder / ".lock")
+    claimed = FileLock(folder / _LOCK)
     try:
-        claimed.acquire(timeout=0)
+        claimed.acquire(timeout=_LOCK_PATIENCE_S, poll_interval=_LOCK_PATIENCE_S / 5)
     except Timeout as error:
         remedy = f"wait for it, stop it, or give another {flag}"
         raise Problem("another run is writing this folder", where=str(folder), remedy=remedy) from error

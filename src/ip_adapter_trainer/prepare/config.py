@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from ip_adapter_trainer.core.early import FOLDERS
 from ip_adapter_trainer.core.settings import Part, Resume, as_flags
 from ip_adapter_trainer.data.config import CutConfig
 
@@ -44,7 +45,9 @@ class SetConfig(Part):
 class PrepareConfig(SetConfig, CutConfig, FrozenConfig):
     """Encode the pictures of a training set once, for all later runs."""
 
-    prepared_dir: str = Field("prepared", description="Folder of the prepared set; what is there already is kept.")
+    prepared_dir: str = Field(
+        FOLDERS["prepared_dir"], description="Folder of the prepared set; what is there already is kept."
+    )
     both_features: bool = Field(
         False, description="Keep pooled and penultimate features alike, for runs of any variant."
     )

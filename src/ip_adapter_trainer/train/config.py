@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
+from ip_adapter_trainer.core.early import FOLDERS
 from ip_adapter_trainer.core.settings import Part, Resume, alias
 from ip_adapter_trainer.data.config import DataConfig
 from ip_adapter_trainer.diffusion import ObjectiveConfig
@@ -132,7 +133,7 @@ class CheckpointConfig(Part):
     resume = Resume(free="output_dir save_steps checkpoints_total_limit resume_from_checkpoint accept_changed")
 
     output_dir: str = Field(
-        "sd-ip_adapter", description="Folder for checkpoints, metrics, grids and the resolved config."
+        FOLDERS["output_dir"], description="Folder for checkpoints, metrics, grids and the resolved config."
     )
     save_steps: Annotated[int, alias("checkpointing_steps")] = Field(
         2000, ge=1, description="Optimizer steps between checkpoints; one is always written at the end and on a stop."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from faults import changes, files, folder, kills, numbers, paths, pictures, rows
+from faults import changes, files, folder, kills, numbers, paths, pictures, rows, workers
 from faults.lab import Finding, Lab
 
 Experiment = Callable[[Lab], Iterator[Finding]]
@@ -15,6 +15,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "kills-anywhere": kills.anywhere,
     "kills-prepare": files.preparing,
     "kills-export": files.exporting,
+    "workers": workers.lost_workers,
     "changes": changes.other_run,
     "million": changes.one_in_a_million,
     "numbers": numbers.not_finite,

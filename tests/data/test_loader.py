@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
+import threading
 import time
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -140,6 +144,65 @@ def test_workers_lost_again_and_again_are_a_problem(tmp_path: Path) -> None:
     with pytest.raises(DataProblem, match=f"lost {MAX_REPLACEMENTS + 1} times") as caught:
         _take(loader, ROWS)
     assert "(5.png)" in caught.value.where
+
+
+class _Stop:
+    """Preprocessing that stops its process at one picture, as nothing in the process can undo."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.mark, self.number, self.parent = folder / "stopped", number, os.getpid()
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        blue = picture.getpixel((0, 0))[2]  # type: ignore[index]
+        if blue == self.number and os.getpid() != self.parent and not self.mark.exists():
+            self.mark.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return preprocess(picture)
+
+    def wait(self) -> None:
+        """Until a process has been stopped for good."""
+        end = time.monotonic() + 30
+        while not self.mark.exists() or not self.mark.read_text():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        time.sleep(0.1)
+
+    def end(self) -> None:
+        """Ends the stopped process, which whoever waits for it could not."""
+        with suppress(ProcessLookupError):
+            os.kill(int(self.mark.read_text()), signal.SIGKILL)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no such signal")
+def test_a_worker_that_is_stopped_with_a_batch_in_its_hands_is_replaced(tmp_path: Path) -> None:
+    calm = _pairs(_take(_loader(tmp_path), 6))
+    stop = _Stop(tmp_path, calm[2][1])  # of the second batch; the first lies in the queue, and its tensors in shared
+    loader = _loader(tmp_path, preparation=stop, dataloader_num_workers=1, data_timeout_s=2)
+    batches = loader.from_step(0)
+    rescue = threading.Timer(20, stop.end)
+    rescue.start()
+    began = time.monotonic()
+    taken = [next(batches)]
+    stop.wait()
+    taken += islice(batches, 5)
+    rescue.cancel()
+    assert _pairs(taken) == calm and time.monotonic() - began < 15
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no such signal")
+def test_no_worker_outlives_its_loader(tmp_path: Path) -> None:
+    calm = _pairs(_take(_loader(tmp_path), 6))
+    stop = _Stop(tmp_path, calm[8][1])  # of a batch that is asked for once the first was handed over
+    batches = _loader(tmp_path, preparation=stop, dataloader_num_workers=2).from_step(0)
+    next(batches)
+    stop.wait()
+    batches.close()  # type: ignore[attr-defined]
+    end = time.monotonic() + 10
+    while multiprocessing.active_children() and time.monotonic() < end:
+        time.sleep(0.01)
+    alive = multiprocessing.active_children()
+    stop.end()
+    assert not alive
 
 
 def _bug(picture: Image.Image) -> Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count, islice
+from multiprocessing.process import BaseProcess
+from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -145,9 +146,14 @@ class Loader:
             pin_memory=self._pin,
         )
         with _child_signal_kept():
-            parcels = iter(loader)
-        while True:
-            yield _next(parcels, self._samples.config.data_timeout_s)
+            parcels: Any = iter(loader)
+        processes: list[BaseProcess] = list(parcels._workers) if workers else []
+        try:
+            while True:
+                yield _next(parcels, processes, self._samples.config.data_timeout_s)
+        finally:
+            del parcels  # torch takes leave of its workers, but waits for one that is stopped until the program's end
+            _end(processes)
 
     def _lost(self, place: int, reason: str) -> DataProblem:
         rows = [row for _, row in next(self._micros(place))]
@@ -157,17 +163,40 @@ class Loader:
         return DataProblem(what, where=where, remedy=remedy)
 
 
-def _next(parcels: Iterator[Parcel], patience_s: float) -> Parcel:
-    """Waits in short turns, between which torch looks whether its workers are alive."""
-    began_s = time.monotonic()
-    while True:
-        try:
-            return next(parcels)
-        except RuntimeError as error:
-            if not str(error).startswith(_TIMED_OUT):
-                raise
-            if time.monotonic() - began_s > patience_s:
-                raise TimeoutError(f"no batch in {patience_s:g} s") from error
+def _next(parcels: Iterator[Parcel], workers: Sequence[BaseProcess], patience_s: float) -> Parcel:
+    """Waits in short turns, between which torch looks whether its workers are alive.
+
+    Torch's own time limit is none where a worker is stopped that has begun to hand over: it must answer to the end, or
+    be gone. So workers are ended when time is up.
+    """
+    if not workers:
+        return next(parcels)
+    is_late = threading.Event()
+
+    def end() -> None:
+        """Time is up."""
+        is_late.set()
+        _end(workers)
+
+    timer = threading.Timer(patience_s, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        while True:
+            try:
+                return next(parcels)
+            except (RuntimeError, OSError, EOFError) as error:
+                if is_late.is_set():
+                    raise TimeoutError(f"no batch in {patience_s:g} s") from error
+                if not str(error).startswith(_TIMED_OUT):
+                    raise
+    finally:
+        timer.cancel()
+
+
+def _end(workers: Sequence[BaseProcess]) -> None:
+    for worker in workers:
+        worker.kill()
 
 
 @contextmanager

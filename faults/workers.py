@@ -1,0 +1,142 @@
+"""Data workers that die or hang under a run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from faults.chains import SEED, differing
+from faults.lab import Finding, Lab, Process
+from ip_adapter_trainer.data.loader import MAX_REPLACEMENTS
+from ip_adapter_trainer.train.checkpoint import TENSORS, WEIGHTS
+
+STEPS = 60
+TIMEOUT_S = 2
+_GAP_S = 3.0  # at most, between one blow and the next
+_KINDS = {signal.SIGKILL: "dies", signal.SIGSTOP: "hangs"}
+_PATIENCE_S = 90.0
+_EXIT_DATA = 3
+
+
+@dataclass(frozen=True)
+class _Undisturbed:
+    """A run whose workers were left in peace."""
+
+    lab: Lab
+    place: Path
+    settings: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, lab: Lab) -> _Undisturbed:
+        """Does the run."""
+        place = lab.place("workers")
+        workers = {"dataloader_num_workers": 2, "data_timeout_s": TIMEOUT_S}
+        settings = lab.training(place / "calm", max_train_steps=STEPS, save_steps=STEPS, **workers)
+        code, said = lab.run("train", settings)
+        assert code == 0, said
+        return cls(lab, place, settings)
+
+    def again(self, name: str) -> tuple[Process, Path]:
+        """Starts it anew, in a folder of its own."""
+        output = self.place / name
+        return self.lab.start("train", {**self.settings, "output_dir": output}), output
+
+    def faults(self, process: Process, output: Path) -> Iterator[str]:
+        """What is not as without the blows, once it ended."""
+        try:
+            code = process.wait(_PATIENCE_S)
+        except TimeoutError:
+            yield "the run hangs"
+            return
+        if code:
+            yield f"exit {code}: {' '.join(process.said.split())[-200:]}"
+            return
+        names = [f"checkpoint-{STEPS}/{WEIGHTS}", f"checkpoint-{STEPS}/{TENSORS}", "metrics.jsonl"]
+        yield from differing(output, self.place / "calm", names)
+        if process.members():
+            yield "a worker lives on"
+
+
+def lost_workers(lab: Lab) -> Iterator[Finding]:
+    """Workers are killed, or stopped for good, at random moments; then every worker as soon as it is there."""
+    undisturbed = _Undisturbed.of(lab)
+    for number in _KINDS:
+        yield _at_random(undisturbed, number)
+    yield _again_and_again(undisturbed)
+
+
+def _at_random(undisturbed: _Undisturbed, number: signal.Signals) -> Finding:
+    word, wanted = _KINDS[number], undisturbed.lab.tries(20)
+    rng, blows, runs, replaced, faults = random.Random(f"{SEED}-{word}"), 0, 0, 0, list[str]()
+    while blows < wanted:
+        process, output = undisturbed.again(f"{word}-{runs}")
+        while blows < wanted and _comes(process, rng):
+            blows += _strike(rng.choice(_workers(process) or [0]), number)
+        faults += undisturbed.faults(process, output)
+        runs, replaced = runs + 1, replaced + process.said.count("data workers were lost and are replaced")
+        process.kill()
+    note = (
+        f"workers were replaced {replaced} times in {runs} runs of {STEPS} steps; runs with other bytes: {len(faults)}"
+    )
+    note += f"; the first: {faults[0]}" if faults else ""
+    return Finding(f"a data worker {word}", blows, len(faults), not faults and replaced > 0, note)
+
+
+def _comes(process: Process, rng: random.Random) -> bool:
+    """Waits for workers and a random moment of their lives; False if the run ended before."""
+    if not process.wait_until(partial(_workers, process), pause_s=0.05):
+        return False
+    end = time.monotonic() + rng.uniform(0, _GAP_S)
+    return process.wait_until(lambda: time.monotonic() >= end)
+
+
+def _again_and_again(undisturbed: _Undisturbed) -> Finding:
+    tries, faults, longest_s = undisturbed.lab.tries(6), list[str](), 0.0
+    for run in range(tries):
+        number = list(_KINDS)[run % len(_KINDS)]
+        process, _ = undisturbed.again(f"always-{run}")
+        process.wait_until(partial(_workers, process))
+        began = time.monotonic()
+        while process.runs:
+            for worker in _workers(process):
+                _strike(worker, number)
+            time.sleep(0.05)
+        longest_s = max(longest_s, time.monotonic() - began)
+        said = process.said
+        named = f"were lost {MAX_REPLACEMENTS + 1} times over the same" in said and "data.json, element" in said
+        if process.wait() != _EXIT_DATA or not named:
+            faults.append(f"exit {process.wait()}: {' '.join(said.split())[-200:]}")
+    note = (
+        f"killed or stopped {MAX_REPLACEMENTS + 1} times at one batch, the run ends with exit {_EXIT_DATA} and names "
+        f"the rows, after {longest_s:.0f} s at the longest (--data_timeout_s {TIMEOUT_S})"
+    )
+    return Finding("every data worker is lost", tries, len(faults), not faults, "; ".join([note, *faults[:1]]))
+
+
+def _strike(pid: int, number: signal.Signals) -> bool:
+    with contextlib.suppress(ProcessLookupError):
+        if pid:
+            os.kill(pid, number)
+            return True
+    return False
+
+
+def _workers(process: Process) -> list[int]:
+    """The processes that the run itself has started and that do not lie dead, by /proc."""
+    return [pid for pid in process.members() if pid != process.pid and _parent_of(pid) == process.pid]
+
+
+def _parent_of(pid: int) -> int:
+    """0 for one that has ended."""
+    with contextlib.suppress(OSError):
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+        return int(parent) if state != "Z" else 0
+    return 0

@@ -19,6 +19,7 @@ from faults.lab import Lab
 def main(
     names: tyro.conf.Positional[tuple[str, ...]] = (),
     share: float = 1.0,
+    lanes: int = 1,
     out: Path = Path("faults/report.json"),
     work: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None,
 ) -> int:
@@ -27,6 +28,7 @@ def main(
     Args:
         names: experiments to do; all of them by default.
         share: of the full number of tries.
+        lanes: tries that are done side by side, where an experiment has many.
         out: the report; findings of experiments that are not done now stay in it.
         work: folder to work in, which stays; by default one that is removed.
     """
@@ -36,7 +38,7 @@ def main(
         return 2
     failed = 0
     with tempfile.TemporaryDirectory(prefix="faults-") if work is None else nullcontext(str(work)) as folder:
-        lab = Lab(Path(folder), share)
+        lab = Lab(Path(folder), share, lanes)
         for name in names or EXPERIMENTS:
             began = time.monotonic()
             for finding in EXPERIMENTS[name](lab):

@@ -8,9 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ip_adapter_trainer.core.settings import as_flags
 from ip_adapter_trainer.pocket import lay, world
 
 PATIENCE_S = 180.0
+_MARK = "IP_ADAPTER_TRAINER_LAB"  # in the environment of every process that a command starts
 ROWS = 24
 
 Settings = Mapping[str, Any]
@@ -55,9 +57,10 @@ class Process:
 
     def __init__(self, argv: list[str], log: Path, environment: Mapping[str, str], folder: Path) -> None:
         self._log = log
+        marked = {**environment, _MARK: str(log)}
         with log.open("wb") as out:
             self._popen = subprocess.Popen(
-                argv, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=folder, start_new_session=True
+                argv, stdout=out, stderr=subprocess.STDOUT, env=marked, cwd=folder, start_new_session=True
             )
         self.pid = self._popen.pid
 
@@ -70,6 +73,16 @@ class Process:
     def runs(self) -> bool:
         """Whether it has not ended."""
         return self._popen.poll() is None
+
+    def members(self) -> list[int]:
+        """It and what it has started that lives on, launched processes in sessions of their own too (Linux only)."""
+        mark = f"{_MARK}={self._log}".encode()
+        found = []
+        for environ in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):  # ended meanwhile, or another user's
+                if mark in environ.read_bytes().split(b"\0"):
+                    found.append(int(environ.parent.name))
+        return found
 
     def wait_until(
         self, happened: Callable[[], object], patience_s: float = PATIENCE_S, pause_s: float = 0.002
@@ -98,6 +111,10 @@ class Process:
         """kill -9 to it and its children at once, as a machine that goes away."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
+        while others := self.members():  # those that `accelerate launch` started are in sessions of their own
+            for pid in others:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         self._popen.wait()
 
     def wait(self, patience_s: float = PATIENCE_S) -> int:
@@ -119,11 +136,13 @@ class Lab:
     Args:
         folder: empty or of an earlier lab.
         share: of the full number of tries, for a quick look.
+        lanes: experiments of many tries may do so many side by side.
     """
 
-    def __init__(self, folder: Path, share: float = 1.0) -> None:
-        self.folder, self.share = folder.resolve(), share
+    def __init__(self, folder: Path, share: float = 1.0, lanes: int = 1) -> None:
+        self.folder, self.share, self.lanes = folder.resolve(), share, lanes
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._logs = count()  # threads may start processes side by side
 
     def tries(self, full: int) -> int:
         """How often to try what the full lab tries so often."""
@@ -162,20 +181,27 @@ class Lab:
         return {**self.inputs, **short, **more}
 
     def start(
-        self, command: str, settings: Settings, *, processes: int = 1, script: str = "ip_adapter_trainer"
+        self,
+        command: str,
+        settings: Settings,
+        *,
+        operands: Sequence[object] = (),
+        processes: int = 1,
+        script: str = "ip_adapter_trainer",
     ) -> Process:
         """Starts `ip-adapter COMMAND` in processes of its own.
 
         Args:
-            command: train, prepare, export, check, ...
+            command: train, prepare, export, check, ...; or a drop-in script's file.
             settings: its flags.
+            operands: what it takes without a flag.
             processes: above one, under `accelerate launch`.
             script: the module to run; an observer may stand before the command.
         """
         argv = [sys.executable, "-m", script] if processes == 1 else _launcher(processes, script)
-        number = len(list(self.folder.glob("log-*.txt")))
-        log = self.folder / f"log-{number:04d}-{os.getpid()}.txt"
-        return Process([*argv, command, *as_flags(settings)], log, _environment(), self.folder)
+        argv = [sys.executable, command] if command.endswith(".py") else [*argv, command]
+        log = self.folder / f"log-{next(self._logs):04d}-{os.getpid()}.txt"
+        return Process([*argv, *map(str, operands), *as_flags(settings)], log, _environment(), self.folder)
 
     def run(self, command: str, settings: Settings, **how: Any) -> tuple[int, str]:
         """Runs a command to its end: exit code and what it said. See `start`."""

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ip_adapter_trainer.core.errors import DataProblem
+from ip_adapter_trainer.core.lines import Lines
 from ip_adapter_trainer.core.types import Fault
 
 FILE_NAME = "faults.jsonl"
@@ -32,6 +33,7 @@ class FaultLog:
     def __init__(self, folder: Path, rows: int, max_fault_rate: float) -> None:
         self.rows, self.max_fault_rate = rows, max_fault_rate
         self._path = folder / FILE_NAME
+        self._lines = Lines(self._path)
         self._seen = dict.fromkeys(_read(self._path))
         self._places = {fault.where for fault in self._seen}
 
@@ -56,9 +58,7 @@ class FaultLog:
             return
         self._seen |= dict.fromkeys(fresh)
         self._places |= {fault.where for fault in fresh}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("ab", buffering=0) as file:  # one write a call: processes share the file
-            file.write("".join(json.dumps(asdict(fault)) + "\n" for fault in fresh).encode())
+        self._lines.add("".join(json.dumps(asdict(fault)) + "\n" for fault in fresh))
         self.demand_limit()
 
     def demand_limit(self) -> None:

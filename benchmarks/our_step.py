@@ -16,6 +16,7 @@ from ip_adapter_trainer.config import compose
 from ip_adapter_trainer.core.launch import start
 from ip_adapter_trainer.core.precision import dtype_of
 from ip_adapter_trainer.core.signals import StopSignal
+from ip_adapter_trainer.core.stopping import Stopping
 from ip_adapter_trainer.core.types import Batch, Encoded
 from ip_adapter_trainer.data.fingerprint import Digest
 from ip_adapter_trainer.diffusion import NoiseProcess, ObjectiveConfig
@@ -145,6 +146,6 @@ class OurStep:
         rows: Any = Rows(batches, images)
         plan = make_plan(self.model, config, images, images)
         trainer = TimedTrainer(config, runtime, self.model, rows, self.loss, plan, marks={})
-        with StopSignal() as stop:
-            trainer.run(stop)
+        with StopSignal() as signal:
+            trainer.run(Stopping(signal, runtime))
         return trainer.save_s

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from ip_adapter_trainer.core.early import demand_free
 from ip_adapter_trainer.core.errors import Problem, Stopped, did_you_mean
+from ip_adapter_trainer.core.storage import told_as_storage
 
 COMMANDS = {
     "train": "train an adapter on pictures and captions",
@@ -133,7 +134,8 @@ def guarded(run: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        return run([a for a in argv if a != "--debug"])
+        with told_as_storage():
+            return run([a for a in argv if a != "--debug"])
     except Stopped as stopped:
         return stopped.exit_code
     except KeyboardInterrupt:

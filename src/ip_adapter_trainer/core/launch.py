@@ -13,6 +13,7 @@ from filelock import FileLock
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.precision import dtype_of, on_device
 from ip_adapter_trainer.core.staging import lock, sweep
+from ip_adapter_trainer.core.storage import told_as_storage
 
 
 @dataclass(frozen=True)
@@ -119,12 +120,14 @@ def claim(folder: Path, runtime: Runtime, flag: str = "--output_dir") -> FileLoc
 
     Raises:
         Problem: another run holds it.
+        StorageProblem: the disk refuses.
     """
     claimed, problem = None, None
     if runtime.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
         try:
-            claimed = lock(folder, flag)
+            with told_as_storage():
+                folder.mkdir(parents=True, exist_ok=True)
+                claimed = lock(folder, flag)
         except Problem as found:
             problem = found
         else:

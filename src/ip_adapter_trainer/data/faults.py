@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import BinaryIO
 
 from ip_adapter_trainer.core.errors import DataProblem
+from ip_adapter_trainer.core.lines import Lines
 from ip_adapter_trainer.core.types import Fault
 
 FILE_NAME = "faults.jsonl"
@@ -34,6 +33,7 @@ class FaultLog:
     def __init__(self, folder: Path, rows: int, max_fault_rate: float) -> None:
         self.rows, self.max_fault_rate = rows, max_fault_rate
         self._path = folder / FILE_NAME
+        self._lines = Lines(self._path)
         self._seen = dict.fromkeys(_read(self._path))
         self._places = {fault.where for fault in self._seen}
 
@@ -58,10 +58,7 @@ class FaultLog:
             return
         self._seen |= dict.fromkeys(fresh)
         self._places |= {fault.where for fault in fresh}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(asdict(fault)) + "\n" for fault in fresh).encode()
-        with self._path.open("a+b", buffering=0) as file:  # one write a call: processes share the file
-            file.write(_after_torn(file) + lines)
+        self._lines.add("".join(json.dumps(asdict(fault)) + "\n" for fault in fresh))
         self.demand_limit()
 
     def demand_limit(self) -> None:
@@ -79,13 +76,6 @@ class FaultLog:
         what = f"{self.faulty_rows} of {self.rows} rows are faulty, {share} ({kinds})"
         remedy = f"mend the rows that {self._path} names, or raise --max_fault_rate"
         return DataProblem(what, where=str(last), remedy=remedy)
-
-
-def _after_torn(file: BinaryIO) -> bytes:
-    """What parts new lines from a last one that a kill tore."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - 1))
-    return b"" if file.read(1) in (b"", b"\n") else b"\n"
 
 
 def _read(path: Path) -> list[Fault]:

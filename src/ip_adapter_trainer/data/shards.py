@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.core.staging import staged_file
+from ip_adapter_trainer.core.storage import reason_of, refusals
 from ip_adapter_trainer.data.address import KEY, KEY_BYTES, places_of
 
 SUM_BYTES = 8
@@ -285,7 +286,6 @@ class TableWriter:
         Raises:
             StorageProblem: the disk refused; the rows are kept for another try.
         """
-        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         if not self._rows:
@@ -301,8 +301,8 @@ class TableWriter:
             self._folder.mkdir(parents=True, exist_ok=True)
             with staged_file(final) as stage:
                 save_file({"key": keys, "sum": sums, "value": values}, stage)
-        except (OSError, SafetensorError) as error:
-            what = f"a shard of the prepared set was not saved: {getattr(error, 'strerror', None) or error}"
+        except refusals() as error:
+            what = f"a shard of the prepared set was not saved: {reason_of(error)}"
             remedy = "make room and run the same command again; it goes on where it was"
             raise StorageProblem(what, where=str(final), remedy=remedy) from error
         self._rows = {}

@@ -15,6 +15,7 @@ from ip_adapter_trainer.core.launch import Runtime, claim, start
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.signals import StopSignal
 from ip_adapter_trainer.core.staging import sweep
+from ip_adapter_trainer.core.stopping import Stopping
 from ip_adapter_trainer.core.types import Fault
 from ip_adapter_trainer.data.config import CutConfig
 from ip_adapter_trainer.data.faults import FILE_NAME, FaultLog
@@ -67,7 +68,7 @@ def prepare(config: PrepareConfig) -> Report:
         Stopped: asked to stop, after what was encoded has been written.
     """
     demand_preparable(config)
-    with StopSignal() as stop:
+    with StopSignal() as signal:
         folder = Path(config.prepared_dir)
         runtime = start(
             mixed_precision=config.mixed_precision,
@@ -79,12 +80,12 @@ def prepare(config: PrepareConfig) -> Report:
         manifest = read_manifest(config)
         family = load_family(config, runtime, ("autoencoder", "text") if config.prepare_text else ("autoencoder",))
         kinds = FEATURES if config.both_features else (VARIANTS[config.variant].feature,)
-        report = Report(folder)
+        report, stopping = Report(folder), Stopping(signal, runtime)
         for path in dict.fromkeys((config.image_encoder_path, *config.more_image_encoders)):
             encoder = load_encoder(path, runtime)
             recipe = recipe_of(config, family, encoder, kinds, text=config.prepare_text)
             job = Job(config, runtime, manifest, recipe, folder)
-            report = report.followed_by(job.run(family, encoder, config.encode_batch_size, stop.poll))
+            report = report.followed_by(job.run(family, encoder, config.encode_batch_size, stopping))
         return report
 
 
@@ -125,7 +126,7 @@ class Job:
         """Whether the disk has room for what is missing."""
         return self.need_bytes * 1.02 + 2**20 < self.free_bytes or not self.need_bytes
 
-    def run(self, family: Family, encoder: ClipImageEncoder, batch_images: int, poll: Callable[[], None]) -> Report:
+    def run(self, family: Family, encoder: ClipImageEncoder, batch_images: int, stopping: Stopping) -> Report:
         """Makes what is missing; see `prepare`."""
         room = f"{_size(self.need_bytes)} needed at most, {_size(self.free_bytes)} free"
         read = self.runtime.total(len(self.left))
@@ -136,12 +137,17 @@ class Job:
             self._begin()
             encoding = Encoding(self.folder, encode_with(family, encoder), batch_images)
             reading = Reading(self.prepared, self.pictures, self.config, encoder.preprocess)
-            try:
-                self._fill(encoding, reading, poll)
-                encode_captions(self.captions, family, encoding, self.prepared, batch_images, poll)
-            finally:
-                encoding.seal()
-            self.runtime.barrier()
+
+            def fill(poll: Callable[[], None]) -> None:
+                """This process's share."""
+                try:
+                    self._fill(encoding, reading, poll)
+                    encode_captions(self.captions, family, encoding, self.prepared, batch_images, poll)
+                finally:
+                    encoding.seal()
+
+            with stopping.noted():
+                stopping.together(fill)
             log = self._log()
             log.demand_limit()
         finally:

@@ -25,7 +25,9 @@ from torch import Tensor
 from ip_adapter_trainer.adapters import CARD, AdapterCard
 from ip_adapter_trainer.core.checkpoints import MANIFEST, all_checkpoints, sha256_of, verified
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
+from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.staging import staged_folder
+from ip_adapter_trainer.core.storage import reason_of, refusals
 from ip_adapter_trainer.train.tree import flatten, unflatten
 
 WEIGHTS, TENSORS, STATE = "pytorch_model.bin", "training_state.safetensors", "training_state.json"
@@ -71,16 +73,14 @@ def write(output: Path, snapshot: Snapshot) -> Path:
     Raises:
         StorageProblem: not enough room, or the disk refused; earlier checkpoints are untouched.
     """
-    _check_room(output, [*snapshot.weights.values(), *snapshot.tensors.values()])
     final = output / f"checkpoint-{snapshot.step}"
     try:
+        output.mkdir(parents=True, exist_ok=True)  # gone in the middle of a run, it is worth a new one
+        _check_room(output, [*snapshot.weights.values(), *snapshot.tensors.values()])
         with staged_folder(final) as stage:
             _fill(stage, snapshot)
-    except OSError as error:
-        what, remedy = (
-            f"the checkpoint was not saved: {error.strerror or error}",
-            "make room; the run goes on meanwhile",
-        )
+    except refusals() as error:
+        what, remedy = f"the checkpoint was not saved: {reason_of(error)}", "make room; older checkpoints are untouched"
         raise StorageProblem(what, where=str(final), remedy=remedy) from error
     return final
 
@@ -105,13 +105,19 @@ def _check_room(output: Path, tensors: list[Tensor]) -> None:
 
 
 def prune(output: Path, keep: int | None) -> None:
-    """Removes the oldest checkpoints beyond `keep`, by renaming first, once the newest has verified."""
+    """Removes the oldest checkpoints beyond `keep`, by renaming first, once the newest has verified.
+
+    A disk that refuses is told of and asked again at the next save.
+    """
     folders = all_checkpoints(output)
     if keep is None or len(folders) <= keep or not verified(folders[-1]):
         return
     for folder in folders[:-keep]:
         doomed = folder.with_name(f".{folder.name}.removing")
-        folder.rename(doomed)
+        try:
+            folder.rename(doomed)
+        except OSError as error:
+            say(f"{folder} was not removed: {reason_of(error)}")
         shutil.rmtree(doomed, ignore_errors=True)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.launch import Runtime
 from ip_adapter_trainer.core.log import say
+from ip_adapter_trainer.core.stopping import Stopping
 from ip_adapter_trainer.data.manifest import Manifest
 from ip_adapter_trainer.data.pictures import Pictures
 from ip_adapter_trainer.data.prepared import PreparedSet
@@ -24,7 +24,7 @@ _PAYS_EPOCHS = 2  # for each encoding of a picture: one is spent on preparing, t
 
 
 def prepared_set(
-    config: TrainConfig, runtime: Runtime, model: Model, manifest: Manifest, poll: Callable[[], None]
+    config: TrainConfig, runtime: Runtime, model: Model, manifest: Manifest, stopping: Stopping
 ) -> PreparedSet | None:
     """The set that a run trains from; None: from the pictures themselves.
 
@@ -33,7 +33,7 @@ def prepared_set(
         Stopped: asked to stop while preparing.
     """
     if config.prepare == "auto":
-        return _prepared_if_it_pays(config, runtime, model, manifest, poll)
+        return _prepared_if_it_pays(config, runtime, model, manifest, stopping)
     if config.prepared_dir is None:
         if config.prepare_text:
             what, remedy = "there is no prepared set to keep text in", "give --prepared_dir, or --prepare auto"
@@ -61,7 +61,7 @@ def _opened(config: TrainConfig, runtime: Runtime, manifest: Manifest, recipe: R
 
 
 def _prepared_if_it_pays(
-    config: TrainConfig, runtime: Runtime, model: Model, manifest: Manifest, poll: Callable[[], None]
+    config: TrainConfig, runtime: Runtime, model: Model, manifest: Manifest, stopping: Stopping
 ) -> PreparedSet | None:
     """Prepares first, or trains from the pictures; says which, and why."""
     if anew := drawn_anew(config):
@@ -83,5 +83,5 @@ def _prepared_if_it_pays(
         say(f"would prepare {math.ceil(job.need_bytes / 1e6)} MB in {folder} for {epochs:.1f} epochs")
         return None
     say(f"preparing first: {epochs:.1f} epochs, and it pays from {least} on")
-    say(str(job.run(model.family, model.encoder, config.encode_batch_size, poll)))
+    say(str(job.run(model.family, model.encoder, config.encode_batch_size, stopping)))
     return _opened(config, runtime, manifest, recipe, folder)

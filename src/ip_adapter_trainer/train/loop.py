@@ -18,7 +18,7 @@ from ip_adapter_trainer.card import card_of
 from ip_adapter_trainer.core.errors import NotFiniteProblem, Stopped, StorageProblem
 from ip_adapter_trainer.core.launch import Runtime
 from ip_adapter_trainer.core.log import say
-from ip_adapter_trainer.core.signals import StopSignal
+from ip_adapter_trainer.core.stopping import Stopping
 from ip_adapter_trainer.core.types import Batch
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.train import checkpoint, guard, optim
@@ -129,7 +129,7 @@ class Trainer:
         self._demand_finite()
         metrics_bytes = track.metrics_bytes()
         if self.runtime.is_main:
-            self._tell_of(self.saver.wait)
+            self._tell_of(self.saver.settle)
             self.saver.start(self._snapshot(metrics_bytes))
         self.saved = self.done  # on every process alike
 
@@ -151,13 +151,15 @@ class Trainer:
         """Waits until the last checkpoint is on the disk.
 
         Raises:
-            StorageProblem: the disk refused the last step's checkpoint, and there will be no later one.
+            StorageProblem: the disk refused it, and there will be no later one.
         """
-        if self.done >= self.plan.total_steps:
-            self.saver.wait()
-        else:
-            self._tell_of(self.saver.wait)
-        self.runtime.barrier()
+        problem = None
+        if self.runtime.is_main:
+            try:
+                self.saver.finish()
+            except StorageProblem as refused:
+                problem = refused
+        self.runtime.agree(problem)
 
     def _tell_of(self, saving: Callable[[], None]) -> None:
         """A full disk is reported and training goes on."""
@@ -177,14 +179,14 @@ class Trainer:
         """After an error of any kind, keeps what was trained; the others are not waited for, they may be gone."""
         if not self.runtime.is_main:
             return
-        self._tell_of(self.saver.wait)
+        self._tell_of(self.saver.settle)
         if self.saved != self.done > 0:
             for outcome in self.outcomes.read(keep=0):
                 self._note(outcome, track)
             try:
                 self._demand_finite()
                 self.saver.start(self._snapshot(track.metrics_bytes()))
-                self.saver.wait()
+                self.saver.finish()
                 say(f"saved checkpoint-{self.done} before stopping")
             except (NotFiniteProblem, StorageProblem) as problem:
                 say(str(problem))
@@ -195,19 +197,20 @@ class Trainer:
 
     # the loop ---------------------------------------------------------------------------------------------------
 
-    def run(self, stop: StopSignal) -> None:
+    def run(self, stopping: Stopping) -> None:
         """Trains to the last step.
 
         Raises:
             Stopped: asked to stop, after saving.
             NotFiniteProblem: loss or gradients were not finite for five steps in a row.
+            StorageProblem: the disk refused the last checkpoint.
         """
-        track = Track(self.runtime, self.output, self.plan.total_steps, self.done, self._metrics_bytes)
         self.runtime.accelerator.init_trackers(self.config.tracker_project_name, config=self._tracker_config())
+        track = Track(self.runtime, self.output, self.plan.total_steps, self.done, self._metrics_bytes)
         batches = self.source.batches(self.done)
-        with self.model.attached(), lean(self.model, self.config):
+        with stopping.noted(), self.model.attached(), lean(self.model, self.config):
             try:
-                self._run(batches, track, stop)
+                self._run(batches, track, stopping)
             except Exception as error:
                 if not isinstance(error, (Stopped, StorageProblem)):
                     self._rescue(track)
@@ -215,20 +218,20 @@ class Trainer:
             finally:
                 track.close()
 
-    def _run(self, batches: Iterator[Batch], track: Track, stop: StopSignal) -> None:
+    def _run(self, batches: Iterator[Batch], track: Track, stopping: Stopping) -> None:
         if self.done:
-            self._between_steps(track, stop, resumed=True)
+            self._between_steps(track, stopping, resumed=True)
         while self.done < self.plan.total_steps and not self.stopping:
-            self._optimize(batches, track, stop)
+            self._optimize(batches, track, stopping)
             self._learn(track, keep=self.outcomes.late)
-            self._between_steps(track, stop)
+            self._between_steps(track, stopping)
         self._learn(track, keep=0)
         self.save(track)
         self.finish()
         if self.stopping:
-            raise Stopped(128 + (stop.received or 15))
+            raise Stopped(stopping.exit_code)
 
-    def _between_steps(self, track: Track, stop: StopSignal, resumed: bool = False) -> None:
+    def _between_steps(self, track: Track, stopping: Stopping, resumed: bool = False) -> None:
         """Validation, then the checkpoint that remembers it."""
         self._tell_of(self.saver.check)
         last = self.done >= self.plan.total_steps
@@ -238,21 +241,31 @@ class Trainer:
             self._learn(track, keep=0)
         if validates:
             try:
-                self._validate(track, stop)
+                self._validate(track, stopping)
             except Stopped:
                 self.stopping = True
                 return
         if saves:
             self.save(track)
 
-    def _validate(self, track: Track, stop: StopSignal) -> None:
-        if self.runtime.is_main:
-            with self.published_weights():
-                self.validator(self.done, self.output, track, stop.poll)
-        self.runtime.barrier()
+    def _validate(self, track: Track, stopping: Stopping) -> None:
+        """The first process validates, the others wait; one that is broken off is done again and leaves no numbers."""
+
+        def work(poll: Callable[[], None]) -> None:
+            """Of this process."""
+            if self.runtime.is_main:
+                with self.published_weights():
+                    self.validator(self.done, self.output, track, poll)
+
+        begun_bytes = track.metrics_bytes()
+        try:
+            stopping.together(work)
+        except Stopped:
+            track.take_back(begun_bytes)
+            raise
         self.validated = self.done
 
-    def _optimize(self, batches: Iterator[Batch], track: Track, stop: StopSignal) -> None:
+    def _optimize(self, batches: Iterator[Batch], track: Track, stopping: Stopping) -> None:
         """One optimizer step over all its micro batches on all processes."""
         self.gradients.zero()
         rows: list[int] = []
@@ -264,7 +277,7 @@ class Trainer:
             loss = self.loss_of(batch) / self.config.gradient_accumulation_steps
             self.scaler.scale(loss).backward()
             self.gradients.add_loss(loss.detach())
-        if stop.received is not None:
+        if stopping.asked:
             self.gradients.request_stop()
         self.gradients.average(self.runtime.world)
         report, rate = self._apply(), self.schedule.get_last_lr()[0]

@@ -14,6 +14,7 @@ from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.launch import Runtime, claim, start
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.signals import StopSignal
+from ip_adapter_trainer.core.stopping import Stopping
 from ip_adapter_trainer.data.manifest import Manifest, read_manifest
 from ip_adapter_trainer.diffusion import NoiseProcess, ObjectiveConfig
 from ip_adapter_trainer.model import Model
@@ -75,7 +76,7 @@ def train(config: TrainConfig, write_resolved: WriteResolved) -> None:
         Problem: bad input, before any file is written.
         Stopped: asked to stop, after saving.
     """
-    with StopSignal() as stop:
+    with StopSignal() as signal:
         runtime = start(
             mixed_precision=config.mixed_precision,
             local_rank=config.local_rank,
@@ -84,7 +85,8 @@ def train(config: TrainConfig, write_resolved: WriteResolved) -> None:
             logging_dir=config.logging_dir,
         )
         _demand_own_folder(config)
-        trainer = _make_trainer(config, runtime, stop)
+        stopping = Stopping(signal, runtime)
+        trainer = _make_trainer(config, runtime, stopping)
         if config.dry_run:
             return
         claimed = claim(Path(config.output_dir), runtime)
@@ -92,18 +94,18 @@ def train(config: TrainConfig, write_resolved: WriteResolved) -> None:
             _resume(trainer, config)
             if runtime.is_main:
                 write_resolved(config, trainer.output)
-            trainer.run(stop)
+            trainer.run(stopping)
         finally:
             if claimed:
                 claimed.release()
 
 
-def _make_trainer(config: TrainConfig, runtime: Runtime, stop: StopSignal) -> Trainer:
+def _make_trainer(config: TrainConfig, runtime: Runtime, stopping: Stopping) -> Trainer:
     manifest = read_manifest(config)
     _demand_same_run(config, runtime, manifest)
     model = build_model(config, runtime)
     marks = marks_of(model)
-    prepared = prepared_set(config, runtime, model, manifest, stop.poll)
+    prepared = prepared_set(config, runtime, model, manifest, stopping)
     source = Source(config, runtime, manifest, model.encoder.preprocess, prepared)
     pipeline = model.family.pipeline
     process = NoiseProcess(pipeline.scheduler.config, config.part(ObjectiveConfig))

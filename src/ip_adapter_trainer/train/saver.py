@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
+from ip_adapter_trainer.core.errors import StorageProblem
+from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.train import checkpoint
+
+RETRY_S = 10.0  # from one try to the next
 
 
 class Saver:
     """Writes a run's checkpoints in a thread, one at a time and in order, and removes old ones.
+
+    What the disk refuses is tried again until it is written, or a newer one takes its place.
 
     Usage::
 
         saver = Saver(output, keep=3)
         saver.start(checkpoint.take(step, weights, card, state))
         saver.check()  # between steps
-        saver.wait()  # before the end
+        saver.settle()  # before the next start
+        saver.finish()  # before the end
 
     Args:
         output: the run's folder.
@@ -27,30 +36,62 @@ class Saver:
         self._output, self._keep = output, keep
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._under_way: Future[None] | None = None
+        self._snapshot: checkpoint.Snapshot | None = None  # not yet on the disk
+        self._refused_s: float | None = None  # when the disk refused it
 
     def start(self, snapshot: checkpoint.Snapshot) -> None:
         """Begins to write; there must be none under way."""
-        assert self._under_way is None, "wait first"
-        self._under_way = self._pool.submit(self._write, snapshot)
+        self._refused_s = None
+        self._begin(snapshot)
 
     def check(self) -> None:
-        """Tells of a failure since the last look, without waiting.
+        """Tells of a failure since the last look, and begins another try when it is time; waits for nothing.
 
         Raises:
-            StorageProblem: the disk refused; earlier checkpoints are untouched.
+            StorageProblem: the disk refused a checkpoint for the first time; earlier ones are untouched.
         """
-        if self._under_way is not None and self._under_way.done():
-            self.wait()
+        if self._under_way is not None:
+            if self._under_way.done():
+                self.settle()
+        elif self._snapshot and self._refused_s and time.monotonic() - self._refused_s > RETRY_S:
+            self._begin(self._snapshot)
 
-    def wait(self) -> None:
-        """Returns once what was begun is on the disk.
+    def settle(self) -> None:
+        """Returns once no write is under way.
 
         Raises:
             StorageProblem: as `check`.
         """
         under_way, self._under_way = self._under_way, None
-        if under_way is not None:
+        if under_way is None:
+            return
+        was_refused = self._refused_s is not None
+        try:
             under_way.result()
+        except StorageProblem:
+            self._refused_s = time.monotonic()
+            if not was_refused:
+                raise
+            return
+        if was_refused and self._snapshot:
+            say(f"checkpoint-{self._snapshot.step} is saved after all")
+        self._snapshot = self._refused_s = None
+
+    def finish(self) -> None:
+        """Returns once what was begun is on the disk; what was refused is tried a last time.
+
+        Raises:
+            StorageProblem: the disk refuses still.
+        """
+        with suppress(StorageProblem):
+            self.settle()
+        if self._snapshot is not None:
+            self._write(self._snapshot)
+
+    def _begin(self, snapshot: checkpoint.Snapshot) -> None:
+        assert self._under_way is None, "settle first"
+        self._snapshot = snapshot
+        self._under_way = self._pool.submit(self._write, snapshot)
 
     def _write(self, snapshot: checkpoint.Snapshot) -> None:
         checkpoint.write(self._output, snapshot)

@@ -16,6 +16,8 @@ from typing import Any
 from tqdm import tqdm
 
 from ip_adapter_trainer.core.launch import Runtime
+from ip_adapter_trainer.core.lines import Lines
+from ip_adapter_trainer.train.trackers import Trackers
 
 
 class Stopwatch:
@@ -47,16 +49,15 @@ class Track:
     """Reports of one run; only the main process writes."""
 
     def __init__(self, runtime: Runtime, folder: Path, total_steps: int, first_step: int, metrics_bytes: int) -> None:
-        self._runtime, self._file = runtime, folder / "metrics.jsonl"
+        self._runtime, self._lines = runtime, Lines(folder / "metrics.jsonl")
+        self._trackers = Trackers(runtime.accelerator)
         self._pending: list[tuple[int, dict[str, float]]] = []
         self.stopwatch = Stopwatch()
         self._bar: Any = tqdm(
             total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not runtime.is_main
         )
         if runtime.is_main:
-            self._file.touch()
-            with self._file.open("r+b") as file:  # what a killed run wrote after its last checkpoint is written again
-                file.truncate(metrics_bytes)
+            self._lines.cut(metrics_bytes)  # what a killed run wrote after its last checkpoint is written again
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Notes the numbers of one optimizer step."""
@@ -73,7 +74,7 @@ class Track:
         self._append(rows)
         speeds = self.stopwatch.read()
         last = {k: v for k, v in rows[-1].items() if k != "step"}
-        self._runtime.accelerator.log({**last, **speeds}, step=int(rows[-1]["step"]))
+        self._report(int(rows[-1]["step"]), {**last, **speeds})
         wait = f"{100 * speeds['data_wait_share']:.0f}%"
         self._bar.set_postfix(loss=f"{last['loss']:.4f}", img_s=f"{speeds['images_per_s']:.1f}", wait=wait)
 
@@ -82,29 +83,42 @@ class Track:
         self.flush()
         if self._runtime.is_main:
             self._append([{"step": step, **values}])
-            self._runtime.accelerator.log(dict(values), step=step)
+            self._report(step, dict(values))
 
     def picture(self, step: int, name: str, picture: Any) -> None:
         """Hands a picture to trackers that take pictures."""
         import numpy as np
 
-        for tracker in self._runtime.accelerator.trackers:
+        pixels = np.asarray(picture)[None]
+
+        def report(tracker: Any) -> None:
+            """To one that takes pictures."""
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({name: np.asarray(picture)[None]}, step=step, **layout)
+                tracker.log_images({name: pixels}, step=step, **layout)
+
+        self._trackers.report(report)
 
     def _append(self, rows: list[dict[str, float]]) -> None:
-        with self._file.open("a", encoding="utf-8") as file:
-            for row in rows:  # JSON has no word for what is not finite
-                file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}) + "\n")
+        known = [{k: v if math.isfinite(v) else None for k, v in row.items()} for row in rows]  # JSON has no NaN
+        self._lines.add("".join(json.dumps(row) + "\n" for row in known))
+
+    def _report(self, step: int, values: dict[str, float]) -> None:
+        self._trackers.report(lambda tracker: tracker.log(values, step=step))
 
     def metrics_bytes(self) -> int:
         """Length of metrics.jsonl with everything flushed: what a checkpoint remembers of it."""
         self.flush()
-        return self._file.stat().st_size if self._runtime.is_main else 0
+        return self._lines.size_bytes if self._runtime.is_main else 0
+
+    def take_back(self, metrics_bytes: int) -> None:
+        """Cuts metrics.jsonl to an earlier length."""
+        if self._runtime.is_main:
+            self._lines.cut(metrics_bytes)
 
     def close(self) -> None:
         """Ends the bar and the trackers."""
         self.flush()
         self._bar.close()
+        self._trackers.close()
         self._runtime.accelerator.end_training()

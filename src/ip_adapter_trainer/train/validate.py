@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ip_adapter_trainer.core.errors import DataProblem
 from ip_adapter_trainer.core.log import say
+from ip_adapter_trainer.core.staging import staged_file
+from ip_adapter_trainer.core.storage import reason_of
 from ip_adapter_trainer.core.types import Batch, Encoded
 from ip_adapter_trainer.evaluate.grid import validation_grid
 from ip_adapter_trainer.evaluate.lend import Poll
@@ -53,10 +55,15 @@ class Validator:
             return
         picture = validation_grid(self.model, [batch.to(device) for batch in batches], config, poll, features)
         file = output / "grids" / f"step-{done:07d}.png"
-        file.parent.mkdir(exist_ok=True)
-        picture.save(file)
         track.picture(done, "validation/grid", picture)
-        say(f"step {done}: grid {file}")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with staged_file(file) as stage:
+                picture.save(stage)
+        except OSError as error:
+            say(f"step {done}: the grid was not saved: {reason_of(error)}")
+        else:
+            say(f"step {done}: grid {file}")
 
     def _features(self, batches: list[Batch]) -> Tensor:
         """What a prepared set holds of the same rows [R, ...].

@@ -17,8 +17,9 @@ import yaml
 from pydantic import ValidationError, create_model
 
 from ip_adapter_trainer.adapters import VARIANTS
+from ip_adapter_trainer.core.documents import MAX_SETTINGS_BYTES, read_text, yaml_of
 from ip_adapter_trainer.core.errors import Problem, did_you_mean
-from ip_adapter_trainer.core.settings import Alias, Part, as_flags
+from ip_adapter_trainer.core.settings import Alias, Part, as_flags, demand_no_secrets
 from ip_adapter_trainer.families import FAMILIES, family_of
 from ip_adapter_trainer.train.config import TrainConfig
 
@@ -134,13 +135,25 @@ def read_yaml(path: str) -> dict[str, Any]:
         Problem: no such file, no YAML, or no mapping.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        line = str(error).splitlines()[0]
-        raise Problem(f"cannot read the settings: {line}", where=path, remedy="give a YAML file") from error
-    if not isinstance(content, dict):
-        raise Problem("the settings are no mapping", where=path, remedy="write one `name: value` a line")
+        content = yaml_of(read_text(Path(path), MAX_SETTINGS_BYTES))
+    except (OSError, ValueError) as error:
+        remedy = "give a YAML file with one `name: value` a line"
+        raise Problem(f"cannot read the settings: {error}", where=path, remedy=remedy) from error
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise Problem("the settings are no mapping of names", where=path, remedy="write one `name: value` a line")
+    for name, value in content.items():
+        _demand_flat(name, value, path)
+    demand_no_secrets(as_flags(content))
     return content
+
+
+def _demand_flat(name: str, value: object, where: str) -> None:
+    """A scalar, or a list of scalars of which none would be taken for a flag: the settings are given on as flags."""
+    entries = value if isinstance(value, list) else [value]
+    if any(isinstance(entry, (list, dict)) for entry in entries):
+        raise Problem(f"the value of {name!r} is nested", where=where, remedy="give a value, or a list of values")
+    if isinstance(value, list) and any(str(entry).startswith("-") for entry in entries):
+        raise Problem(f"an entry of {name!r} begins with '-'", where=where, remedy="write settings one a line")
 
 
 def check_keys(settings: Mapping[str, Any], kind: type[Part], where: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from ip_adapter_trainer.core.shown import plain
+
 
 class Problem(ValueError):
     """A fault that its user can mend: one line what, one line where, one line what to do.
@@ -19,11 +21,11 @@ class Problem(ValueError):
         self.what, self.where, self.remedy = what, where, remedy
 
     def __str__(self) -> str:
-        lines = [self.what]
+        lines = [plain(self.what)]
         if self.where:
-            lines.append(f"  where: {self.where}")
+            lines.append(f"  where: {plain(self.where)}")
         if self.remedy:
-            lines.append(f"  to do: {self.remedy}")
+            lines.append(f"  to do: {plain(self.remedy)}")
         return "\n".join(lines)
 
 

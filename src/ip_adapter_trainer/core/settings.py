@@ -5,11 +5,14 @@ Each part of the house owns a subclass of `Part`; field names are the flag names
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+
+from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.shown import redacted
 
 
 class Part(BaseModel):
@@ -48,3 +51,17 @@ def as_flags(settings: Mapping[str, Any]) -> list[str]:
         elif value is not None:
             flags.append(f"--{name}={value}")
     return flags
+
+
+def demand_no_secrets(argv: Sequence[str]) -> None:
+    """Refuses a token or a password among flags, which every run writes down.
+
+    Raises:
+        Problem: there is one; its flag is named, never its value.
+    """
+    flag = ""
+    for argument in argv:
+        flag = argument.split("=")[0] if argument.startswith("-") else flag
+        if redacted(argument) != argument:
+            remedy = "tokens are read from the environment (HF_TOKEN); give paths and hub ids without them"
+            raise Problem("a setting holds a token or a password", where=redacted(flag), remedy=remedy)

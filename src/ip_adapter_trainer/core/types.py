@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ip_adapter_trainer.core.devices import to_device
+from ip_adapter_trainer.core.shown import plain, redacted
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +34,12 @@ class Fault:
     where: str
     remedy: str
 
+    def __post_init__(self) -> None:
+        for name in ("what", "where", "remedy"):  # rows name signed URLs, and faults are written down
+            object.__setattr__(self, name, redacted(getattr(self, name)))
+
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}; {self.remedy}"
+        return plain(f"{self.where}: {self.what}; {self.remedy}")
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ip_adapter_trainer.adapters import CARD, AdapterCard
+from ip_adapter_trainer.adapters._raw import read_raw
 from ip_adapter_trainer.core.checkpoints import MANIFEST, all_checkpoints, sha256_of, verified
+from ip_adapter_trainer.core.documents import read_json
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.core.staging import staged_folder
+from ip_adapter_trainer.train.restored import demand_state
 from ip_adapter_trainer.train.tree import flatten, unflatten
 
 WEIGHTS, TENSORS, STATE = "pytorch_model.bin", "training_state.safetensors", "training_state.json"
@@ -119,14 +122,20 @@ def read(folder: Path) -> Saved:
     """Reads a checkpoint for resuming, hashes verified, no pickle executed.
 
     Raises:
-        Problem: no checkpoint there, or one that is damaged or was saved by the published script.
+        Problem: no checkpoint there, or one that is damaged, forged or was saved by the published script.
     """
     if not (folder / MANIFEST).exists():
         what = "this folder is no checkpoint that can be resumed"
         remedy = "give a checkpoint-N of this trainer; start from other weights with --pretrained_ip_adapter_path"
         raise Problem(what, where=str(folder), remedy=remedy)
-    if not verified(folder):
+    if not (verified(folder) and verified(folder, (WEIGHTS, CARD, TENSORS, STATE))):
         raise Problem("the checkpoint is damaged", where=str(folder), remedy="resume from an older one, or from latest")
-    saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    weights = torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True)
-    return Saved(saved["step"], weights, unflatten(load_file(folder / TENSORS), saved["state"]))
+    weights, tensors = read_raw(folder / WEIGHTS).tensors, read_raw(folder / TENSORS).tensors
+    try:
+        saved = read_json(folder / STATE)
+        step, state = saved["step"], unflatten(tensors, saved["state"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        what = f"the checkpoint's state cannot be read: {type(error).__name__}: {error}"
+        raise Problem(what, where=str(folder / STATE), remedy="resume from another checkpoint") from error
+    demand_state(step, state, folder / STATE)
+    return Saved(step, weights, state)

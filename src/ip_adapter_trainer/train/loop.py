@@ -26,6 +26,7 @@ from ip_adapter_trainer.train.config import TrainConfig
 from ip_adapter_trainer.train.lean import lean
 from ip_adapter_trainer.train.outcomes import Outcome, Outcomes
 from ip_adapter_trainer.train.plan import Plan
+from ip_adapter_trainer.train.restored import demand_fits
 from ip_adapter_trainer.train.saver import Saver
 from ip_adapter_trainer.train.source import Source
 from ip_adapter_trainer.train.step import Step
@@ -76,7 +77,9 @@ class Trainer:
         guard.check_settings(state["config"], self.config)
         guard.check_rows(state["rows"], self.source.fingerprint)
         guard.check_batch(state["images_per_step"], self.plan.images_per_step)
-        self.model.adapter.load_state_dict(state["live"] if self.ema else saved.weights)
+        live = state.get("live", {}) if self.ema else saved.weights
+        demand_fits(live, self.model.adapter.state_dict(), state["optimizer"], self.optimizer.param_groups[0]["params"])
+        self.model.adapter.load_state_dict(live)
         merged = self.optimizer.state_dict() | {"state": state["optimizer"]}
         self.optimizer.load_state_dict(merged)
         if self.ema:

@@ -56,7 +56,7 @@ class Track:
         if runtime.is_main:
             self._file.touch()
             with self._file.open("r+b") as file:  # what a killed run wrote after its last checkpoint is written again
-                file.truncate(metrics_bytes)
+                file.truncate(min(metrics_bytes, self._file.stat().st_size))
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Notes the numbers of one optimizer step."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from faults import folder
+from faults import folder, strangers
 from faults.lab import Finding, Lab
 
 Experiment = Callable[[Lab], Iterator[Finding]]
 
 EXPERIMENTS: dict[str, Experiment] = {
     "folder": folder.two_runs,
+    "pickles": strangers.pickled,
+    "forged": strangers.forged,
+    "configs": strangers.configs,
 }

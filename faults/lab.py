@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -162,20 +162,30 @@ class Lab:
         return {**self.inputs, **short, **more}
 
     def start(
-        self, command: str, settings: Settings, *, processes: int = 1, script: str = "ip_adapter_trainer"
+        self,
+        command: str,
+        settings: Settings,
+        *,
+        named: Sequence[object] = (),
+        processes: int = 1,
+        script: str = "ip_adapter_trainer",
+        environment: Mapping[str, str] | None = None,
     ) -> Process:
         """Starts `ip-adapter COMMAND` in processes of its own.
 
         Args:
             command: train, prepare, export, check, ...
             settings: its flags.
+            named: its arguments without flags.
             processes: above one, under `accelerate launch`.
             script: the module to run; an observer may stand before the command.
+            environment: variables beside the lab's own.
         """
         argv = [sys.executable, "-m", script] if processes == 1 else _launcher(processes, script)
         number = len(list(self.folder.glob("log-*.txt")))
         log = self.folder / f"log-{number:04d}-{os.getpid()}.txt"
-        return Process([*argv, command, *as_flags(settings)], log, _environment(), self.folder)
+        argv += [command, *map(str, named), *as_flags(settings)]
+        return Process(argv, log, _environment() | dict(environment or {}), self.folder)
 
     def run(self, command: str, settings: Settings, **how: Any) -> tuple[int, str]:
         """Runs a command to its end: exit code and what it said. See `start`."""

@@ -23,12 +23,15 @@ EXTRAS = ("pos_emb.", "to_latents_from_mean_pooled_seq.")  # options of the orig
 class PlusConfig(Part):
     """Settings of the Plus variant; depth, head width and expansion exist to be refused with a reason."""
 
-    num_tokens: int = Field(TOKENS, gt=0, description="Image tokens (learned queries of the resampler).")
+    num_tokens: int = Field(TOKENS, gt=0, le=65536, description="Image tokens (learned queries of the resampler).")
     resampler_dim: int | None = Field(
-        None, gt=0, description="Width of the resampler; default: 1280 for SDXL, else the context width."
+        None, gt=0, le=65536, description="Width of the resampler; default: 1280 for SDXL, else the context width."
     )
     resampler_heads: int | None = Field(
-        None, gt=0, description="Attention heads of the resampler; default: 20 for SDXL, else 12, as readers build it."
+        None,
+        gt=0,
+        le=1024,
+        description="Attention heads of the resampler; default: 20 for SDXL, else 12, as readers build it.",
     )
     resampler_depth: int = Field(DEPTH, description="Layers of the resampler; every loader computes 4.")
     resampler_head_dim: int = Field(HEAD_DIM, description="Width of one attention head; diffusers infers heads by 64.")

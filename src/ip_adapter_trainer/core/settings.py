@@ -25,7 +25,7 @@ class Part(BaseModel):
             save_steps: Annotated[int, alias("checkpointing_steps")] = Field(2000, description="...")
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 @dataclass(frozen=True)

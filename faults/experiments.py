@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from faults import changes, files, folder, kills, numbers, paths, pictures, rows, workers
+from faults import (
+    changes,
+    disk,
+    files,
+    folder,
+    kills,
+    numbers,
+    paths,
+    pictures,
+    rows,
+    signals,
+    strangers,
+    workers,
+    worlds,
+)
 from faults.lab import Finding, Lab
 
 Experiment = Callable[[Lab], Iterator[Finding]]
@@ -15,6 +29,10 @@ EXPERIMENTS: dict[str, Experiment] = {
     "kills-anywhere": kills.anywhere,
     "kills-prepare": files.preparing,
     "kills-export": files.exporting,
+    "signals": signals.each_phase,
+    "signals-launched": signals.launched,
+    "disk": disk.full_disks,
+    "worlds": worlds.same_draws,
     "workers": workers.lost_workers,
     "changes": changes.other_run,
     "million": changes.one_in_a_million,
@@ -27,4 +45,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "endless": rows.endless,
     "names": rows.names,
     "paths": paths.paths,
+    "pickles": strangers.pickled,
+    "forged": strangers.forged,
+    "configs": strangers.configs,
 }

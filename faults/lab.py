@@ -188,6 +188,7 @@ class Lab:
         operands: Sequence[object] = (),
         processes: int = 1,
         script: str = "ip_adapter_trainer",
+        environment: Mapping[str, str] | None = None,
     ) -> Process:
         """Starts `ip-adapter COMMAND` in processes of its own.
 
@@ -197,11 +198,13 @@ class Lab:
             operands: what it takes without a flag.
             processes: above one, under `accelerate launch`.
             script: the module to run; an observer may stand before the command.
+            environment: variables beside the lab's own.
         """
         argv = [sys.executable, "-m", script] if processes == 1 else _launcher(processes, script)
         argv = [sys.executable, command] if command.endswith(".py") else [*argv, command]
         log = self.folder / f"log-{next(self._logs):04d}-{os.getpid()}.txt"
-        return Process([*argv, *map(str, operands), *as_flags(settings)], log, _environment(), self.folder)
+        environment = _environment() | dict(environment or {})
+        return Process([*argv, *map(str, operands), *as_flags(settings)], log, environment, self.folder)
 
     def run(self, command: str, settings: Settings, **how: Any) -> tuple[int, str]:
         """Runs a command to its end: exit code and what it said. See `start`."""

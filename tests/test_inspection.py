@@ -153,7 +153,7 @@ def test_a_real_file_is_told_with_what_its_readers_must_know(tmp_path: Path) -> 
     assert report.readers == {"diffusers": None, "original": None, "comfy": None}
     assert any("num_tokens=" in remark and "257" in remark for remark in report.remarks)
     assert any("ip-adapter-full-face_sd15" in remark for remark in report.remarks)
-    assert "line?[2J?break" in str(report) and "x" * 201 not in str(report)
+    assert "line\\x1b[2J\\nbreak" in str(report) and "x" * 201 not in str(report)
 
 
 def test_a_spoiled_checkpoint_is_told_as_one(base_folder: Callable, encoder_folder: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from ip_adapter_trainer.core.early import demand_free
 from ip_adapter_trainer.core.errors import Problem, Stopped, did_you_mean
+from ip_adapter_trainer.core.shown import redacted
 from ip_adapter_trainer.core.storage import told_as_storage
 
 COMMANDS = {
@@ -130,11 +131,14 @@ RUN: dict[str, Callable[[Sequence[str]], int]] = {
 
 def guarded(run: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """Runs a command and returns its exit code, every error told in three lines; `--debug` adds the traceback."""
+    from ip_adapter_trainer.core.settings import demand_no_secrets
+
     debug = "--debug" in argv
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         with told_as_storage():
+            demand_no_secrets(argv)
             return run([a for a in argv if a != "--debug"])
     except Stopped as stopped:
         return stopped.exit_code
@@ -142,13 +146,14 @@ def guarded(run: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
         return 130
     except Problem as problem:
         if debug:
-            traceback.print_exc()
+            print(redacted(traceback.format_exc()), file=sys.stderr)
         print(f"error: {problem}", file=sys.stderr)
         return problem.exit_code
     except Exception as error:
         if debug:
-            traceback.print_exc()
-        print(f"bug: {type(error).__name__}: {error}\n  to do: run again with --debug and report it", file=sys.stderr)
+            print(redacted(traceback.format_exc()), file=sys.stderr)
+        told = f"bug: {type(error).__name__}: {error}\n  to do: run again with --debug and report it"
+        print(redacted(told), file=sys.stderr)
         return 1
 
 

@@ -18,6 +18,7 @@ from ip_adapter_trainer.adapters._raw import RawFile, read_raw
 from ip_adapter_trainer.adapters._variant import shapes_of
 from ip_adapter_trainer.adapters.plus import KOLORS
 from ip_adapter_trainer.core.settings import Part, alias
+from ip_adapter_trainer.core.shown import plain, redacted
 
 LAYOUTS = {
     "published": "published",
@@ -83,7 +84,7 @@ class Report:
             *(("note", remark) for remark in self.remarks),
         ]
         width = max(len(name) for name, _ in rows) + 2
-        return "\n".join([self.file, *(f"{name:<{width}}{text}" for name, text in rows)])
+        return "\n".join([plain(self.file), *(f"{name:<{width}}{text}" for name, text in rows)])
 
     def to_json(self) -> str:
         """The report as one JSON object."""
@@ -97,7 +98,7 @@ def inspect(config: InspectConfig) -> str:
         Problem: unreadable, or nothing that is known to be an adapter.
     """
     report = examine(config.path)
-    return report.to_json() if config.as_json else str(report)
+    return redacted(report.to_json()) if config.as_json else str(report)
 
 
 def examine(path: str | Path) -> Report:
@@ -126,13 +127,13 @@ def _of_adapter(file: AdapterFile) -> Report:
         layout=LAYOUTS[file.origin],
         variant=VARIANTS.name_of(file.variant),
         base_model=base_guess(context_dim, widths)
-        + (f"; the file names {card.pretrained_model_name_or_path}" if card else ""),
+        + (f"; the file names {_plain(card.pretrained_model_name_or_path)}" if card else ""),
         tokens=facts.get("num_tokens"),
         layers=file.numbers,
         parameters={table: sum(t.numel() for t in tensors.values()) for table, tensors in file.tables.items()},
         dtypes=_dtypes([*file.image_proj.values(), *file.ip_adapter.values()]),
         image_encoder=encoder_guess(kind, feature_dim)
-        + (f"; the file names {card.image_encoder_path}" if card else ""),
+        + (f"; the file names {_plain(card.image_encoder_path)}" if card else ""),
         steps=file.step,
         metadata=file.metadata or (card.to_metadata() if card else {}),
         readers={reader: why.get(reader) for reader in READERS},
@@ -167,7 +168,7 @@ def _of_foreign(raw: RawFile, published: Mapping[str, Tensor], kind: Foreign) ->
         variant=f"{kind.name}: recognised, this trainer does not train it yet",
         base_model="see the variant",
         tokens=tokens_guess(shapes_of(published)),
-        layers=sorted(int(number) for number in numbers if number.isdecimal()),
+        layers=sorted(int(number) for number in numbers if number.isdecimal() and len(number) < 5),
         parameters=parameters,
         dtypes=_dtypes(list(published.values())),
         image_encoder="see the variant",
@@ -180,7 +181,7 @@ def _of_foreign(raw: RawFile, published: Mapping[str, Tensor], kind: Foreign) ->
 
 def _plain(text: str) -> str:
     """One line of bounded length: a file's strings are whatever its maker wrote."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text[:200]) + "..." * (len(text) > 200)
+    return plain(text)[:200] + "..." * (len(text) > 200)
 
 
 def _dtypes(tensors: Sequence[Tensor]) -> list[str]:

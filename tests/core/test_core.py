@@ -12,10 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ip_adapter_trainer.core.errors import Problem, did_you_mean, one_line
+from ip_adapter_trainer.core.errors import Problem, did_you_mean
 from ip_adapter_trainer.core.launch import Runtime
 from ip_adapter_trainer.core.registry import Registry
 from ip_adapter_trainer.core.rng import key, stream
+from ip_adapter_trainer.core.shown import one_line
 
 
 @given(st.integers(0, 2**31), st.text(max_size=8), st.lists(st.integers(0, 2**40), max_size=3))

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from ip_adapter_trainer.core.documents import json_of, read_text
 from ip_adapter_trainer.core.errors import Problem, did_you_mean
 from ip_adapter_trainer.core.settings import Part
 
 FORMAT_VERSION = 1
 CARD = "adapter.json"
 PACKAGE = "ip_adapter_trainer"
+_MAX_BYTES = 2**20  # ours have 600
 
 
 class AdapterCard(Part):
@@ -38,6 +41,19 @@ class AdapterCard(Part):
         return json.dumps(self.model_dump(), indent=1) + "\n"
 
     @classmethod
+    def read(cls, path: Path) -> AdapterCard:
+        """Reads a file of `from_json`'s text.
+
+        Raises:
+            Problem: no text that a card could be, or see `from_json`.
+        """
+        try:
+            text = read_text(path, _MAX_BYTES)
+        except (OSError, ValueError) as error:
+            raise _unreadable(str(error), str(path)) from error
+        return cls.from_json(text, str(path))
+
+    @classmethod
     def from_json(cls, text: str, where: str) -> AdapterCard:
         """Reads `adapter.json`.
 
@@ -45,7 +61,7 @@ class AdapterCard(Part):
             Problem: no JSON, unknown or missing keys, or a format newer than this package knows.
         """
         try:
-            content = json.loads(text)
+            content = json_of(text)
         except ValueError as error:
             raise _unreadable(f"no JSON ({error})", where) from error
         if not isinstance(content, dict):
@@ -74,7 +90,7 @@ class AdapterCard(Part):
         content = numbers | {key: metadata[key] for key in cls.model_fields if key in metadata}
         _check_version(content.get("format_version"), where)
         try:
-            content["variant_config"] = json.loads(content.get("variant_config") or "{}")
+            content["variant_config"] = json_of(content.get("variant_config") or "{}")
         except ValueError as error:
             raise _unreadable(f"variant_config is no JSON ({error})", where) from error
         return cls._of(content, where)
@@ -89,8 +105,9 @@ class AdapterCard(Part):
 
 
 def _check_version(version: object, where: str) -> None:
-    if str(version).isdecimal() and int(str(version)) > FORMAT_VERSION:
-        what = f"the adapter card has format {version}, this package knows {FORMAT_VERSION}"
+    digits = str(version)
+    if digits.isdecimal() and (len(digits) > 9 or int(digits) > FORMAT_VERSION):
+        what = f"the adapter card has format {digits[:20]}, this package knows {FORMAT_VERSION}"
         raise Problem(what, where=where, remedy="upgrade ip_adapter_trainer")
 
 

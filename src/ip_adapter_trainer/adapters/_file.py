@@ -102,6 +102,7 @@ class AdapterFile:
         values: dict[str, object]
         if self.card and self.card.variant == VARIANTS.name_of(self.variant):
             values = self.card.variant_config
+            self._demand_true(values)
         else:
             values = {name: value for name, value in self.facts.items() if name in kind.model_fields}
         try:
@@ -109,6 +110,13 @@ class AdapterFile:
         except ValueError as error:
             what = f"the variant's settings are not valid: {str(error).splitlines()[0]}"
             raise Problem(what, where=str(self.path), remedy="copy or download the file again") from error
+
+    def _demand_true(self, values: Mapping[str, object]) -> None:
+        """What a card says of sizes is what the weights have: a model is made of it before they are loaded."""
+        for name, value in values.items():
+            if value is not None and name in self.facts and value != self.facts[name]:
+                what = f"the card says {name} {value!r}, the weights {self.facts[name]}"
+                raise Problem(what, where=str(self.path), remedy="copy or download both again")
 
 
 def read_adapter(path: str | Path) -> AdapterFile:
@@ -139,7 +147,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
 def _card(raw: RawFile) -> AdapterCard | None:
     beside = raw.path.with_name(CARD)
     if raw.path.name in WEIGHTS and beside.is_file():
-        return AdapterCard.from_json(beside.read_text(encoding="utf-8"), str(beside))
+        return AdapterCard.read(beside)
     return AdapterCard.from_metadata(raw.metadata, str(raw.path))
 
 

@@ -23,10 +23,11 @@ _PREFIXES: dict[Origin, tuple[str, str]] = {
     # Saved by the published script: its pairs were dropped as duplicates of the ones registered in the UNet.
     "rescued": ("image_proj_model.", "unet."),
 }
-_PAIR = re.compile(r"(\d+)\.to_[kv]_ip\.weight")
+_PAIR = re.compile(r"(0|[1-9][0-9]{0,3})\.to_[kv]_ip\.weight")  # SDXL has numbers up to 139
 _PROCESSOR = re.compile(r"(?P<layer>.+)\.processor\.(?P<weight>.+)")
 _LAYER = re.compile(
-    r"(down_blocks|up_blocks|mid_block)\.(?:(\d+)\.)?attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn2"
+    r"(down_blocks|up_blocks|mid_block)\.(?:([0-9]{1,3})\.)?attentions\.([0-9]{1,3})"
+    r"\.transformer_blocks\.([0-9]{1,3})\.attn2"
 )
 _ORDER = {"down_blocks": 0, "up_blocks": 1, "mid_block": 2}  # module order of diffusers' UNet
 
@@ -55,7 +56,7 @@ def tables_of(raw: RawFile) -> Tables:
         if origin == "rescued":
             ip_adapter, layers = _renumber(ip_adapter, raw.path)
         _check_pairs(ip_adapter, raw.path)
-        _check_floating({**image_proj, **ip_adapter}, raw.path)
+        _check_weights({**image_proj, **ip_adapter}, raw.path)
         return Tables(origin, image_proj, ip_adapter, layers)
     what = f"this is no adapter file that this trainer knows: it holds {_found(raw)}"
     raise Problem(what, where=str(raw.path), remedy="give an adapter file, a checkpoint-N folder or a run's folder")
@@ -123,8 +124,12 @@ def _check_pairs(pairs: Mapping[str, Tensor], path: Path) -> None:
             raise Problem(f"ip_adapter.{name} and its other half have shapes {shapes}", where=where, remedy=remedy)
 
 
-def _check_floating(tensors: Mapping[str, Tensor], path: Path) -> None:
+def _check_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Every tensor holds numbers of a type that weights have: what holds none can claim any width."""
     for name, tensor in tensors.items():
+        if not tensor.numel():
+            what = f"{name} has the shape {list(tensor.shape)}, which holds nothing"
+            raise Problem(what, where=str(path), remedy="copy or download the file again")
         if not tensor.is_floating_point():
             what = f"{name} is {str(tensor.dtype).removeprefix('torch.')}, not floating point"
             raise Problem(what, where=str(path), remedy="take a file that was not quantised")

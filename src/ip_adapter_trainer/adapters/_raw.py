@@ -5,19 +5,25 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ip_adapter_trainer.adapters._pickled import demand_table
 from ip_adapter_trainer.core.errors import Problem
 
 Container = Literal["safetensors", "bin"]
+V = TypeVar("V")
+
+_MAX_HEADER_BYTES = 16 * 2**20  # a whole UNet's has 200 KB; one of 100 MB would take a GB to read
+_MAX_TENSORS = 100_000  # a whole UNet has 2,600
+_MAX_DEPTH = 40  # dots in the name of a table in tables
 
 # What data-parallel, compiled and DeepSpeed wrappers put before every name.
 _WRAPPERS = re.compile(r"^(?:(?:module|state_dict|_orig_mod)\.)+")
@@ -69,38 +75,54 @@ def _legible(path: Path) -> Iterator[None]:
 
 
 def _read_safetensors(path: Path) -> RawFile:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > _MAX_HEADER_BYTES:
+        raise ValueError(f"its header claims {length:,} bytes")
     with safe_open(path, framework="pt", device="cpu") as opened:
-        names = {_bare(name): name for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
+        names = _unique((_bare(name), name) for name in opened.keys())  # noqa: SIM118 (it is no mapping)
         tensors = {bare: opened.get_tensor(name) for bare, name in names.items() if not _FROZEN.match(bare)}
         return RawFile(path, "safetensors", tensors, dict(opened.metadata() or {}), len(names) - len(tensors))
 
 
 def _read_bin(path: Path) -> RawFile:
-    named = dict(_flatten(_load(path)))
+    named = _unique(_flatten(_load(path), set()))
     tensors = {name: tensor for name, tensor in named.items() if not _FROZEN.match(name)}
     return RawFile(path, "bin", tensors, {}, len(named) - len(tensors))
 
 
 def _load(path: Path) -> Mapping[str, Any]:
     mapped = zipfile.is_zipfile(path)  # files of torch before 1.6 are not, and are read whole
-    if mapped:
-        with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError("its archive is compressed, which nothing that saves weights does")
+    demand_table(path, mapped)
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     if not isinstance(content, Mapping):
         raise ValueError(f"it holds a {type(content).__name__}, not tables of tensors")
     return content
 
 
-def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Tensors only: a step count or a config among them belongs to no adapter."""
+def _flatten(content: Mapping[str, Any], seen: set[int], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Tensors only: a step count or a config among them belongs to no adapter. Shared tables can stand for billions."""
+    if id(content) in seen or prefix.count(".") > _MAX_DEPTH:
+        raise ValueError("its tables are shared or nested too deeply")
+    seen.add(id(content))
     for key, value in content.items():
         name = _bare(f"{prefix}{key}")
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{name}." if name else "")
+            yield from _flatten(value, seen, f"{name}." if name else "")
         elif isinstance(value, Tensor):
             yield name, value
+
+
+def _unique(named: Iterable[tuple[str, V]]) -> dict[str, V]:
+    """A table of names, of which none stands there twice and which are not too many."""
+    table: dict[str, V] = {}
+    for name, value in named:
+        if name in table:
+            raise ValueError(f"{name} is in it twice")
+        if len(table) >= _MAX_TENSORS:
+            raise ValueError(f"it holds more than {_MAX_TENSORS:,} tensors")
+        table[name] = value
+    return table
 
 
 def _bare(name: str) -> str:

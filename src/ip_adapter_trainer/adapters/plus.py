@@ -27,12 +27,15 @@ class PlusConfig(Part):
         of_state="num_tokens resampler_dim resampler_heads resampler_depth resampler_head_dim resampler_ff_mult"
     )
 
-    num_tokens: int = Field(TOKENS, gt=0, description="Image tokens (learned queries of the resampler).")
+    num_tokens: int = Field(TOKENS, gt=0, le=65536, description="Image tokens (learned queries of the resampler).")
     resampler_dim: int | None = Field(
-        None, gt=0, description="Width of the resampler; default: 1280 for SDXL, else the context width."
+        None, gt=0, le=65536, description="Width of the resampler; default: 1280 for SDXL, else the context width."
     )
     resampler_heads: int | None = Field(
-        None, gt=0, description="Attention heads of the resampler; default: 20 for SDXL, else 12, as readers build it."
+        None,
+        gt=0,
+        le=1024,
+        description="Attention heads of the resampler; default: 20 for SDXL, else 12, as readers build it.",
     )
     resampler_depth: int = Field(DEPTH, description="Layers of the resampler; every loader computes 4.")
     resampler_head_dim: int = Field(HEAD_DIM, description="Width of one attention head; diffusers infers heads by 64.")

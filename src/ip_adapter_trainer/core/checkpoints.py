@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from ip_adapter_trainer.core.documents import read_json
+from ip_adapter_trainer.core.files import open_regular
 from ip_adapter_trainer.core.log import say
 
 MANIFEST = "manifest.json"  # {file name: {"sha256": hexadecimal, "bytes": size}}, written last
@@ -41,20 +42,22 @@ def newest(output: Path, is_whole: Callable[[Path], bool]) -> Path | None:
 
 def sha256_of(file: Path) -> str:
     """Hash of a file's bytes, hexadecimal."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    with open_regular(file) as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def verified(folder: Path, names: Iterable[str] | None = None) -> bool:
-    """Whether a checkpoint's files have the size and hash that its manifest says.
+    """Whether a checkpoint's files have the size and hash that its manifest says; files elsewhere are never looked at.
 
     Args:
         folder: a checkpoint.
         names: the files to look at; all of the manifest's by default.
     """
     try:
-        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        entries = read_json(folder / MANIFEST)
         chosen = {name: entries[name] for name in (entries if names is None else names)}
+        if any(Path(name).name != name for name in chosen):
+            return False
         return all(
             (folder / name).stat().st_size == entry["bytes"] and sha256_of(folder / name) == entry["sha256"]
             for name, entry in chosen.items()

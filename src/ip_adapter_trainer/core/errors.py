@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-_LINE_CHARACTERS = 400
+from ip_adapter_trainer.core.shown import plain
 
 
 class Problem(ValueError):
@@ -21,11 +21,11 @@ class Problem(ValueError):
         self.what, self.where, self.remedy = what, where, remedy
 
     def __str__(self) -> str:
-        lines = [self.what]
+        lines = [plain(self.what)]
         if self.where:
-            lines.append(f"  where: {self.where}")
+            lines.append(f"  where: {plain(self.where)}")
         if self.remedy:
-            lines.append(f"  to do: {self.remedy}")
+            lines.append(f"  to do: {plain(self.remedy)}")
         return "\n".join(lines)
 
 
@@ -53,20 +53,6 @@ class Stopped(Exception):
     def __init__(self, exit_code: int) -> None:
         super().__init__(exit_code)
         self.exit_code = exit_code
-
-
-def one_line(text: str) -> str:
-    """Words of a stranger as one line that a terminal and a log can bear: nothing unprintable, 400 characters at most.
-
-    What it gives it leaves as it is.
-
-    >>> one_line("a\\nb")
-    'a\\\\nb'
-    """
-    start = text[: _LINE_CHARACTERS + 1]
-    if not start.isprintable():
-        start = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in start)
-    return start if len(start) <= _LINE_CHARACTERS else f"{start[: _LINE_CHARACTERS - 3]}..."
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

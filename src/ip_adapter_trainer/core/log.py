@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 
+from ip_adapter_trainer.core.shown import redacted
+
 # It advises kernels from the hub as soon as accelerate imports it, on machines without a GPU.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
@@ -13,7 +15,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 def say(line: str) -> None:
     """Prints a line from the first process only."""
     if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr, flush=True)
+        print(redacted(line), file=sys.stderr, flush=True)
 
 
 def quiet_loading() -> None:

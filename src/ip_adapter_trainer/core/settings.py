@@ -5,15 +5,16 @@ Each part of the house owns a subclass of `Part`; field names are the flag names
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict
 
+from ip_adapter_trainer.core.documents import MAX_SETTINGS_BYTES, read_text, yaml_of
 from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.shown import redacted
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Part(BaseModel):
             save_steps: Annotated[int, alias("checkpointing_steps")] = Field(2000, description="...")
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
     resume: ClassVar[Resume] = Resume()
 
     @classmethod
@@ -93,10 +94,36 @@ def read_yaml(path: str) -> dict[str, Any]:
         Problem: no such file, no YAML, or no mapping.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        line = str(error).splitlines()[0]
-        raise Problem(f"cannot read the settings: {line}", where=path, remedy="give a YAML file") from error
-    if not isinstance(content, dict):
-        raise Problem("the settings are no mapping", where=path, remedy="write one `name: value` a line")
+        content = yaml_of(read_text(Path(path), MAX_SETTINGS_BYTES))
+    except (OSError, ValueError) as error:
+        remedy = "give a YAML file with one `name: value` a line"
+        raise Problem(f"cannot read the settings: {error}", where=path, remedy=remedy) from error
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise Problem("the settings are no mapping of names", where=path, remedy="write one `name: value` a line")
+    for name, value in content.items():
+        _demand_flat(name, value, path)
+    demand_no_secrets(as_flags(content))
     return content
+
+
+def _demand_flat(name: str, value: object, where: str) -> None:
+    """A scalar, or a list of scalars of which none would be taken for a flag: the settings are given on as flags."""
+    entries = value if isinstance(value, list) else [value]
+    if any(isinstance(entry, (list, dict)) for entry in entries):
+        raise Problem(f"the value of {name!r} is nested", where=where, remedy="give a value, or a list of values")
+    if isinstance(value, list) and any(str(entry).startswith("-") for entry in entries):
+        raise Problem(f"an entry of {name!r} begins with '-'", where=where, remedy="write settings one a line")
+
+
+def demand_no_secrets(argv: Sequence[str]) -> None:
+    """Refuses a token or a password among flags, which every run writes down.
+
+    Raises:
+        Problem: there is one; its flag is named, never its value.
+    """
+    flag = ""
+    for argument in argv:
+        flag = argument.split("=")[0] if argument.startswith("-") else flag
+        if redacted(argument) != argument:
+            remedy = "tokens are read from the environment (HF_TOKEN); give paths and hub ids without them"
+            raise Problem("a setting holds a token or a password", where=redacted(flag), remedy=remedy)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ip_adapter_trainer.core.devices import to_device
-from ip_adapter_trainer.core.errors import one_line
+from ip_adapter_trainer.core.shown import one_line
 
 if TYPE_CHECKING:
     import torch

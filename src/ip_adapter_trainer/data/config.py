@@ -49,7 +49,9 @@ class ReadConfig(Part):
     max_fault_rate: float = Field(
         0.01, ge=0, le=1, description="Share of faulty rows above which the run stops (exit 3); 0: at the first."
     )
-    dataloader_num_workers: int = Field(0, ge=0, description="Processes that read pictures; 0: the main process reads.")
+    dataloader_num_workers: int = Field(
+        0, ge=0, le=512, description="Processes that read pictures; 0: the main process reads."
+    )
 
     @field_validator("alpha_ground")
     @classmethod
@@ -66,7 +68,7 @@ class CutConfig(ReadConfig):
         "prompt_crop_min_share prompt_flip prompt_pad_square"
     )
 
-    resolution: int = Field(512, gt=0, description="Side of the training images in pixels; a multiple of 8.")
+    resolution: int = Field(512, gt=0, le=16384, description="Side of the training images in pixels; a multiple of 8.")
     center_crop: bool = Field(True, description="Crop at the centre; off: at a random place.")
     random_flip: bool = Field(False, description="Mirror half of the pictures, target and prompt alike.")
     aspect_ratio_buckets: bool = Field(
@@ -112,11 +114,11 @@ class DataConfig(CutConfig):
         free="prefetch_factor data_timeout_s",
     )
 
-    train_batch_size: int = Field(8, gt=0, description="Images per process and micro-batch.")
+    train_batch_size: int = Field(8, gt=0, le=65536, description="Images per process and micro-batch.")
     text_drop_rate: float = Field(0.05, ge=0, le=1, description="Share of images trained without their text.")
     image_drop_rate: float = Field(0.05, ge=0, le=1, description="Share of images trained without image prompt.")
     both_drop_rate: float = Field(0.05, ge=0, le=1, description="Share of images trained without either.")
-    prefetch_factor: int = Field(2, gt=0, description="Micro-batches that each data worker prepares ahead.")
+    prefetch_factor: int = Field(2, gt=0, le=1024, description="Micro-batches that each data worker prepares ahead.")
     data_timeout_s: int = Field(
         300, gt=0, description="Longest wait for a data worker in seconds; then the workers are replaced."
     )

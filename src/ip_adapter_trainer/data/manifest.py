@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii as quoted
 from pathlib import Path
 
-from ip_adapter_trainer.core.errors import Problem, one_line
+from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.shown import one_line
 from ip_adapter_trainer.core.types import Fault, Row
 from ip_adapter_trainer.data.config import ReadConfig
 from ip_adapter_trainer.data.fingerprint import Digest, Fingerprint

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from ip_adapter_trainer.core.errors import one_line
+from ip_adapter_trainer.core.shown import one_line
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 

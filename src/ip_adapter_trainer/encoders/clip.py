@@ -109,6 +109,7 @@ class ClipImageEncoder:
         Raises:
             Problem: nothing there, or not a CLIP vision model.
         """
+        from safetensors import SafetensorError
         from transformers import CLIPVisionModelWithProjection
 
         quiet_loading()
@@ -116,8 +117,8 @@ class ClipImageEncoder:
         inner = folder / "image_encoder"
         source = str(inner) if not (folder / "config.json").exists() and (inner / "config.json").exists() else path
         try:
-            model = CLIPVisionModelWithProjection.from_pretrained(source, dtype=dtype)
-        except (OSError, ValueError) as error:
+            model = CLIPVisionModelWithProjection.from_pretrained(source, dtype=dtype, use_safetensors=True)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             what = f"cannot load the image encoder: {str(error).splitlines()[0]}"
             raise Problem(
                 what, where=path, remedy="give a folder or hub id of a CLIPVisionModelWithProjection"

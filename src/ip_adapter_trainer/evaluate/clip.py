@@ -28,14 +28,15 @@ class ClipScorer:
         Raises:
             Problem: no CLIP model, tokenizer and preprocessing there.
         """
+        from safetensors import SafetensorError
         from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
-            model: Any = CLIPModel.from_pretrained(path, dtype=torch.float32)
+            model: Any = CLIPModel.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
             tokenizer, processor = CLIPTokenizer.from_pretrained(path), CLIPImageProcessorPil.from_pretrained(path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             what = f"cannot load the CLIP model that scores: {str(error).splitlines()[0]}"
             remedy = "give --clip_model a folder or hub id of a CLIPModel with its tokenizer and preprocessor"
             raise Problem(what, where=path, remedy=remedy) from error

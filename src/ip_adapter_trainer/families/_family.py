@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ip_adapter_trainer.core.documents import read_json
 from ip_adapter_trainer.core.errors import Problem, did_you_mean
 from ip_adapter_trainer.core.registry import Registry
 from ip_adapter_trainer.core.settings import Part
@@ -175,6 +175,8 @@ class Family(ABC):
         """The denoiser's output [B, C, h, w] for noisy latents and timesteps [B]."""
 
 
+_LIBRARIES = {"diffusers", "transformers", "stable_diffusion"}  # the last is of diffusers, for the safety checker
+_MAX_INDEX_BYTES = 2**20
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 FAMILIES: Registry[Family] = Registry("families", "ip_adapter_trainer.families")
@@ -191,7 +193,9 @@ def _model_index(path: str) -> dict[str, Any]:
         raise Problem("no such folder", where=path, remedy="give a diffusers pipeline folder, or a hub id owner/name")
     try:
         file = local / "model_index.json" if local.exists() else _from_hub(path)
-        index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        index: dict[str, Any] = read_json(file, _MAX_INDEX_BYTES)
+        if not isinstance(index, dict):
+            raise ValueError("no mapping")
         return index
     except Exception as error:
         what = "cannot read model_index.json of the base model"
@@ -203,6 +207,19 @@ def _from_hub(path: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     return Path(hf_hub_download(path, "model_index.json"))
+
+
+def demand_known_libraries(path: str) -> None:
+    """Demands a pipeline's parts to be of diffusers and transformers: it imports whatever module its index names.
+
+    Raises:
+        Problem: another library.
+    """
+    for name, part in _model_index(path).items():
+        library = part[0] if isinstance(part, list) and part else None
+        if library is not None and library not in _LIBRARIES:
+            what = f"the base model's {name} is made by {str(library)[:100]!r}, which is not loaded"
+            raise Problem(what, where=path, remedy=f"take a pipeline of {', '.join(sorted(_LIBRARIES)[:2])} alone")
 
 
 def family_of(path: str, name: str = "auto") -> str:

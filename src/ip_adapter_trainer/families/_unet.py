@@ -14,7 +14,7 @@ from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.log import quiet_loading
 from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.core.types import Site, TextCondition
-from ip_adapter_trainer.families._family import PARTS, Family, PartName
+from ip_adapter_trainer.families._family import PARTS, Family, PartName, demand_known_libraries
 from ip_adapter_trainer.nn.lean import lean_layers
 from ip_adapter_trainer.nn.packed import Storage, pack
 
@@ -31,12 +31,16 @@ def load_pipeline(
     Raises:
         Problem: a folder or hub id that diffusers cannot load, or a storage whose library is not installed.
     """
+    from safetensors import SafetensorError
+
     quiet_loading()
+    demand_known_libraries(path)
     try:
-        pipeline = cls.from_pretrained(path, dtype=dtype, **kwargs)
-    except (OSError, ValueError, TypeError) as error:
+        pipeline = cls.from_pretrained(path, dtype=dtype, use_safetensors=True, **kwargs)
+    except (OSError, ValueError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
         what = f"cannot load the base model: {str(error).splitlines()[0]}"
-        raise Problem(what, where=path, remedy="give a diffusers pipeline folder or a hub id") from error
+        remedy = "give a diffusers pipeline folder or a hub id, with weights in .safetensors files"
+        raise Problem(what, where=path, remedy=remedy) from error
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(False)

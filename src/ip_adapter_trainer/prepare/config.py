@@ -39,7 +39,9 @@ class SetConfig(Part):
     prepare_text: bool = Field(
         False, description="Keep the text encoders' output for every caption too: large, and worth it for small sets."
     )
-    encode_batch_size: int = Field(8, gt=0, description="Pictures that are encoded at once while a set is prepared.")
+    encode_batch_size: int = Field(
+        8, gt=0, le=65536, description="Pictures that are encoded at once while a set is prepared."
+    )
 
 
 class PrepareConfig(SetConfig, CutConfig, FrozenConfig):

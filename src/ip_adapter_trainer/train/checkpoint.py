@@ -19,15 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ip_adapter_trainer.adapters import CARD, AdapterCard
+from ip_adapter_trainer.adapters._raw import read_raw
 from ip_adapter_trainer.core.checkpoints import MANIFEST, all_checkpoints, sha256_of, verified
+from ip_adapter_trainer.core.documents import read_json
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.staging import staged_folder
 from ip_adapter_trainer.core.storage import reason_of, refusals
+from ip_adapter_trainer.train.restored import demand_settings, demand_state
 from ip_adapter_trainer.train.tree import flatten, unflatten
 
 WEIGHTS, TENSORS, STATE = "pytorch_model.bin", "training_state.safetensors", "training_state.json"
@@ -122,23 +125,47 @@ def prune(output: Path, keep: int | None) -> None:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What a checkpoint remembers of its run, tensors left out: for a look before anything large is loaded."""
-    state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))["state"]
+    """What a checkpoint remembers of its run, tensors left out: for a look before anything large is loaded.
+
+    Raises:
+        Problem: it is no run's.
+    """
+    state: dict[str, Any] = _read_state(folder)[1]
+    demand_settings(state, folder / STATE)
     return state
+
+
+def _read_state(folder: Path) -> tuple[Any, Any]:
+    """Step and state as they lie in the file."""
+    try:
+        saved = read_json(folder / STATE)
+        return saved["step"], saved["state"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: Exception) -> Problem:
+    what = f"the checkpoint's state cannot be read: {type(error).__name__}: {error}"
+    return Problem(what, where=str(folder / STATE), remedy="resume from another checkpoint")
 
 
 def read(folder: Path) -> Saved:
     """Reads a checkpoint for resuming, hashes verified, no pickle executed.
 
     Raises:
-        Problem: no checkpoint there, or one that is damaged or was saved by the published script.
+        Problem: no checkpoint there, or one that is damaged, forged or was saved by the published script.
     """
     if not (folder / MANIFEST).exists():
         what = "this folder is no checkpoint that can be resumed"
         remedy = "give a checkpoint-N of this trainer; start from other weights with --pretrained_ip_adapter_path"
         raise Problem(what, where=str(folder), remedy=remedy)
-    if not verified(folder):
+    if not (verified(folder) and verified(folder, (WEIGHTS, CARD, TENSORS, STATE))):
         raise Problem("the checkpoint is damaged", where=str(folder), remedy="resume from an older one, or from latest")
-    saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    weights = torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True)
-    return Saved(saved["step"], weights, unflatten(load_file(folder / TENSORS), saved["state"]))
+    weights, tensors = read_raw(folder / WEIGHTS).tensors, read_raw(folder / TENSORS).tensors
+    step, skeleton = _read_state(folder)
+    try:
+        state = unflatten(tensors, skeleton)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _unreadable(folder, error) from error
+    demand_state(step, state, folder / STATE)
+    return Saved(step, weights, state)

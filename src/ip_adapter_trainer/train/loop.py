@@ -26,6 +26,7 @@ from ip_adapter_trainer.train.config import TrainConfig
 from ip_adapter_trainer.train.lean import lean
 from ip_adapter_trainer.train.outcomes import Outcome, Outcomes
 from ip_adapter_trainer.train.plan import Plan
+from ip_adapter_trainer.train.restored import demand_fits
 from ip_adapter_trainer.train.saver import Saver
 from ip_adapter_trainer.train.source import Source
 from ip_adapter_trainer.train.spikes import Spikes
@@ -86,7 +87,9 @@ class Trainer:
         state = saved.state
         accepted = guard.check(state, self.config, self.identity)
         self.accepted = [*state.get("accepted", []), *(f"at step {saved.step}: {what}" for what in accepted)]
-        self.model.adapter.load_state_dict(state["live"] if self.ema else saved.weights)
+        live = state.get("live", {}) if self.ema else saved.weights
+        demand_fits(live, self.model.adapter.state_dict(), state["optimizer"], self.optimizer.param_groups[0]["params"])
+        self.model.adapter.load_state_dict(live)
         merged = self.optimizer.state_dict() | {"state": state["optimizer"]}
         self.optimizer.load_state_dict(merged)
         if self.ema:

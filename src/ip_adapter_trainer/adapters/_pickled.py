@@ -1,0 +1,79 @@
+"""What a .bin may hold, read off its pickle's instructions before any of them is followed.
+
+`torch.load(weights_only=True)` executes no code, but it calls a few constructors with whatever arguments a file gives:
+`bytearray(10**10)`, encodings of encodings, tuples of tuples as keys. A table of tensors needs none of them.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+_MAX_PICKLE_BYTES = 64 * 2**20  # that of a whole UNet's table has 200 KB
+_LEGACY_PICKLES = 5  # magic number, version, the writer's sizes, the table, its storages; then come the bytes
+_KINDS = "Float Double Half BFloat16 Long Int Short Char Byte Bool Untyped".split()  # noqa: SIM905
+_ALLOWED = {
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor",
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+    "torch.storage UntypedStorage",
+    *(f"torch {kind}Storage" for kind in _KINDS),
+}
+_TUPLES = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
+
+
+def demand_table(path: Path, is_archive: bool) -> None:
+    """Refuses a .bin whose pickle names anything but tensors, or builds values out of shared tuples.
+
+    Args:
+        path: a file that `torch.load` would read.
+        is_archive: whether it is a zip archive, as torch writes since 1.6.
+
+    Raises:
+        pickle.UnpicklingError: it names something else.
+        ValueError: it is no such file, or a compressed archive.
+    """
+    if not is_archive:
+        with path.open("rb") as file:
+            for _ in range(_LEGACY_PICKLES):
+                _demand_plain(file)
+        return
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("its archive is compressed, which nothing that saves weights does")
+        for entry in entries:
+            if entry.filename.endswith(".pkl"):
+                if entry.file_size > _MAX_PICKLE_BYTES:
+                    raise ValueError(f"its table of tensors has {entry.file_size:,} bytes")
+                _demand_plain(io.BytesIO(archive.read(entry)))
+
+
+def _demand_plain(file: BinaryIO) -> None:
+    for name in _named(file):
+        if name not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it names {name}")
+
+
+def _named(file: BinaryIO) -> Iterator[str]:
+    """Every class and function that a pickle names; what no table of tensors needs counts as one."""
+    before, memo, tuples = "", 0, set[int]()
+    for operation, argument, _ in pickletools.genops(file):
+        if operation.name in ("GLOBAL", "INST"):
+            yield str(argument)
+        elif operation.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
+            yield operation.name
+        elif operation.name.endswith("PUT") or operation.name == "MEMOIZE":
+            memo = memo if operation.name == "MEMOIZE" else int(str(argument))
+            if before in _TUPLES:
+                tuples.add(memo)
+            memo += 1
+        elif operation.name.endswith("GET") and int(str(argument)) in tuples:
+            yield "a tuple again"
+        before = operation.name

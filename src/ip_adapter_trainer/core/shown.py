@@ -1,0 +1,52 @@
+"""What may be shown or kept of texts that hold secrets, or that strangers wrote."""
+
+from __future__ import annotations
+
+import os
+import re
+
+HIDDEN = "***"
+# Tokens by their form (Hugging Face, GitHub, OpenAI, AWS, Slack), user and password in a URL, keys in a URL's query.
+_SECRET = re.compile(
+    r"\bhf_[A-Za-z0-9]{20,}"
+    r"|\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{30,}|\bsk-[\w-]{30,}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bxox[abprs]-[\w-]{10,}"
+    r"|(?<=://)[^\s/@'\"<>]+(?=@)"
+    r"|(?<=[?&;])(?:[\w-]*(?:token|secret|password|signature|credential|key|sig))=[^\s&;'\"<>]+",
+    re.IGNORECASE,
+)
+_NAME = re.compile(r"(?:TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|ACCESS_KEY)$")  # of variables that hold a secret
+_LINE_CHARACTERS = 400
+_LEAST = 8  # letters of a variable's value; shorter ones stand in ordinary texts too
+
+
+def redacted(text: str) -> str:
+    """The text with `***` in place of whatever looks like a token or a password, or is one of the environment's.
+
+    >>> redacted("https://me:open-sesame@example.org/a?token=abc&x=1")
+    'https://***@example.org/a?***&x=1'
+    """
+    for name, value in os.environ.items():
+        if len(value) >= _LEAST and _NAME.search(name):
+            text = text.replace(value, HIDDEN)
+    return _SECRET.sub(HIDDEN, text)
+
+
+def plain(text: str) -> str:
+    """The text on one line, nothing in it that moves a terminal's cursor or colours it, and no secrets.
+
+    >>> plain("a\\nb")
+    'a\\\\nb'
+    """
+    text = redacted(text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(text: str) -> str:
+    """Words of a stranger as a line that a log can bear: as `plain`, and 400 characters at most.
+
+    What it gives it leaves as it is.
+    """
+    line = plain(text[: 2 * _LINE_CHARACTERS])
+    return line if len(line) <= _LINE_CHARACTERS else f"{line[: _LINE_CHARACTERS - 3]}..."

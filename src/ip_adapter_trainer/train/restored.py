@@ -1,0 +1,118 @@
+"""What a checkpoint must hold before a run takes it up: a folder that a stranger sent has true hashes too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.data.fingerprint import SIDE
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")  # AdamW's, and those of its 8-bit form
+_REMEDY = "resume from another checkpoint; train on from these weights with --pretrained_ip_adapter_path"
+_Count = Annotated[int, Field(ge=0, lt=2**62)]
+
+
+class _RowSums(BaseModel):
+    """See `data.fingerprint.Fingerprint.to_json`."""
+
+    model_config = ConfigDict(strict=True)
+
+    sha256: str
+    rows: _Count
+    lines: str = Field(pattern=r"^(?:[0-9a-f]{16})*$")
+    columns: str = Field(pattern=rf"^[0-9a-f]{{{16 * SIDE}}}$")
+
+
+class _Spikes(BaseModel):
+    """See `train.spikes.Spikes.state`."""
+
+    model_config = ConfigDict(strict=True)
+
+    logs: list[float]
+    is_high: bool
+
+
+class _Settings(BaseModel):
+    """What tells which run a checkpoint is of."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    config: dict[str, Any]
+    rows: str
+    row_sums: _RowSums | None = None
+    models: dict[str, str] = {}
+    images_per_step: Annotated[int, Field(gt=0)]
+
+
+class _State(_Settings):
+    """Kinds of the values that every checkpoint has; variants of the loop may add others."""
+
+    accepted: list[str] = []
+    spikes: _Spikes | None = None
+    optimizer: dict[int, dict[str, Any]]
+    scaler: dict[str, Any]
+    bad_steps: _Count = 0
+    validated: Annotated[int, Field(ge=-1)]
+    metrics_bytes: _Count
+
+
+def demand_settings(state: object, where: Path) -> None:
+    """Demands that what a state tells of its run is of the kinds that a run writes.
+
+    Raises:
+        Problem: something is missing or of another kind.
+    """
+    _demand(_Settings, state, where)
+
+
+def demand_state(step: object, state: object, where: Path) -> None:
+    """Demands that all of a state's values are of the kinds that a run writes.
+
+    Raises:
+        Problem: one that is missing or of another kind.
+    """
+    _demand(_State, state, where)
+    if type(step) is not int or not 0 <= step < 2**62:
+        raise Problem("the checkpoint's state is no run's: step", where=str(where), remedy=_REMEDY)
+
+
+def _demand(kind: type[BaseModel], state: object, where: Path) -> None:
+    try:
+        kind.model_validate(state)
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"the checkpoint's state is no run's: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise Problem(what, where=str(where), remedy=_REMEDY) from error
+
+
+def demand_fits(
+    saved: Mapping[str, Tensor], mine: Mapping[str, Tensor], moments: Mapping[int, Any], trained: Sequence[Tensor]
+) -> None:
+    """Demands a checkpoint's weights and moments to have this run's names and shapes; nothing is changed before.
+
+    Args:
+        saved: weights of the checkpoint.
+        mine: weights of this run's adapter.
+        moments: the optimizer's state of each trained parameter, by its number.
+        trained: this run's trained parameters.
+
+    Raises:
+        Problem: the first that does not fit.
+    """
+    for name in sorted(saved.keys() | mine.keys()):
+        if name not in saved or name not in mine or saved[name].shape != mine[name].shape:
+            shapes = [str(list(table[name].shape)) if name in table else "missing" for table in (saved, mine)]
+            what = f"the checkpoint does not fit this model: {name} is {shapes[0]}, expected {shapes[1]}"
+            raise Problem(what, remedy=_REMEDY)
+    for number, entries in moments.items():
+        is_known = 0 <= number < len(trained)
+        for name in _MOMENTS:
+            entry = entries.get(name)
+            if not is_known or (entry is not None and getattr(entry, "shape", None) != trained[number].shape):
+                what = f"the checkpoint's optimizer does not fit this model: {name} of parameter {number}"
+                raise Problem(what, remedy=_REMEDY)

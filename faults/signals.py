@@ -71,7 +71,7 @@ def phases(lab: Lab) -> list[Phase]:
     first = {**endless, **_many(lab), "prepare": "auto", "encode_batch_size": 1}
     preparing = {**lab.inputs, **_many(lab), "encode_batch_size": 1}
     return [
-        Phase("loading", "train", endless, lambda o, p: _says("adapter", o, p), 0.0, saves=False),
+        Phase("loading", "train", endless, lambda o, p: True, 3.0, saves=False),
         Phase("steps", "train", endless, lambda o, p: _lines(o) >= 3, 0.1),
         Phase("saving", "train", {**endless, "save_steps": 1}, lambda o, p: any(o.glob(".checkpoint-*")), 0.0),
         Phase("validation", "train", losses, lambda o, p: _lines(o) >= 2, 0.2),

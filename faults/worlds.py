@@ -25,7 +25,7 @@ def same_draws(lab: Lab) -> Iterator[Finding]:
     prepared = {"prepared_dir": place / "set"}
     code, said = lab.run("prepare", {**lab.inputs, **prepared, "random_flip": True})
     assert code == 0, said
-    kinds = {"pictures": {"dataloader_num_workers": 1}, "a prepared set": prepared}
+    kinds: dict[str, dict[str, Any]] = {"pictures": {"dataloader_num_workers": 1}, "a prepared set": prepared}
     for number, (name, more) in enumerate(kinds.items()):
         yield _compared(lab, place / str(number), name, more)
 

@@ -20,6 +20,12 @@ def test_real_runs_lose_nothing(name: str, tmp_path: Path) -> None:
     assert findings and not [f for f in findings if f.passed is False], report.table(findings)
 
 
+def test_the_documentation_shows_the_report_as_it_is() -> None:
+    root = Path(__file__).parents[2]
+    found = report.read(root / "faults" / "report.json")
+    assert found and report.table(found) in (root / "docs" / "reliability.md").read_text()
+
+
 def test_a_finding_takes_the_place_of_the_older_one(tmp_path: Path) -> None:
     file = tmp_path / "report.json"
     first, other = Finding("a fault", 3, 1, False, "before"), Finding("another", 0, 0, None, "left out")

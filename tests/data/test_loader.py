@@ -176,7 +176,7 @@ class _Stop:
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no such signal")
 def test_a_worker_that_is_stopped_with_a_batch_in_its_hands_is_replaced(tmp_path: Path) -> None:
     calm = _pairs(_take(_loader(tmp_path), 6))
-    stop = _Stop(tmp_path, calm[2][1])  # of the second batch; the first lies in the queue, and its tensors in shared
+    stop = _Stop(tmp_path, calm[4][1])  # of the third batch: the second lies in the queue, its tensors in the worker
     loader = _loader(tmp_path, preparation=stop, dataloader_num_workers=1, data_timeout_s=2)
     batches = loader.from_step(0)
     rescue = threading.Timer(20, stop.end)

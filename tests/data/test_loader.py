@@ -20,8 +20,9 @@ from torch import Tensor
 from ip_adapter_trainer.core.errors import DataProblem
 from ip_adapter_trainer.core.types import Batch
 from ip_adapter_trainer.data.faults import FaultLog
-from ip_adapter_trainer.data.loader import MAX_REPLACEMENTS, Loader, Parcel
+from ip_adapter_trainer.data.loader import Loader, Parcel
 from ip_adapter_trainer.data.order import Order
+from ip_adapter_trainer.data.pool import MAX_REPLACEMENTS
 from ip_adapter_trainer.data.reading import Preprocess
 from tests.data.rows import NO_DROPS, number_of, preprocess, training_set, write_manifest, write_pictures
 

@@ -65,7 +65,8 @@ class CutConfig(ReadConfig):
 
     resume = Resume(
         must_match="resolution center_crop random_flip aspect_ratio_buckets bucket_step_px bucket_max_aspect "
-        "prompt_crop_min_share prompt_flip prompt_pad_square"
+        "prompt_crop_min_share prompt_flip prompt_pad_square",
+        free="data_timeout_s",
     )
 
     resolution: int = Field(512, gt=0, le=16384, description="Side of the training images in pixels; a multiple of 8.")
@@ -82,6 +83,9 @@ class CutConfig(ReadConfig):
     prompt_flip: bool = Field(False, description="Mirror half of the image prompts, whatever happens to the target.")
     prompt_pad_square: bool = Field(
         False, description="Pad image prompts to a square with the alpha ground, so that the encoder crops nothing."
+    )
+    data_timeout_s: int = Field(
+        300, gt=0, description="Longest wait for a data worker in seconds; then the workers are replaced."
     )
 
     @field_validator("resolution", "bucket_step_px")
@@ -111,7 +115,7 @@ class DataConfig(CutConfig):
     resume = Resume(
         must_match="text_drop_rate image_drop_rate both_drop_rate",
         may_change="train_batch_size",
-        free="prefetch_factor data_timeout_s",
+        free="prefetch_factor",
     )
 
     train_batch_size: int = Field(8, gt=0, le=65536, description="Images per process and micro-batch.")
@@ -119,9 +123,6 @@ class DataConfig(CutConfig):
     image_drop_rate: float = Field(0.05, ge=0, le=1, description="Share of images trained without image prompt.")
     both_drop_rate: float = Field(0.05, ge=0, le=1, description="Share of images trained without either.")
     prefetch_factor: int = Field(2, gt=0, le=1024, description="Micro-batches that each data worker prepares ahead.")
-    data_timeout_s: int = Field(
-        300, gt=0, description="Longest wait for a data worker in seconds; then the workers are replaced."
-    )
 
     @model_validator(mode="after")
     def _rates(self) -> DataConfig:

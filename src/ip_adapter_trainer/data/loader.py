@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import count, islice
-from multiprocessing.process import BaseProcess
-from typing import Any
+from itertools import count
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ip_adapter_trainer.core.errors import DataProblem
-from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.types import Batch, Fault, map_tensors
 from ip_adapter_trainer.data.dataset import TrainingSet
 from ip_adapter_trainer.data.faults import FaultLog
 from ip_adapter_trainer.data.order import Order, Pair, share
+from ip_adapter_trainer.data.pool import Pool, lost
 
 Micro = Sequence[Pair]
-
-MAX_REPLACEMENTS = 3  # of the workers, at one place
-_POLL_S = 1.0
-_TIMED_OUT = "DataLoader timed out"
-_RAISED_IN_WORKER = "Caught "  # how torch begins what it hands over; all else tells of dead or hung workers
 
 
 @dataclass(frozen=True)
@@ -94,29 +84,20 @@ class Loader:
         Raises:
             DataProblem: too many faulty rows, or workers that are lost at one place again and again.
         """
-        place, losses = step * self.micro_per_step, 0
-        parcels = self._parcels(place, cautiously=False)
-        while True:
-            try:
-                parcel = next(parcels)
-            except (RuntimeError, OSError, EOFError) as error:
-                losses += 1
-                self._demand_loss_of_workers(error, place, losses)
-                parcels = self._parcels(place, cautiously=True)
-                continue
+        config = self._samples.config
+        pool = Pool(
+            dataset=_MicroBatches(self._samples),
+            keys=self._micros,
+            problem=self._lost,
+            workers=config.dataloader_num_workers,
+            ahead=config.prefetch_factor,
+            timeout_s=config.data_timeout_s,
+            pin=self._pin,
+        )
+        for parcel in pool.values(step * self.micro_per_step):
             batch = parcel.open()
             self._log.add(batch.faults)
-            place, losses = place + 1, 0
             yield batch
-
-    def _demand_loss_of_workers(self, error: Exception, place: int, losses: int) -> None:
-        """Returns if workers died or hung and may be replaced once more."""
-        if self._samples.config.dataloader_num_workers == 0 or str(error).startswith(_RAISED_IN_WORKER):
-            raise error
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        if losses > MAX_REPLACEMENTS:
-            raise self._lost(place, reason) from error
-        say(f"data workers were lost and are replaced ({losses} of {MAX_REPLACEMENTS} times here): {reason}")
 
     def _micros(self, place: int) -> Iterator[Micro]:
         """The pairs of this process's micro-batches from a place on, counted from the first step's first."""
@@ -127,84 +108,7 @@ class Loader:
             yield from micros[within:]
             within = 0
 
-    def _parcels(self, place: int, *, cautiously: bool) -> Iterator[Parcel]:
-        """Parcels from a place on; `cautiously` fetches what was under way one by one, so that blame falls rightly."""
-        workers, ahead = self._samples.config.dataloader_num_workers, self._samples.config.prefetch_factor
-        if cautiously:
-            yield from islice(self._pool(place, workers=1, ahead=1), workers * ahead)
-            place += workers * ahead
-        yield from self._pool(place, workers, ahead)
-
-    def _pool(self, place: int, workers: int, ahead: int) -> Iterator[Parcel]:
-        loader = DataLoader(
-            _MicroBatches(self._samples),
-            batch_size=None,
-            sampler=self._micros(place),
-            num_workers=workers,
-            prefetch_factor=ahead if workers else None,
-            timeout=_POLL_S if workers else 0,
-            pin_memory=self._pin,
-        )
-        with _child_signal_kept():
-            parcels: Any = iter(loader)
-        processes: list[BaseProcess] = list(parcels._workers) if workers else []
-        try:
-            while True:
-                yield _next(parcels, processes, self._samples.config.data_timeout_s)
-        finally:
-            del parcels  # torch takes leave of its workers, but waits for one that is stopped until the program's end
-            _end(processes)
-
-    def _lost(self, place: int, reason: str) -> DataProblem:
-        rows = [row for _, row in next(self._micros(place))]
-        what = f"the data workers were lost {MAX_REPLACEMENTS + 1} times over the same {len(rows)} rows ({reason})"
-        where = "; ".join(self._samples.manifest.where(row) for row in rows)
-        remedy = "try --dataloader_num_workers 0, more memory, or a manifest without these rows"
-        return DataProblem(what, where=where, remedy=remedy)
-
-
-def _next(parcels: Iterator[Parcel], workers: Sequence[BaseProcess], patience_s: float) -> Parcel:
-    """Waits in short turns, between which torch looks whether its workers are alive.
-
-    Torch's own time limit is none where a worker is stopped that has begun to hand over: it must answer to the end, or
-    be gone. So workers are ended when time is up.
-    """
-    if not workers:
-        return next(parcels)
-    is_late = threading.Event()
-
-    def end() -> None:
-        """Time is up."""
-        is_late.set()
-        _end(workers)
-
-    timer = threading.Timer(patience_s, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        while True:
-            try:
-                return next(parcels)
-            except (RuntimeError, OSError, EOFError) as error:
-                if is_late.is_set():
-                    raise TimeoutError(f"no batch in {patience_s:g} s") from error
-                if not str(error).startswith(_TIMED_OUT):
-                    raise
-    finally:
-        timer.cancel()
-
-
-def _end(workers: Sequence[BaseProcess]) -> None:
-    for worker in workers:
-        worker.kill()
-
-
-@contextmanager
-def _child_signal_kept() -> Iterator[None]:
-    """Undoes torch's SIGCHLD handler, which raises in the middle of whatever runs; the workers are polled."""
-    before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-    try:
-        yield
-    finally:
-        if before is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, before)
+    def _lost(self, micro: Micro, reason: str) -> DataProblem:
+        rows = [row for _, row in micro]
+        where = [self._samples.manifest.where(row) for row in rows]
+        return lost(f"{len(rows)} rows", where, reason)

@@ -185,7 +185,7 @@ class Job:
         log.add(self._faults_of_rows(faulty))
 
     def _read(self, reading: Reading) -> tqdm:  # type: ignore[type-arg]
-        reads = read_all(self.left, reading, self.config.dataloader_num_workers)
+        reads = read_all(self.left, reading, self.config, self.manifest.where)
         hidden = None if self.runtime.is_main else True
         return tqdm(reads, total=len(self.left), unit="images", desc=f"1 of {self.runtime.world}", disable=hidden)
 

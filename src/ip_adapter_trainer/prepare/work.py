@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ip_adapter_trainer.data.address import address
 from ip_adapter_trainer.data.config import CutConfig
 from ip_adapter_trainer.data.index import PICTURES, Record, name_key
 from ip_adapter_trainer.data.manifest import Manifest
 from ip_adapter_trainer.data.pictures import Pictures
+from ip_adapter_trainer.data.pool import Pool, lost
 from ip_adapter_trainer.data.prepared import PreparedSet
 from ip_adapter_trainer.data.reading import Preprocess, framed
 from ip_adapter_trainer.data.recipe import Recipe, View, Views
@@ -22,6 +23,7 @@ from ip_adapter_trainer.images import crop
 from ip_adapter_trainer.images.decode import PictureFault
 
 _CHUNK = 65536
+_AHEAD = 2  # pictures that each data worker reads ahead
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,24 @@ class Reading(Dataset[Read]):
         return self._preprocess(framed(picture, self._config, self._pictures)).numpy()
 
 
-def read_all(items: list[Item], reading: Reading, workers: int) -> Iterator[Read]:
-    """Every item, read by `workers` processes a few ahead, or by this one if 0."""
-    return iter(DataLoader(reading, batch_size=None, sampler=items, num_workers=workers, collate_fn=_as_it_is))  # type: ignore[arg-type]
+def read_all(items: Sequence[Item], reading: Reading, config: CutConfig, where: Callable[[int], str]) -> Iterator[Read]:
+    """Every item in order, read by data workers a few ahead, or by this process if there are none.
 
+    Args:
+        items: to read.
+        reading: reads one.
+        config: how many workers, and how long to wait for one.
+        where: a row is.
 
-def _as_it_is(read: Read) -> Read:
-    return read
+    Raises:
+        DataProblem: workers are lost over one picture again and again.
+    """
+    pool = Pool(
+        dataset=reading,
+        keys=lambda place: iter(items[place:]),
+        problem=lambda item, reason: lost(f"picture, {item.name!r}", [where(item.row)], reason),
+        workers=config.dataloader_num_workers,
+        ahead=_AHEAD,
+        timeout_s=config.data_timeout_s,
+    )
+    return pool.values()

@@ -34,6 +34,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "disk": disk.full_disks,
     "worlds": worlds.same_draws,
     "workers": workers.lost_workers,
+    "workers-prepare": workers.lost_workers_of_prepare,
     "changes": changes.other_run,
     "million": changes.one_in_a_million,
     "numbers": numbers.not_finite,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from faults.chains import SEED, differing
+from faults.files import Rows, rows_of
 from faults.lab import Finding, Lab, Process
 from ip_adapter_trainer.data.pool import MAX_REPLACEMENTS
 from ip_adapter_trainer.train.checkpoint import TENSORS, WEIGHTS
@@ -23,6 +24,8 @@ TIMEOUT_S = 2
 _GAP_S = 3.0  # at most, between one blow and the next
 _KINDS = {signal.SIGKILL: "dies", signal.SIGSTOP: "hangs"}
 _PATIENCE_S = 90.0
+_READING_S = 0.2  # in which the pictures of the lab are read
+_REPLACED = "data workers were lost and are replaced"
 _EXIT_DATA = 3
 
 
@@ -81,7 +84,7 @@ def _at_random(undisturbed: _Undisturbed, number: signal.Signals) -> Finding:
         while blows < wanted and _comes(process, rng):
             blows += _strike(rng.choice(_workers(process) or [0]), number)
         faults += undisturbed.faults(process, output)
-        runs, replaced = runs + 1, replaced + process.said.count("data workers were lost and are replaced")
+        runs, replaced = runs + 1, replaced + process.said.count(_REPLACED)
         process.kill()
     note = (
         f"workers were replaced {replaced} times in {runs} runs of {STEPS} steps; runs with other bytes: {len(faults)}"
@@ -119,6 +122,36 @@ def _again_and_again(undisturbed: _Undisturbed) -> Finding:
         f"the rows, after {longest_s:.0f} s at the longest (--data_timeout_s {TIMEOUT_S})"
     )
     return Finding("every data worker is lost", tries, len(faults), not faults, "; ".join([note, *faults[:1]]))
+
+
+def lost_workers_of_prepare(lab: Lab) -> Iterator[Finding]:
+    """A worker is killed, or stopped for good, while it reads pictures for a prepared set."""
+    place, tries = lab.place("workers-of-prepare"), lab.tries(20)
+    settings = {**lab.inputs, "dataloader_num_workers": 2, "data_timeout_s": TIMEOUT_S}
+    code, said = lab.run("prepare", {**settings, "prepared_dir": place / "calm"})
+    assert code == 0, said
+    whole, rng, faults, replaced = rows_of(place / "calm"), random.Random(SEED), list[str](), 0
+    for run in range(tries):
+        process = lab.start("prepare", {**settings, "prepared_dir": place / f"set-{run}"})
+        process.wait_until(partial(_workers, process))
+        time.sleep(rng.uniform(0, _READING_S))
+        _strike(rng.choice(_workers(process) or [0]), list(_KINDS)[run % len(_KINDS)])
+        faults += _prepared_otherwise(process, place / f"set-{run}", whole)
+        replaced += process.said.count(_REPLACED)
+        process.kill()
+    note = f"workers replaced {replaced} times in {tries} runs; sets with other rows, and runs that hang: {len(faults)}"
+    note += f"; the first: {faults[0]}" if faults else ""
+    yield Finding("a data worker of prepare dies or hangs", tries, len(faults), not faults and replaced > 0, note)
+
+
+def _prepared_otherwise(process: Process, folder: Path, whole: Rows) -> Iterator[str]:
+    try:
+        if process.wait(_PATIENCE_S):
+            yield " ".join(process.said.split())[-200:]
+        elif rows_of(folder) != whole:
+            yield "the set has other rows"
+    except TimeoutError:
+        yield "it hangs"
 
 
 def _strike(pid: int, number: signal.Signals) -> bool:

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from ip_adapter_trainer.core.errors import Problem, Stopped, did_you_mean
+from ip_adapter_trainer.core.log import patient_stderr
 from ip_adapter_trainer.core.storage import told_as_storage
 
 COMMANDS = {
@@ -125,6 +126,7 @@ RUN: dict[str, Callable[[Sequence[str]], int]] = {
 }  # fmt: skip
 
 
+@patient_stderr()
 def guarded(run: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """Runs a command and returns its exit code, every error told in three lines; `--debug` adds the traceback."""
     debug = "--debug" in argv

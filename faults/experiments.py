@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from faults import folder
+from faults import folder, gone, insist
 from faults.lab import Finding, Lab
 
 Experiment = Callable[[Lab], Iterator[Finding]]
 
 EXPERIMENTS: dict[str, Experiment] = {
     "folder": folder.two_runs,
+    "gone": gone.gone_folders,
+    "insist": insist.insisting,
 }

@@ -67,13 +67,6 @@ def test_what_goes_beyond_is_taken_back_wherever_it_is(
     assert written.path.read_text() == waiting.path.read_text() == left
 
 
-def test_a_last_line_that_was_torn_for_good_is_dropped(tmp_path: Path) -> None:
-    file = tmp_path / "lines"
-    file.write_text("first\nsec")
-    Lines(file).cut(13)
-    assert file.read_text() == "first\n"
-
-
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO])
 def test_a_disk_that_refuses_is_a_problem_of_storage(code: int) -> None:
     with pytest.raises(StorageProblem, match=os.strerror(code)) as caught, told_as_storage():

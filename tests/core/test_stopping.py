@@ -1,12 +1,11 @@
-"""Signals are kept only while there is something to save, and whoever is asked to stop, all of them stop."""
+"""Whichever process is asked to stop, all of them stop."""
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -14,54 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from ip_adapter_trainer.core import signals
 from ip_adapter_trainer.core.errors import Stopped
-from ip_adapter_trainer.core.signals import StopSignal
 from ip_adapter_trainer.core.stopping import Stopping
-
-
-class Left(BaseException):
-    """In place of the end of this process."""
-
-
-@pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[StopSignal]:
-    def leave(code: int) -> None:
-        raise Left(code)
-
-    monkeypatch.setattr(signals.os, "_exit", leave)
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    with StopSignal() as stop:
-        yield stop
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
-def test_before_anything_is_at_stake_a_signal_leaves_at_once(
-    watched: StopSignal, number: signal.Signals, code: int
-) -> None:
-    with pytest.raises(Left, match=str(code)):
-        signal.raise_signal(number)
-    with watched.noted():
-        signal.raise_signal(number)
-    assert watched.asked == number
-
-
-def test_an_echo_is_no_second_signal(watched: StopSignal, monkeypatch: pytest.MonkeyPatch) -> None:
-    with watched.noted():
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGTERM)
-        assert watched.asked == signal.SIGINT
-        monkeypatch.setattr(signals, "ECHO_S", -1.0)
-        with pytest.raises(Left, match="143"):
-            signal.raise_signal(signal.SIGTERM)
-
-
-def test_a_process_whose_launcher_is_gone_stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    stop = StopSignal()
-    assert stop.asked is None
-    monkeypatch.setattr(os, "getppid", lambda: 1)
-    assert stop.asked == signal.SIGTERM
 
 
 class Group:

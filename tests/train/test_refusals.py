@@ -1,4 +1,4 @@
-"""A checkpoint that the disk refused is tried again, and no save ends a run."""
+"""What a disk refuses in the middle of a write ends no run, and a stop that was not saved is not told as saved."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ import torch
 
 from ip_adapter_trainer.core.checkpoints import all_checkpoints
 from ip_adapter_trainer.core.errors import Stopped, StorageProblem
-from ip_adapter_trainer.train import checkpoint, saver, validate
-from ip_adapter_trainer.train.saver import Saver
+from ip_adapter_trainer.train import checkpoint, validate
 from ip_adapter_trainer.train.validate import Validator
 
 
@@ -57,66 +56,6 @@ def test_a_disk_that_fills_up_during_a_write_leaves_no_checkpoint(tmp_path: Path
 
 def test_a_folder_that_vanished_is_made_again(tmp_path: Path) -> None:
     assert checkpoint.write(tmp_path / "gone", snapshot(1)).exists()
-
-
-class Disk:
-    """Refuses so many writes."""
-
-    def __init__(self, refusals: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.refusals, self.steps = refusals, list[int]()
-        monkeypatch.setattr(checkpoint, "write", self._write)
-        monkeypatch.setattr(saver, "RETRY_S", -1.0)
-
-    def _write(self, output: Path, taken: checkpoint.Snapshot) -> None:
-        self.steps.append(taken.step)
-        if len(self.steps) <= self.refusals:
-            raise StorageProblem("full")
-
-
-def settled(one: Saver) -> None:
-    """A look once nothing is under way."""
-    under_way = one._under_way
-    if under_way is not None:
-        under_way.exception()
-    one.check()
-
-
-def test_what_was_refused_is_told_once_and_tried_until_it_is_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    disk, one = Disk(2, monkeypatch), Saver(tmp_path, None)
-    one.start(snapshot(5))
-    with pytest.raises(StorageProblem):
-        settled(one)
-    for _ in range(8):
-        settled(one)
-    assert disk.steps == [5, 5, 5] and capsys.readouterr().err.count("checkpoint-5 is saved after all") == 1
-
-
-def test_a_newer_one_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    disk, one = Disk(1, monkeypatch), Saver(tmp_path, None)
-    one.start(snapshot(5))
-    with pytest.raises(StorageProblem):
-        one.settle()
-    one.start(snapshot(6))
-    for _ in range(4):
-        settled(one)
-    one.finish()
-    assert disk.steps == [5, 6]
-
-
-@pytest.mark.parametrize(("refusals", "fails"), [(1, False), (2, True)])
-def test_at_the_end_it_is_tried_a_last_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusals: int, fails: bool
-) -> None:
-    disk, one = Disk(refusals, monkeypatch), Saver(tmp_path, None)
-    one.start(snapshot(9))
-    if fails:
-        with pytest.raises(StorageProblem):
-            one.finish()
-    else:
-        one.finish()
-    assert disk.steps == [9, 9]
 
 
 def test_what_is_not_removed_does_not_end_the_run(

@@ -12,16 +12,20 @@ from pathlib import Path
 from faults.lab import Finding, Lab, Process
 from ip_adapter_trainer.core.checkpoints import newest, verified
 
-STEPS = 40
+STEPS = 200  # more than pass while the folder is read-only
+_PATIENCE_S = 5.0
 _EXIT_STORAGE = 4
 
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[bool]:
     """A folder that refuses every new write while open files stay as they are; False where none may be mounted."""
-    bound = _mount("--bind", folder, folder) and _mount("-o", "remount,bind,ro", folder)
+    bound = _mount("--bind", folder, folder)
+    end = time.monotonic() + _PATIENCE_S
+    while bound and not (refuses := _mount("-o", "remount,bind,ro", folder)) and time.monotonic() < end:
+        time.sleep(0.01)  # a file is being written through it
     try:
-        yield bound
+        yield bound and refuses
     finally:
         if bound:
             subprocess.run(["umount", "--lazy", str(folder)], check=True)

@@ -16,7 +16,9 @@ import torch
 
 from ip_adapter_trainer.core.checkpoints import all_checkpoints
 from ip_adapter_trainer.core.errors import Stopped, StorageProblem
+from ip_adapter_trainer.core.lines import Lines
 from ip_adapter_trainer.train import checkpoint, validate
+from ip_adapter_trainer.train.saver import Saver
 from ip_adapter_trainer.train.validate import Validator
 
 
@@ -121,3 +123,24 @@ def test_a_grid_that_is_not_saved_does_not_end_the_run(
     output = run(tmp_path / "out", max_train_steps=1, grid_rows=1)
     assert "the grid was not saved: No space left" in capsys.readouterr().err
     assert not list((output / "grids").iterdir()) and len(all_checkpoints(output)) == 1
+
+
+def test_metrics_that_a_disk_refused_to_the_end_are_written_when_the_last_save_is(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, write, finish = [True], Lines._write, Saver.finish
+
+    def refuse(self: Lines) -> None:
+        if full[0]:
+            raise OSError(28, os.strerror(28))
+        write(self)
+
+    def make_room(self: Saver) -> None:
+        full[0] = False
+        finish(self)
+
+    monkeypatch.setattr(Lines, "_write", refuse)
+    monkeypatch.setattr(Saver, "finish", make_room)
+    output = run(tmp_path / "out", max_train_steps=2)
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "lr" in row] == [1, 2]

@@ -16,10 +16,11 @@ from ip_adapter_trainer.core.checkpoints import newest, verified
 from ip_adapter_trainer.train.saver import RETRY_S
 
 _MIDDLE_BYTES = 2**20  # of a checkpoint's larger file
-_SAVE_STEPS = 100  # more than pass while a refused save is tried again
+_SAVE_STEPS = 30  # more than pass while a refused save is tried again
 _ENDLESS = 100_000
 _BROKEN = 3  # pictures, while nothing can be written
 _REFUSED_S = 8.0  # more than a pass over the rows
+_GRACE_STEPS = 20  # with room again, for lines that waited
 _STOPPED = 128 + signal.SIGTERM
 
 
@@ -91,7 +92,8 @@ def _one_broken_save(lab: Lab) -> Iterator[str]:
     _limit(process, -1)
     time.sleep(RETRY_S)
     process.send(signal.SIGCONT)
-    process.wait_until(lambda: f"{refused.name} is saved after all" in process.said or len(_steps(output)) > 1000)
+    told = partial(_says, f"{refused.name} is saved after all", process)
+    process.wait_until(lambda: told() or len(_steps(output)) > 4 * _SAVE_STEPS)
     if not (refused.exists() and verified(refused)):
         yield f"{refused.name} was not tried again"
     yield from _stops_whole(output, process)
@@ -128,8 +130,11 @@ def _one_without_writes(lab: Lab, passed: list[int]) -> Iterator[str]:
         yield "something was written"
     _limit(process, -1)
     process.wait_until(lambda: len(_steps(output)) > before + 1)
-    passed.append(len(_steps(output)) - before)
-    process.wait_until(lambda: all(path.name in _listed(output) for path in broken) or _passes(output, before) > 4)
+    back = len(_steps(output))
+    passed.append(back - before)
+    process.wait_until(
+        lambda: all(path.name in _listed(output) for path in broken) or len(_steps(output)) > back + _GRACE_STEPS
+    )
     if missing := [path.name for path in broken if path.name not in _listed(output)]:
         yield f"{missing[0]} is not in faults.jsonl"
     yield from _stops_whole(output, process)
@@ -138,8 +143,3 @@ def _one_without_writes(lab: Lab, passed: list[int]) -> Iterator[str]:
 def _listed(output: Path) -> str:
     file = output / "faults.jsonl"
     return file.read_text() if file.exists() else ""
-
-
-def _passes(output: Path, before: int) -> float:
-    """Over the rows, since a step."""
-    return (len(_steps(output)) - before) / 12

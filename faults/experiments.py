@@ -9,6 +9,8 @@ from faults import (
     disk,
     files,
     folder,
+    gone,
+    insist,
     kills,
     numbers,
     paths,
@@ -18,6 +20,7 @@ from faults import (
     strangers,
     workers,
     worlds,
+    writes,
 )
 from faults.lab import Finding, Lab
 
@@ -31,7 +34,10 @@ EXPERIMENTS: dict[str, Experiment] = {
     "kills-export": files.exporting,
     "signals": signals.each_phase,
     "signals-launched": signals.launched,
+    "insist": insist.insisting,
+    "gone": gone.gone_folders,
     "disk": disk.full_disks,
+    "writes": writes.refused_writes,
     "worlds": worlds.same_draws,
     "workers": workers.lost_workers,
     "workers-prepare": workers.lost_workers_of_prepare,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from ip_adapter_trainer.core.early import demand_free
 from ip_adapter_trainer.core.errors import Problem, Stopped, did_you_mean
+from ip_adapter_trainer.core.log import patient_stderr
 from ip_adapter_trainer.core.shown import redacted
 from ip_adapter_trainer.core.storage import told_as_storage
 
@@ -129,6 +130,7 @@ RUN: dict[str, Callable[[Sequence[str]], int]] = {
 }  # fmt: skip
 
 
+@patient_stderr()
 def guarded(run: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """Runs a command and returns its exit code, every error told in three lines; `--debug` adds the traceback."""
     from ip_adapter_trainer.core.settings import demand_no_secrets

@@ -42,6 +42,18 @@ def test_rate_zero_stops_at_the_first(tmp_path: Path) -> None:
         FaultLog(tmp_path, 10**6, 0.0).add([_fault(1)])
 
 
+def test_faults_that_a_disk_refused_are_written_when_it_takes_them_though_no_other_follows(tmp_path: Path) -> None:
+    log, folder = FaultLog(tmp_path / "run", 300, 0.01), tmp_path / "run"
+    folder.touch()  # in the way
+    log.add([_fault(1), _fault(2)])
+    folder.unlink()
+    log.add(())
+    lines = (folder / FILE_NAME).read_text().splitlines()
+    assert [json.loads(line)["where"] for line in lines] == ["data.json, element 1", "data.json, element 2"]
+    log.add(())
+    assert len((folder / FILE_NAME).read_text().splitlines()) == 2
+
+
 def test_a_resumed_run_counts_on(tmp_path: Path) -> None:
     FaultLog(tmp_path, 200, 0.01).add([_fault(1), _fault(2)])
     with (tmp_path / FILE_NAME).open("a") as file:

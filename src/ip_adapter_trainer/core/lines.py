@@ -23,7 +23,12 @@ class Lines:
         self._is_midway = False  # in a line of its own
 
     def add(self, lines: str) -> None:
-        """Appends lines, each with its end; one write where the disk takes them, as processes may share the file."""
+        """Appends lines, each with its end; one write where the disk takes them, as processes may share the file.
+
+        Without new ones, those that wait are tried again.
+        """
+        if not lines and not self._left:
+            return
         was_refused, self._left = bool(self._left), self._left + lines.encode()
         try:
             self._write()

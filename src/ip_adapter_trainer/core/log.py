@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
+from typing import Any
 
 from ip_adapter_trainer.core.shown import redacted
 
@@ -16,6 +20,26 @@ def say(line: str) -> None:
     """Prints a line from the first process only."""
     if os.environ.get("RANK", "0") == "0":
         print(redacted(line), file=sys.stderr, flush=True)
+
+
+class _Patient(io.FileIO):
+    def write(self, data: Any) -> int:
+        """Drops what is refused."""
+        with suppress(OSError):
+            super().write(data)
+        return len(data)
+
+
+@contextmanager
+def patient_stderr() -> Iterator[None]:
+    """In this block, what standard error does not take is dropped: a log on a full disk, the pipe of a launcher that
+    is gone. Otherwise a progress bar would end the run, and what is left in a buffer would change the exit code."""
+    if sys.stderr is not sys.__stderr__:  # someone else's, not the system's
+        yield
+        return
+    raw: Any = _Patient(2, "w", closefd=False)  # typed as raw, which wrappers take
+    with redirect_stderr(io.TextIOWrapper(raw, "utf-8", "backslashreplace", write_through=True)):
+        yield
 
 
 def quiet_loading() -> None:

@@ -48,18 +48,17 @@ class FaultLog:
         return Counter(fault.kind for fault in self._seen)
 
     def add(self, faults: Iterable[Fault]) -> None:
-        """Notes faults; those already noted change nothing.
+        """Notes faults; those already noted change nothing, and what the disk refused earlier is tried again.
 
         Raises:
             DataProblem: more rows are faulty than `max_fault_rate` allows.
         """
         fresh = [fault for fault in dict.fromkeys(faults) if fault not in self._seen]
-        if not fresh:
-            return
         self._seen |= dict.fromkeys(fresh)
         self._places |= {fault.where for fault in fresh}
         self._lines.add("".join(json.dumps(asdict(fault)) + "\n" for fault in fresh))
-        self.demand_limit()
+        if fresh:
+            self.demand_limit()
 
     def demand_limit(self) -> None:
         """Demands that the faults noted so far, by whichever process, are not too many.

@@ -117,8 +117,9 @@ class Track:
             self._lines.cut(metrics_bytes)
 
     def close(self) -> None:
-        """Ends the bar and the trackers."""
+        """Ends the bar and the trackers; lines that wait for room are tried a last time."""
         self.flush()
+        self._lines.add("")
         self._bar.close()
         self._trackers.close()
         self._runtime.accelerator.end_training()

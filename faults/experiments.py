@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from faults import folder, strangers
+from faults import folder, strangers, written
 from faults.lab import Finding, Lab
 
 Experiment = Callable[[Lab], Iterator[Finding]]
@@ -14,4 +14,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     "pickles": strangers.pickled,
     "forged": strangers.forged,
     "configs": strangers.configs,
+    "flips": written.flips,
+    "own_pickles": written.own_pickles,
+    "markup": written.markup,
+    "secrets": written.secrets,
 }

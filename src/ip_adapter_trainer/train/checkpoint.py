@@ -130,6 +130,7 @@ def read(folder: Path) -> Saved:
         raise Problem(what, where=str(folder), remedy=remedy)
     if not (verified(folder) and verified(folder, (WEIGHTS, CARD, TENSORS, STATE))):
         raise Problem("the checkpoint is damaged", where=str(folder), remedy="resume from an older one, or from latest")
+    AdapterCard.read(folder / CARD)  # who is handed this folder reads it
     weights, tensors = read_raw(folder / WEIGHTS).tensors, read_raw(folder / TENSORS).tensors
     try:
         saved = read_json(folder / STATE)

@@ -19,7 +19,7 @@ TOKEN, PASSWORD, OTHER = "hf_" + "fauLtLab7" * 4, "open-sesame-42", "a-key-of-no
 MARKUP = "<script>alert(1)</script>"
 NAME = "<img src=x onerror=alert(1)>.png"
 SCREEN = "\x1b[2J\x1b]0;owned\x07"  # wipes a terminal and renames its window
-_PLAIN = {".json", ".jsonl", ".yaml", ".png", ".safetensors", ".lock"}
+_PLAIN = {".json", ".jsonl", ".yaml", ".yml", ".png", ".safetensors"}
 
 
 def flips(lab: Lab) -> Iterator[Finding]:
@@ -89,7 +89,8 @@ def _is_plain(path: Path) -> bool:
         return zipfile.is_zipfile(path)
     if path.name.startswith("events.out.tfevents"):  # of TensorBoard, protocol buffers
         return not zipfile.is_zipfile(path) and head[:1] != b"\x80"
-    return path.suffix in _PLAIN and head[:1] != b"\x80" and not zipfile.is_zipfile(path)
+    is_known = path.suffix in _PLAIN or (path.name == ".lock" and not head)
+    return is_known and head[:1] != b"\x80" and not zipfile.is_zipfile(path)
 
 
 def _told(wrong: list[str]) -> str:
@@ -159,8 +160,8 @@ def secrets(lab: Lab) -> Iterator[Finding]:
     (folder / "settings.yaml").unlink()
     (folder / "rows.json").unlink()
     files = [path for path in folder.rglob("*") if path.is_file()]
-    kept = {path.name: path.read_bytes() for path in files}
-    kept |= {f"what {leaks[number][0]} said": said.encode() for number, said in enumerate(shown)}
+    kept = {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    kept |= {f"what {leaks[number][0]} {number} said": said.encode() for number, said in enumerate(shown)}
     found = [name for name, text in kept.items() if any(s.encode() in text for s in (TOKEN, PASSWORD, OTHER))]
     note = f"{len(leaks)} commands with secrets in environment, flags, settings and rows; {len(files)} files"
     note += f" and all that was said: {len(found)} hold one{_told(found + wrong)}"

@@ -135,7 +135,7 @@ def read(folder: Path) -> Saved:
     try:
         saved = read_json(folder / STATE)
         step, state = saved["step"], unflatten(tensors, saved["state"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         what = f"the checkpoint's state cannot be read: {type(error).__name__}: {error}"
         raise Problem(what, where=str(folder / STATE), remedy="resume from another checkpoint") from error
     demand_state(step, state, folder / STATE)

@@ -6,6 +6,7 @@ Guided by coverage where atheris is installed (`pip install atheris`), else by s
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
 import resource
 import signal
@@ -16,15 +17,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tyro
 
-if TYPE_CHECKING:
-    from faults.readers import Target
-
 LIMIT_S = 10.0  # for one case
-LIMIT_MB = 256.0  # over the memory before the first case
+LIMIT_MB = 64.0  # more than was ever held before
 _CAP_BYTES = 12 * 2**30
 
 
@@ -33,15 +31,14 @@ class Find(Exception):
 
 
 class Fuzz:
-    """Cases so far, and the memory before the first of them."""
+    """The targets, and how many cases each has had."""
 
     def __init__(self, folder: Path) -> None:
         from faults.readers import targets
 
-        self.targets: dict[str, Target] = targets(folder)
+        self.folder, self.targets = folder, targets(folder)
         self.refused = dict.fromkeys(self.targets, 0)
         self.cases = dict.fromkeys(self.targets, 0)
-        self._base_mb = _held_mb()
 
     def case(self, name: str, content: bytes) -> None:
         """Has a target read bytes.
@@ -52,6 +49,7 @@ class Fuzz:
         from ip_adapter_trainer.core.errors import Problem
 
         self.cases[name] += 1
+        before_mb = _held_mb()
         try:
             with _time_limit():
                 self.targets[name].read(content)
@@ -59,8 +57,8 @@ class Fuzz:
             self.refused[name] += 1
         except Exception as error:
             raise Find(f"{name}: {type(error).__name__}: {str(error)[:200]}; {content[:300]!r}") from error
-        if _held_mb() - self._base_mb > LIMIT_MB:
-            raise Find(f"{name}: {_held_mb() - self._base_mb:.0f} MB more; {content[:300]!r}")
+        if _held_mb() - before_mb > LIMIT_MB:
+            raise Find(f"{name}: {_held_mb() - before_mb:.0f} MB more; {content[:300]!r}")
 
     def table(self) -> str:
         """What was done, a line a target."""
@@ -98,23 +96,29 @@ def seeded(fuzz: Fuzz, cases: int, seed: int) -> list[str]:
     return list(finds.values())
 
 
-def guided(fuzz: Fuzz, cases: int, seed: int, folder: Path) -> None:
-    """Lets atheris choose the bytes by what they reach; it ends the program, at the first find with an error."""
+def guided(folder: Path, cases: int, seed: int) -> None:
+    """Lets atheris choose the bytes by what they reach; it ends the process, at the first find with an error."""
     import atheris
 
+    modules: Any = ["ip_adapter_trainer.adapters", "ip_adapter_trainer.core", "ip_adapter_trainer.data"]
+    with atheris.instrument_imports(include=modules):  # before anything else imports them
+        import faults.readers  # noqa: F401
+    fuzz, seeds, runs = Fuzz(folder), folder / "seeds", 0
+    seeds.mkdir()
     names = list(fuzz.targets)
     for number, name in enumerate(names):
-        (folder / f"seed-{number}").write_bytes(bytes([number]) + fuzz.targets[name].seed)
+        (seeds / f"seed-{number}").write_bytes(bytes([number]) + fuzz.targets[name].seed)
 
     def one(content: bytes) -> None:
+        nonlocal runs
+        runs += 1
         if content:
             fuzz.case(names[content[0] % len(names)], content[1:])
-        if sum(fuzz.cases.values()) == cases:
+        if runs == cases:
             print(fuzz.table(), flush=True)
 
-    atheris.Setup(
-        [sys.argv[0], f"-runs={cases}", f"-seed={seed + 1}", "-max_len=20000", "-rss_limit_mb=0", str(folder)], one
-    )
+    options = [f"-runs={cases}", f"-seed={seed + 1}", "-max_len=20000", "-rss_limit_mb=0", "-verbosity=0"]
+    atheris.Setup([sys.argv[0], *options, str(seeds)], one)
     atheris.Fuzz()
 
 
@@ -127,29 +131,21 @@ def main(cases: int = 100_000, seed: int = 0, coverage: bool = importlib.util.fi
         coverage: guided by atheris.
     """
     resource.setrlimit(resource.RLIMIT_AS, (_CAP_BYTES, _CAP_BYTES))
-    began = time.monotonic()
-    memory = Path("/dev/shm")
+    began, memory = time.monotonic(), Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name:
         folder = Path(name)
         if coverage:
-            _instrument()
+            child = os.fork()  # which atheris ends
+            if child == 0:
+                guided(folder, cases, seed)
+            found = int(os.waitpid(child, 0)[1] != 0)
+            print(f"{cases:,} cases guided by coverage in {time.monotonic() - began:.0f} s, {found} finds")
+            return found
         fuzz = Fuzz(folder)
-        if coverage:
-            (folder / "seeds").mkdir()
-            guided(fuzz, cases, seed, folder / "seeds")
         finds = seeded(fuzz, cases, seed)
     print(fuzz.table())
     print(f"{cases:,} cases in {time.monotonic() - began:.0f} s, {len(finds)} finds", *finds, sep="\n")
     return 1 if finds else 0
-
-
-def _instrument() -> None:
-    """Has atheris see which lines of the readers run; it must be there before they are imported."""
-    import atheris
-
-    modules: Any = ["ip_adapter_trainer.adapters", "ip_adapter_trainer.core", "ip_adapter_trainer.data"]
-    with atheris.instrument_imports(include=modules):
-        import faults.readers  # noqa: F401
 
 
 if __name__ == "__main__":

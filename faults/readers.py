@@ -14,7 +14,7 @@ from faults.corpus import documents, mutate, tensors
 from faults.corpus.mutate import Mutation
 from ip_adapter_trainer.adapters import AdapterCard, read_adapter, write_adapter
 from ip_adapter_trainer.config import check_keys, compose, read_yaml
-from ip_adapter_trainer.core.checkpoints import verified
+from ip_adapter_trainer.core.checkpoints import MANIFEST, verified
 from ip_adapter_trainer.data.config import CheckConfig
 from ip_adapter_trainer.data.index import PICTURES, PictureIndex, Record, name_key
 from ip_adapter_trainer.data.manifest import read_manifest
@@ -138,7 +138,7 @@ def _checkpoint(folder: Path, weights: dict[str, dict[str, torch.Tensor]], card:
         def read(content: bytes) -> None:
             path.write_bytes(content)
             try:
-                if name == documents.MANIFEST:
+                if name == MANIFEST:
                     verified(home)
                 else:
                     documents.sign(home)
@@ -152,7 +152,7 @@ def _checkpoint(folder: Path, weights: dict[str, dict[str, torch.Tensor]], card:
 
     kinds = {
         documents.WEIGHTS: (mutate.of_bytes,), documents.TENSORS: (mutate.of_bytes, mutate.of_tensors),
-        documents.STATE: (mutate.of_bytes, mutate.of_json), documents.MANIFEST: (mutate.of_bytes, mutate.of_json),
+        documents.STATE: (mutate.of_bytes, mutate.of_json), MANIFEST: (mutate.of_bytes, mutate.of_json),
     }  # fmt: skip
     return {name: Target(reader(name), (home / name).read_bytes(), how) for name, how in kinds.items()}
 

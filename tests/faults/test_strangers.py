@@ -122,7 +122,10 @@ def load_base(path: str) -> None:
     family.load(path, family.Config(), dtype=torch.float32, device="cpu")
 
 
-def test_no_base_model_of_a_stranger_is_loaded(base_folder: Callable, tmp_path: Path, marker: Path) -> None:
+def test_no_base_model_of_a_stranger_is_loaded(
+    base_folder: Callable, tmp_path: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
     taken: list[str] = []
     payload = pickles.archive(pickles.payloads(marker)["os.system"])
     for name, damage in models.pipelines(payload, marker):

@@ -141,7 +141,8 @@ class Tally:
 
     def finding(self, fault: str, done: str) -> Finding:
         """The finding, with the memory at the worst."""
-        note = f"{done}; {max(0.0, self.worst_mb):.0f} MB over a good file at the most (limit {LIMIT_MB:.0f}){self.first}"
+        worst_mb = max(0.0, self.worst_mb)
+        note = f"{done}; {worst_mb:.0f} MB over a good file at the most (limit {LIMIT_MB:.0f}){self.first}"
         return Finding(fault, self.tries, self.lost, not self.lost, note.replace("|", "/").replace("\n", " "))
 
 

@@ -18,6 +18,7 @@ from faults.fuzz import Fuzz
 from faults.lab import Lab
 from faults.peak import peak_mb
 from ip_adapter_trainer.adapters import read_adapter
+from ip_adapter_trainer.adapters._raw import read_raw
 from ip_adapter_trainer.cli import RUN, guarded
 from ip_adapter_trainer.config import parse_train
 from ip_adapter_trainer.core.errors import Problem
@@ -79,6 +80,15 @@ def test_no_adapter_file_of_a_stranger_is_taken(fuzz: Fuzz, tmp_path: Path, mark
         if name not in LARGE and not refused(lambda path=path: (examine(path), read_adapter(path).config())):
             taken.append(name)
     assert not taken
+
+
+def test_archives_that_two_readers_read_differently_are_not_opened(tmp_path: Path) -> None:
+    path, opened = tmp_path / "a.bin", []
+    for name, content in pickles.bombs():
+        path.write_bytes(content)
+        if name.startswith("a bytearray") and not refused(lambda: read_raw(path)):  # once read, it is an empty table
+            opened.append(name)
+    assert not opened
 
 
 def test_no_checkpoint_of_a_stranger_is_taken_up(fuzz: Fuzz, tmp_path: Path, marker: Path) -> None:

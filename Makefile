@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test slow coverage audit bench bench-gpu faults clean
+.PHONY: demo test slow coverage audit bench bench-gpu faults fuzz clean
 
 demo: $(STAMP)
 	$(BIN)/ip-adapter demo --output_dir demo
@@ -42,6 +42,10 @@ bench-gpu: $(STAMP)
 # Real runs, killed, stopped, filled up and fed with hostile files, into faults/report.json (about an hour).
 faults: $(STAMP)
 	$(BIN)/python -m faults
+
+# Mutated files for the readers of our own formats, guided by coverage where atheris is installed (minutes).
+fuzz: $(STAMP)
+	$(BIN)/python -m faults.fuzz --cases 200000
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

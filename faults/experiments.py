@@ -21,6 +21,7 @@ from faults import (
     workers,
     worlds,
     writes,
+    written,
 )
 from faults.lab import Finding, Lab
 
@@ -55,4 +56,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     "pickles": strangers.pickled,
     "forged": strangers.forged,
     "configs": strangers.configs,
+    "flips-checkpoint": written.flips,
+    "own-pickles": written.own_pickles,
+    "markup": written.markup,
+    "secrets": written.secrets,
 }

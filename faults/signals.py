@@ -145,7 +145,7 @@ def each_phase(lab: Lab) -> Iterator[Finding]:
 def launched(lab: Lab) -> Iterator[Finding]:
     """Two processes under `accelerate launch`: a signal to the launcher, or to all at once as a terminal sends it."""
     tally = Tally()
-    for phase in [phase for phase in phases(lab) if phase.saves]:
+    for phase in phases(lab):
         for number, group in ((signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True)):
             _stop(lab, phase, number, tally, 2, group=group)
-    yield tally.finding("SIGTERM, SIGINT, two processes", "in steps, saving, validation and grids; every step is saved")
+    yield tally.finding("SIGTERM, SIGINT, two processes", "in every phase, preparing included; every step is saved")

@@ -52,6 +52,7 @@ def settings(marker: Path) -> Iterator[tuple[str, str]]:
     yield "a key that is no name", "[1, 2]: 3"
     yield "a number for a key", "1: 2"
     yield "a flag in a list", f"adapter_layers: [all, --tyro-write-completion, bash, {marker}]"
+    yield "a setting in a list", "adapter_layers: [all, --seed=7]"
     yield "a short flag in a list", f"adapter_layers: [all, -o, {marker}]"
     yield "a dotted path for a class", "variant: os.system"
     yield "a path for a family", "family: ../../etc"
@@ -95,7 +96,7 @@ def checkpoints(payload: bytes) -> Iterator[tuple[str, Damage]]:
     yield "weights that the manifest passes over", _entry(WEIGHTS, None)
     yield "state that the manifest passes over", _entry(STATE, None)
     yield "a manifest that names a device", _entry("/dev/zero", {"sha256": "0", "bytes": 0})
-    yield "a manifest that names another folder", _entry("../config.yaml", {"sha256": "0", "bytes": 0})
+    yield "a manifest that names another folder", _outside
     yield "a manifest nested 100,000 deep", lambda f: (f / MANIFEST).write_text("[" * 100_000)
     yield "a manifest of a list", lambda f: (f / MANIFEST).write_text("[]")
     yield "an empty manifest", lambda f: (f / MANIFEST).write_text("{}")
@@ -138,6 +139,13 @@ def _entry(name: str, entry: dict[str, Any] | None) -> Damage:
         (folder / MANIFEST).write_text(json.dumps(entries if entry is None else {**entries, name: entry}))
 
     return done
+
+
+def _outside(folder: Path) -> None:
+    """True size and hash, of a file that is none of the checkpoint's."""
+    beside = folder.parent / "beside.txt"
+    beside.write_bytes(b"x")
+    _entry(f"../{beside.name}", {"sha256": sha256_of(beside), "bytes": 1})(folder)
 
 
 def _state(change: Callable[[dict[str, Any]], object]) -> Damage:

@@ -68,8 +68,9 @@ def _json(name: str, **values: Any) -> Damage:
 
 
 def _module(folder: Path, marker: Path, name: str, **values: Any) -> None:
+    """Code in the model's folder, and where the command runs, from where Python imports."""
     code = f"open({str(marker)!r}, 'w').close()\nclass UNet: pass\nModel = UNet\n"
-    for place in (folder, folder.parent):
+    for place in (folder, folder.parent.parent):
         (place / f"{MODULE}.py").write_text(code)
     _json(name, **values)(folder)
 

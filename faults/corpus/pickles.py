@@ -103,6 +103,9 @@ def bombs() -> Iterator[tuple[str, bytes]]:
     text = b"c_codecs\nencode\nX" + struct.pack("<I", 2**20) + b"a" * 2**20 + b"X\x06\0\0\0utf-32\x86R"
     for _ in range(11):
         text = b"c_codecs\nencode\n" + text + b"X\x09\0\0\0hex_codec\x86R"
+    quarter = archive(_call("builtins bytearray", _int(GIB // 4)))
+    yield "a bytearray under DATA.PKL", quarter.replace(b"data.pkl", b"DATA.PKL")
+    yield "a bytearray in another directory", _behind(quarter)
     yield "encodings of encodings", archive(b"\x80\x02" + text + b".")
     yield "tuples of tuples as a key", archive(_tuples(60))
     yield "tables that share tables", archive(_shared(9, 40))
@@ -116,7 +119,21 @@ def bombs() -> Iterator[tuple[str, bytes]]:
     yield "a negative stride", archive(_tensor(1024, (8, 8), (-8, 1)))
     yield "an offset beyond", archive(_tensor(1024, (8, 8), (8, 1), offset=2**40))
     yield "a tensor of 8 GB made by Tensor", archive(_call("torch Tensor", _int(2 * GIB)))
-    yield "an archive that unpacks to 1 GB", compressed(b"\x80\x02X" + struct.pack("<I", GIB) + bytes(GIB) + b".")
+    size = 160 * 2**20
+    yield "an archive that unpacks to 160 MB", compressed(b"\x80\x02X" + struct.pack("<I", size) + bytes(size) + b".")
+
+
+def _behind(bomb: bytes) -> bytes:
+    """An archive that torch reads as `bomb`, and Python as a harmless one whose directory stands behind it."""
+    length, begin = struct.unpack("<2L", bomb[-10:-2])
+    harmless = archive(pickle.dumps({}, 2))
+    start = struct.unpack("<L", harmless[-6:-2])[0]
+    listed, entry = bytearray(harmless[start:-22]), 0
+    while entry < length:
+        (place,) = struct.unpack_from("<L", listed, entry + 42)
+        struct.pack_into("<L", listed, entry + 42, place + begin - start)  # Python adds what it takes for a prefix
+        entry += 46 + sum(struct.unpack_from("<3H", listed, entry + 28))
+    return bomb[:-22] + harmless[:start] + bytes(listed) + bomb[-22:]
 
 
 def _int(number: int) -> bytes:

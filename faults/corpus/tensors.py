@@ -101,7 +101,10 @@ def misfits(good: File) -> Iterator[tuple[str, bytes]]:
     yield "a layer too many", File({**names, "ip_adapter.99.to_k_ip.weight": empty}, body).packed()
     yield "a projector that holds nothing", File({**names, "image_proj.more.weight": empty}, body).packed()
     yield "a projector without its norm", good.renamed("image_proj.norm.weight", "image_proj.norm.height")
-    yield "a name with and without a wrapper", File({**names, f"module.{PROJECTION}": empty}, body).packed()
+    begin, end = names[PROJECTION]["data_offsets"]
+    twin = {**names[PROJECTION], "data_offsets": [len(body), len(body) + end - begin]}
+    twins = File({**names, f"module.{PROJECTION}": twin}, body + body[begin:end])
+    yield "a name with and without a wrapper", twins.packed()
     whole = [len(body), len(body) + 4]
     scalar = {"dtype": "F32", "shape": [], "data_offsets": whole}
     yield (

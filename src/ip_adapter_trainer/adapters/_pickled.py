@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
+import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ _ALLOWED = {
     *(f"torch {kind}Storage" for kind in _KINDS),
 }
 _TUPLES = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
+_END_BYTES, _END64_BYTES = 22, 22 + 20 + 56  # of an archive's last record; of that, its locator and its 64-bit form
 
 
 def demand_table(path: Path, is_archive: bool) -> None:
@@ -37,22 +39,38 @@ def demand_table(path: Path, is_archive: bool) -> None:
 
     Raises:
         pickle.UnpicklingError: it names something else.
-        ValueError: it is no such file, or a compressed archive.
+        ValueError: it is no such file, or an archive that is compressed or has another directory.
     """
     if not is_archive:
         with path.open("rb") as file:
             for _ in range(_LEGACY_PICKLES):
                 _demand_plain(file)
         return
+    _demand_one_directory(path)
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("its archive is compressed, which nothing that saves weights does")
         for entry in entries:
-            if entry.filename.endswith(".pkl"):
+            if entry.orig_filename.lower().endswith(".pkl"):  # torch's reader takes DATA.PKL too
                 if entry.file_size > _MAX_PICKLE_BYTES:
                     raise ValueError(f"its table of tensors has {entry.file_size:,} bytes")
                 _demand_plain(io.BytesIO(archive.read(entry)))
+
+
+def _demand_one_directory(path: Path) -> None:
+    """Python's reader takes the entries listed before an archive's end, torch's those where the end says they are."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(max(0, size - _END64_BYTES))
+        tail = file.read()
+    end, (length, offset) = size - _END_BYTES, struct.unpack("<2L", tail[-10:-2])
+    is_plain = tail[-_END_BYTES:].startswith(b"PK\5\6") and tail.endswith(b"\0\0")  # no comment after it
+    if tail[-42:].startswith(b"PK\6\7"):
+        end, (length, offset) = size - _END64_BYTES, struct.unpack("<2Q", tail[40:56])
+        is_plain &= tail.startswith(b"PK\6\6") and struct.unpack("<Q", tail[-34:-26]) == (end,)
+    if not is_plain or offset + length != end:
+        raise ValueError("its archive does not end with its one directory, as all that saves weights does")
 
 
 def _demand_plain(file: BinaryIO) -> None:

@@ -55,6 +55,8 @@ def verified(folder: Path, names: Iterable[str] | None = None) -> bool:
     """
     try:
         entries = read_json(folder / MANIFEST)
+        if not isinstance(entries, dict):
+            return False
         chosen = {name: entries[name] for name in (entries if names is None else names)}
         if any(Path(name).name != name for name in chosen):
             return False

@@ -74,6 +74,8 @@ def yaml_of(text: str) -> Any:
                 number = event.start_mark.line + 1 if event.start_mark else 0
                 raise ValueError(f"line {number} has {what}")
         return yaml.safe_load(text)
+    except (LookupError, TypeError, AttributeError) as error:  # of constructors of PyYAML's, for tags without a value
+        raise ValueError(f"a tag and its value do not go together ({type(error).__name__})") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}: " if mark else ""

@@ -175,7 +175,6 @@ class Family(ABC):
         """The denoiser's output [B, C, h, w] for noisy latents and timesteps [B]."""
 
 
-_LIBRARIES = {"diffusers", "transformers", "stable_diffusion"}  # the last is of diffusers, for the safety checker
 _MAX_INDEX_BYTES = 2**20
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -207,19 +206,6 @@ def _from_hub(path: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     return Path(hf_hub_download(path, "model_index.json"))
-
-
-def demand_known_libraries(path: str) -> None:
-    """Demands a pipeline's parts to be of diffusers and transformers: it imports whatever module its index names.
-
-    Raises:
-        Problem: another library.
-    """
-    for name, part in _model_index(path).items():
-        library = part[0] if isinstance(part, list) and part else None
-        if library is not None and library not in _LIBRARIES:
-            what = f"the base model's {name} is made by {str(library)[:100]!r}, which is not loaded"
-            raise Problem(what, where=path, remedy=f"take a pipeline of {', '.join(sorted(_LIBRARIES)[:2])} alone")
 
 
 def family_of(path: str, name: str = "auto") -> str:

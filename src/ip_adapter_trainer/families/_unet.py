@@ -14,7 +14,7 @@ from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.log import quiet_loading
 from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.core.types import Site, TextCondition
-from ip_adapter_trainer.families._family import PARTS, Family, PartName, demand_known_libraries
+from ip_adapter_trainer.families._family import PARTS, Family, PartName
 from ip_adapter_trainer.nn.lean import lean_layers
 from ip_adapter_trainer.nn.packed import Storage, pack
 
@@ -34,10 +34,9 @@ def load_pipeline(
     from safetensors import SafetensorError
 
     quiet_loading()
-    demand_known_libraries(path)
     try:
         pipeline = cls.from_pretrained(path, dtype=dtype, use_safetensors=True, **kwargs)
-    except (OSError, ValueError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, AttributeError, SafetensorError) as error:
         what = f"cannot load the base model: {str(error).splitlines()[0]}"
         remedy = "give a diffusers pipeline folder or a hub id, with weights in .safetensors files"
         raise Problem(what, where=path, remedy=remedy) from error

@@ -140,7 +140,7 @@ def _read_state(folder: Path) -> tuple[Any, Any]:
     try:
         saved = read_json(folder / STATE)
         return saved["step"], saved["state"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise _unreadable(folder, error) from error
 
 
@@ -161,11 +161,12 @@ def read(folder: Path) -> Saved:
         raise Problem(what, where=str(folder), remedy=remedy)
     if not (verified(folder) and verified(folder, (WEIGHTS, CARD, TENSORS, STATE))):
         raise Problem("the checkpoint is damaged", where=str(folder), remedy="resume from an older one, or from latest")
+    AdapterCard.read(folder / CARD)  # who is handed this folder reads it
     weights, tensors = read_raw(folder / WEIGHTS).tensors, read_raw(folder / TENSORS).tensors
     step, skeleton = _read_state(folder)
     try:
         state = unflatten(tensors, skeleton)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _unreadable(folder, error) from error
     demand_state(step, state, folder / STATE)
     return Saved(step, weights, state)

@@ -1,4 +1,4 @@
-"""Files of lines outlive a full disk and a kill."""
+"""Files of lines outlive a full disk and a kill: what was refused is written later, whole and in order."""
 
 from __future__ import annotations
 
@@ -7,39 +7,47 @@ from pathlib import Path
 import pytest
 
 from ip_adapter_trainer.core.lines import Lines
+from tests.disks import limited
 
 
-def refuse(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Path, *args: object, **kwargs: object) -> object:
-        raise OSError(28, "No space left on device")
+def test_lines_wait_until_the_disk_takes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = list[str]()
+    monkeypatch.setattr("ip_adapter_trainer.core.lines.say", said.append)
+    file = tmp_path / "log" / "lines.jsonl"
+    lines = Lines(file)
+    lines.add("first\n")
+    with limited(9):  # in the middle of the second line
+        lines.add("second\n")
+        assert file.read_text() == "first\nsec" and lines.size_bytes == len("first\nsecond\n")
+        lines.add("third\n")
+        assert lines.size_bytes == len("first\nsecond\nthird\n")
+    lines.add("fourth\n")
+    assert file.read_text() == "first\nsecond\nthird\nfourth\n"
+    assert ["is not written" in line for line in said] == [True, False] and "is written again" in said[1]
 
-    monkeypatch.setattr(Path, "open", full)
+
+def test_a_folder_that_vanished_is_made_again(tmp_path: Path) -> None:
+    lines = Lines(tmp_path / "log" / "lines.jsonl")
+    lines.add("first\n")
+    lines.path.unlink()
+    lines.path.parent.rmdir()
+    lines.add("second\n")
+    assert lines.path.read_text() == "second\n"
 
 
-def test_lines_wait_while_the_disk_is_full_and_come_in_their_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("size", "left"), [(6, "first\n"), (13, "first\nsecond\n"), (99, "first\nsecond\n"), (0, "")])
+def test_what_goes_beyond_is_taken_back_wherever_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, left: str
 ) -> None:
-    lines = Lines(tmp_path / "new" / "lines.jsonl")
-    lines.add("1\n")
-    with monkeypatch.context() as full:
-        refuse(full)
-        lines.add("2\n")
-        lines.add("3\n")
-        assert lines.size_bytes == 6
-    lines.add("4\n")
-    assert lines.path.read_text() == "1\n2\n3\n4\n"
-    told = [line for line in capsys.readouterr().err.splitlines() if "lines.jsonl" in line]
-    assert len(told) == 2 and "No space left" in told[0] and "written again" in told[1]
-
-
-def test_what_the_disk_took_half_of_is_ended_and_not_begun_again(tmp_path: Path) -> None:
-    lines = Lines(tmp_path / "lines")
-    lines.add("whole\n")
-    lines._left, lines._is_midway = b"lf\n", True  # as a disk leaves it that took the first two letters
-    with lines.path.open("a") as file:
-        file.write("ha")
-    lines.add("next\n")
-    assert lines.path.read_text() == "whole\nhalf\nnext\n"
+    monkeypatch.setattr("ip_adapter_trainer.core.lines.say", lambda line: None)  # the limit is for pytest's files too
+    written, waiting = Lines(tmp_path / "written"), Lines(tmp_path / "waiting")
+    written.add("first\nsecond\n")
+    written.cut(size)
+    with limited(8):
+        waiting.add("first\nsecond\n")
+        waiting.cut(size)
+    waiting.add("")
+    assert written.path.read_text() == waiting.path.read_text() == left
 
 
 def test_a_line_that_a_kill_tore_spoils_no_other(tmp_path: Path) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +18,7 @@ from ip_adapter_trainer.core.lines import Lines
 from ip_adapter_trainer.train import checkpoint, validate
 from ip_adapter_trainer.train.saver import Saver
 from ip_adapter_trainer.train.validate import Validator
-
-
-@contextmanager
-def limited(size_bytes: int) -> Iterator[None]:
-    """No file grows beyond a size: a write fails in its middle, as where a disk fills up after room was looked for."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+from tests.disks import limited
 
 
 class Card:

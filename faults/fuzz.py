@@ -37,6 +37,8 @@ class Fuzz:
         from faults.readers import targets
 
         self.folder, self.targets = folder, targets(folder)
+        for target in self.targets.values():
+            target.read(target.seed)  # what it imports for the first one is no find
         self.refused = dict.fromkeys(self.targets, 0)
         self.cases = dict.fromkeys(self.targets, 0)
 

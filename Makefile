@@ -21,7 +21,7 @@ slow: $(STAMP)
 	$(BIN)/python -m pip install --quiet 'scikit-image<1'
 	$(BIN)/python -m pytest -s -m slow tests
 
-# Lines and branches of core, data, images and train that their own tests reach, commands that tests start among them.
+# Lines and branches of core, data, images and train that tests reach, commands that tests start among them.
 coverage: $(STAMP)
 	$(BIN)/python -m pytest --cov --cov-report=term tests/core tests/images tests/data tests/train tests/prepare tests/faults
 

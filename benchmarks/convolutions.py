@@ -8,7 +8,7 @@ Channels-last bf16, 3x3 kernels, the least of five turns. The column "taken" is 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,13 @@ def least_ms(compute: Callable[[], Tensor]) -> float:
     return 1000 * min(turns)
 
 
+def print_table(titles: Sequence[str], lines: Iterable[str]) -> None:
+    """Prints lines as they come."""
+    print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")
+    for row in lines:
+        print(row, flush=True)
+
+
 def line(channels: int, width: int, side: int, images: int) -> str:
     """A row of the table."""
     x, weight, gradient = (
@@ -57,10 +64,8 @@ def line(channels: int, width: int, side: int, images: int) -> str:
 @torch.no_grad()
 def main() -> None:
     """Prints the table."""
-    print("| channels | positions | forward, ms | as product | backward, ms | as product | taken |")
-    print("|---" * 7 + "|")
-    for shape in SHAPES:
-        print(line(*shape), flush=True)
+    titles = ("channels", "positions", "forward, ms", "as product", "backward, ms", "as product", "taken")
+    print_table(titles, (line(*shape) for shape in SHAPES))
 
 
 if __name__ == "__main__":

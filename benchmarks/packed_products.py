@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.convolutions import least_ms
+from benchmarks.convolutions import least_ms, print_table
 
 # positions, entries of an input, of an output: linear layers, and 3x3 convolutions as products
 SHAPES = (
@@ -59,10 +59,8 @@ def line(positions: int, entries: int, width: int) -> str:
 @torch.no_grad()
 def main() -> None:
     """Prints the table."""
-    print("| positions x in x out | forward, ms | packed | backward, ms | packed | saved, ms a MB more |")
-    print("|---" * 6 + "|")
-    for shape in SHAPES:
-        print(line(*shape), flush=True)
+    titles = ("positions x in x out", "forward, ms", "packed", "backward, ms", "packed", "saved, ms a MB more")
+    print_table(titles, (line(*shape) for shape in SHAPES))
 
 
 if __name__ == "__main__":

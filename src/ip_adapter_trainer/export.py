@@ -22,7 +22,7 @@ from ip_adapter_trainer.adapters import (
     write_adapter,
 )
 from ip_adapter_trainer.card import card_of, package_version
-from ip_adapter_trainer.core.errors import Problem, StorageProblem
+from ip_adapter_trainer.core.errors import Problem, StorageProblem, first_line
 from ip_adapter_trainer.core.rng import stream
 from ip_adapter_trainer.core.settings import Part, alias
 from ip_adapter_trainer.core.staging import staged_file, sweep_stages
@@ -180,7 +180,7 @@ def verify(model: Model, file: Path) -> float:
     try:
         reloaded = probe.reloaded(model, file)
     except (RuntimeError, ValueError, KeyError, OSError) as error:
-        what = f"diffusers does not load what was written: {str(error).splitlines()[0]}"
+        what = f"diffusers does not load what was written: {first_line(error)}"
         raise Problem(what, where=str(file.parent), remedy="report this with --debug; no file was left") from error
     difference = float((reloaded - live).abs().max() / live.abs().max())
     if not difference <= TOLERANCE:

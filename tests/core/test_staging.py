@@ -100,6 +100,13 @@ def test_checkpoints_are_ordered_by_step(tmp_path: Path) -> None:
     assert [path.name for path in all_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
 
 
+@pytest.mark.parametrize("manifest", ["[]", '["weights"]', "3", "null", '{"weights": []}', '{"weights": {}}'])
+def test_a_manifest_that_lists_no_hashes_verifies_nothing(tmp_path: Path, manifest: str) -> None:
+    (tmp_path / "weights").write_bytes(b"1234")
+    (tmp_path / MANIFEST).write_text(manifest)
+    assert not verified(tmp_path)
+
+
 def test_a_checkpoint_verifies_until_a_byte_changes(tmp_path: Path) -> None:
     (tmp_path / "weights").write_bytes(b"1234")
     (tmp_path / "other").write_bytes(b"12")

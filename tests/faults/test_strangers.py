@@ -5,18 +5,23 @@ from __future__ import annotations
 import pickle
 import random
 import shutil
+import time
+import tracemalloc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from faults.corpus import documents, models, pickles, tensors
-from faults.fuzz import Fuzz
+from faults.fuzz import Fuzz, seeded
 from faults.lab import Lab
 from faults.peak import peak_mb
+from faults.readers import Target
 from ip_adapter_trainer.adapters import read_adapter
 from ip_adapter_trainer.adapters._raw import read_raw
 from ip_adapter_trainer.cli import RUN, guarded
@@ -179,6 +184,45 @@ def test_every_target_takes_its_own_file_and_is_fuzzed(fuzz: Fuzz) -> None:
     assert sorted(fuzz.targets) == sorted(NAMES)
     for target in fuzz.targets.values():
         target.read(target.seed)
+
+
+def _is_refused(content: bytes) -> None:
+    raise Problem("no", remedy="another")
+
+
+def _is_a_bug(content: bytes) -> None:
+    raise KeyError("x")
+
+
+def _never_ends(content: bytes) -> None:
+    time.sleep(20)
+
+
+def _is_large(content: bytes) -> None:
+    np.empty(100 * 2**20, np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("read", "found"),
+    [(_is_refused, ""), (_is_a_bug, "KeyError"), (_never_ends, "TimeoutError"), (_is_large, "MB more")],
+)
+def test_what_is_neither_read_nor_refused_is_a_find(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[bytes], None], found: str
+) -> None:
+    warmed = list[bytes]()
+    good = Target(warmed.append, b"good", (lambda rng, seed: seed,))
+    monkeypatch.setattr("faults.readers.targets", lambda folder: {"one": good})
+    monkeypatch.setattr("faults.fuzz.LIMIT_S", 0.2)
+    monkeypatch.setattr("faults.fuzz._held_mb", lambda: tracemalloc.get_traced_memory()[1] / 2**20)
+    fuzz = Fuzz(tmp_path)
+    assert warmed == [b"good"], "else the first case would pay for what is imported"
+    fuzz.targets["one"] = replace(good, read=read)
+    tracemalloc.start()
+    try:
+        finds = seeded(fuzz, 3, seed=0)
+    finally:
+        tracemalloc.stop()
+    assert fuzz.cases == {"one": 3} and len(finds) == bool(found) and found in "".join(finds)
 
 
 @pytest.mark.parametrize(

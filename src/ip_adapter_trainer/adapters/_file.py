@@ -22,7 +22,7 @@ from ip_adapter_trainer.adapters._layout import Origin, tables_of
 from ip_adapter_trainer.adapters._raw import Container, RawFile, read_raw
 from ip_adapter_trainer.adapters._variant import VARIANTS, Shapes, Variant, shapes_of
 from ip_adapter_trainer.core.checkpoints import MANIFEST, newest, step_of, verified
-from ip_adapter_trainer.core.errors import Problem, StorageProblem
+from ip_adapter_trainer.core.errors import Problem, StorageProblem, first_line
 from ip_adapter_trainer.core.settings import Part
 
 AdapterTables = Mapping[str, Mapping[str, Tensor]]  # "image_proj" and "ip_adapter"
@@ -108,7 +108,7 @@ class AdapterFile:
         try:
             return kind(**values)
         except ValueError as error:
-            what = f"the variant's settings are not valid: {str(error).splitlines()[0]}"
+            what = f"the variant's settings are not valid: {first_line(error)}"
             raise Problem(what, where=str(self.path), remedy="copy or download the file again") from error
 
     def _demand_true(self, values: Mapping[str, object]) -> None:
@@ -209,7 +209,7 @@ def write_adapter(path: Path, tables: AdapterTables, metadata: Mapping[str, str]
             with path.open("wb") as opened:  # given a path, torch would write the file's name into the file
                 torch.save(plain, opened)
     except (OSError, RuntimeError, SafetensorError) as error:
-        what = f"the adapter file was not written: {str(error).splitlines()[0]}"
+        what = f"the adapter file was not written: {first_line(error)}"
         raise StorageProblem(what, where=str(path.parent), remedy="make room, or choose another folder") from error
 
 

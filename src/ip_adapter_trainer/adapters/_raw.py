@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ip_adapter_trainer.adapters._pickled import demand_table
-from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.errors import Problem, first_line
 
 Container = Literal["safetensors", "bin"]
 V = TypeVar("V")
@@ -69,9 +69,8 @@ def _legible(path: Path) -> Iterator[None]:
         what = "the file holds something else than tensors, and was not opened further"
         raise Problem(what, where=where, remedy="ask its maker for a .safetensors file") from error
     except Exception as error:
-        first = (str(error) or type(error).__name__).splitlines()[0]
         remedy = "copy or download it again; where git fetched it, `git lfs pull`"
-        raise Problem(f"the file cannot be read: {first}", where=where, remedy=remedy) from error
+        raise Problem(f"the file cannot be read: {first_line(error)}", where=where, remedy=remedy) from error
 
 
 def _read_safetensors(path: Path) -> RawFile:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ip_adapter_trainer.core.errors import first_line
 from ip_adapter_trainer.core.files import open_regular
 
 MAX_DOCUMENT_BYTES = 32 * 2**20  # an adapter's state in JSON has some hundred KB
@@ -79,4 +80,4 @@ def yaml_of(text: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}: " if mark else ""
-        raise ValueError(f"{place}{getattr(error, 'problem', None) or str(error).splitlines()[0]}") from error
+        raise ValueError(f"{place}{getattr(error, 'problem', None) or first_line(error)}") from error

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from ip_adapter_trainer.core.shown import plain
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class Problem(ValueError):
@@ -27,6 +33,19 @@ class Problem(ValueError):
         if self.remedy:
             lines.append(f"  to do: {plain(self.remedy)}")
         return "\n".join(lines)
+
+
+@contextmanager
+def told_as_not_loaded(name: str, where: str, remedy: str) -> Iterator[None]:
+    """What a library says against somebody's model, by whatever error, is a problem of the model.
+
+    Raises:
+        Problem: in place of what the library raised.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise Problem(f"cannot load {name}: {first_line(error)}", where=where, remedy=remedy) from error
 
 
 class DataProblem(Problem):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.errors import Problem, first_line
 from ip_adapter_trainer.core.precision import dtype_of, on_device
 from ip_adapter_trainer.core.staging import lock, sweep
 from ip_adapter_trainer.core.storage import told_as_storage
@@ -101,7 +101,7 @@ def start(
     try:
         accelerator = _accelerator(report_to, output_dir, logging_dir)
     except ValueError as error:
-        what = f"cannot start: {str(error).splitlines()[0]}"
+        what = f"cannot start: {first_line(error)}"
         raise Problem(what, where="--report_to", remedy="name an installed tracker, or none") from error
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != world:

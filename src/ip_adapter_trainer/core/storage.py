@@ -6,7 +6,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ip_adapter_trainer.core.errors import StorageProblem
+from ip_adapter_trainer.core.errors import StorageProblem, first_line
 
 _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
 
@@ -23,7 +23,7 @@ def reason_of(error: Exception) -> str:
     """Why a file was not written, in a line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
-from ip_adapter_trainer.core.errors import DataProblem, Problem
+from ip_adapter_trainer.core.errors import DataProblem, Problem, first_line
 from ip_adapter_trainer.core.log import say
 
 K = TypeVar("K")
@@ -85,7 +85,7 @@ class Pool(Generic[K, V]):
         """Returns if workers died or hung and may be replaced once more."""
         if self.workers == 0 or str(error).startswith(_RAISED_IN_WORKER):
             raise error
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         if losses > MAX_REPLACEMENTS:
             raise self.problem(next(self.keys(place)), reason) from error
         say(f"data workers were lost and are replaced ({losses} of {MAX_REPLACEMENTS} times here): {reason}")

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ip_adapter_trainer.core.classes import classes_changed
-from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.errors import told_as_not_loaded
 from ip_adapter_trainer.core.log import quiet_loading
 
 if TYPE_CHECKING:
@@ -109,20 +109,15 @@ class ClipImageEncoder:
         Raises:
             Problem: nothing there, or not a CLIP vision model.
         """
-        from safetensors import SafetensorError
         from transformers import CLIPVisionModelWithProjection
 
         quiet_loading()
         folder = Path(path)
         inner = folder / "image_encoder"
         source = str(inner) if not (folder / "config.json").exists() and (inner / "config.json").exists() else path
-        try:
+        remedy = "give a folder or hub id of a CLIPVisionModelWithProjection"
+        with told_as_not_loaded("the image encoder", path, remedy):
             model = CLIPVisionModelWithProjection.from_pretrained(source, dtype=dtype, use_safetensors=True)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            what = f"cannot load the image encoder: {str(error).splitlines()[0]}"
-            raise Problem(
-                what, where=path, remedy="give a folder or hub id of a CLIPVisionModelWithProjection"
-            ) from error
         return cls(model.to(device), path)
 
     @property

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.errors import told_as_not_loaded
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,18 +28,14 @@ class ClipScorer:
         Raises:
             Problem: no CLIP model, tokenizer and preprocessing there.
         """
-        from safetensors import SafetensorError
         from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        try:
+        remedy = "give --clip_model a folder or hub id of a CLIPModel with its tokenizer and preprocessor"
+        with told_as_not_loaded("the CLIP model that scores", path, remedy):
             model: Any = CLIPModel.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
             tokenizer, processor = CLIPTokenizer.from_pretrained(path), CLIPImageProcessorPil.from_pretrained(path)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            what = f"cannot load the CLIP model that scores: {str(error).splitlines()[0]}"
-            remedy = "give --clip_model a folder or hub id of a CLIPModel with its tokenizer and preprocessor"
-            raise Problem(what, where=path, remedy=remedy) from error
         return cls(model.to(device), tokenizer, processor)
 
     @torch.no_grad()

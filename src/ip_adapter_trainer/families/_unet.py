@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ip_adapter_trainer.core.devices import to_device
-from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.errors import Problem, told_as_not_loaded
 from ip_adapter_trainer.core.log import quiet_loading
 from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.core.types import Site, TextCondition
@@ -31,15 +31,10 @@ def load_pipeline(
     Raises:
         Problem: a folder or hub id that diffusers cannot load, or a storage whose library is not installed.
     """
-    from safetensors import SafetensorError
-
     quiet_loading()
-    try:
+    remedy = "give a diffusers pipeline folder or a hub id, with weights in .safetensors files"
+    with told_as_not_loaded("the base model", path, remedy):
         pipeline = cls.from_pretrained(path, dtype=dtype, use_safetensors=True, **kwargs)
-    except (OSError, ValueError, TypeError, LookupError, RuntimeError, AttributeError, SafetensorError) as error:
-        what = f"cannot load the base model: {str(error).splitlines()[0]}"
-        remedy = "give a diffusers pipeline folder or a hub id, with weights in .safetensors files"
-        raise Problem(what, where=path, remedy=remedy) from error
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(False)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from ip_adapter_trainer.encoders.clip import FEATURES, ClipImageEncoder
@@ -42,7 +43,22 @@ def test_half_precision_features_are_far_nearer_to_the_exact_ones_than_the_plain
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("kind", FEATURES)
-def test_full_precision_features_are_the_plain_model_s_bit_for_bit(encoder_folder: Path, kind: str) -> None:
+def test_full_precision_features_are_the_plain_model_s(encoder_folder: Path) -> None:
     encoder = ClipImageEncoder.load(str(encoder_folder), dtype=torch.float32)
-    assert torch.equal(encoder.encode(PIXELS, kind), plain(encoder.model, kind))  # type: ignore[arg-type]
+    classes = [type(m) for m in encoder.model.modules()]
+    found = encoder.encode_each(PIXELS, FEATURES)
+    assert torch.equal(found["penultimate"], plain(encoder.model, "penultimate"))
+    torch.testing.assert_close(found["image_embeds"], plain(encoder.model, "image_embeds"), rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(encoder.encode(PIXELS, kind), found[kind]) for kind in FEATURES)
+    assert [type(m) for m in encoder.model.modules()] == classes
+
+
+def test_of_the_last_layer_only_what_is_read_is_computed(deep: CLIPVisionModelWithProjection) -> None:
+    counted = {}
+    for kinds in [("penultimate",), ("image_embeds",), FEATURES, ()]:
+        with FlopCounterMode(display=False) as counter:
+            ClipImageEncoder(deep, "deep").encode_each(PIXELS, kinds) if kinds else plain(deep, "image_embeds")
+        counted[kinds] = counter.get_total_flops()
+    layer = counted[()] / 32
+    assert counted["penultimate",] < counted[()] - 0.98 * layer
+    assert counted["image_embeds",] == counted[FEATURES] < counted[()] - 0.6 * layer

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -69,6 +69,28 @@ class _ExactLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """[B, E] to fp32 [B, D]."""
         return F.linear(input.float(), self.weight.float())
+
+
+class _ClassTokenLayer(nn.Module):
+    """A last layer of which only the class token is read: the others are keys and values alone."""
+
+    def forward(self, hidden: Tensor, mask: None = None, **options: Any) -> Tensor:
+        """[B, T, E] to [B, 1, E]."""
+        attention: Any = self.self_attn
+        normed = self.layer_norm1(hidden)
+        projected = attention.q_proj(normed[:, :1]), attention.k_proj(normed), attention.v_proj(normed)
+        by_head = [each.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for each in projected]
+        attended = F.scaled_dot_product_attention(*by_head).transpose(1, 2).flatten(2)
+        token = hidden[:, :1] + attention.out_proj(attended)
+        return cast(Tensor, token + self.mlp(self.layer_norm2(token)))
+
+
+class _UnreadLayer(nn.Module):
+    """A last layer of which nothing is read."""
+
+    def forward(self, hidden: Tensor, mask: None = None, **options: Any) -> Tensor:
+        """Gives back what it gets."""
+        return hidden
 
 
 def _exact_stream(model: CLIPVisionModelWithProjection) -> AbstractContextManager[None]:
@@ -141,11 +163,13 @@ class ClipImageEncoder:
     def encode_each(self, pixels: Tensor, kinds: Sequence[FeatureKind]) -> dict[str, Tensor]:
         """Several kinds of feature of the same pixels, by one pass; see `encode`."""
         assert not self._is_released, "the encoder's weights are gone"
-        deep = "penultimate" in kinds
-        dtype = self.model.dtype
-        with _exact_stream(self.model):
-            output = self.model(pixels.to(self.model.device, dtype), output_hidden_states=deep)
-        found = {"penultimate": output.hidden_states[-2] if deep else None, "image_embeds": output.image_embeds}
+        dtype, last = self.model.dtype, self.model.vision_model.encoder.layers[-1]
+        last_read = _ClassTokenLayer if "image_embeds" in kinds else _UnreadLayer
+        penultimate: list[Tensor] = []
+        listening = last.register_forward_pre_hook(lambda _, given: penultimate.append(given[0]))
+        with listening, classes_changed([(last, last_read)]), _exact_stream(self.model):
+            output = self.model(pixels.to(self.model.device, dtype))
+        found = {"penultimate": penultimate[0], "image_embeds": output.image_embeds}
         return {kind: found[kind].to(dtype) for kind in kinds}
 
     def null(self, kind: FeatureKind) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from ip_adapter_trainer.core.errors import DataProblem
+from ip_adapter_trainer.core.errors import DataProblem, Problem
 from ip_adapter_trainer.core.types import Fault
 from ip_adapter_trainer.data.faults import FILE_NAME, FaultLog, allowed_rows
 
@@ -79,3 +80,40 @@ def test_names_of_strangers_are_one_bounded_line_and_the_same_when_read_again(tm
     log.add([odd])
     assert str(odd).isprintable() and len(str(odd)) < 1300
     assert log.faulty_rows == 1 and len((tmp_path / FILE_NAME).read_text().splitlines()) == 1
+
+
+def test_processes_that_share_a_folder_count_together_and_write_each_fault_once(tmp_path: Path) -> None:
+    first, second = (FaultLog(tmp_path, 300, 0.01) for _ in range(2))
+    first.add([_fault(0)])
+    second.add([_fault(0)], writes=False)
+    first.add([_fault(1), _fault(2)])
+    second.add([_fault(2)])
+    assert [json.loads(line)["where"][-1] for line in (tmp_path / FILE_NAME).read_text().splitlines()] == list("012")
+    with pytest.raises(DataProblem, match="4 of 300 rows are faulty"):
+        second.add([_fault(3)])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"\xff", b'{"kind": [], "what": "", "where": "", "remedy": ""}', b"[" * 100_000, b"7", b'{"kind": "damaged"}'],
+    ids=["bytes", "a_list", "deep", "a_number", "a_part"],
+)
+def test_damaged_lines_are_passed_over(tmp_path: Path, line: bytes) -> None:
+    FaultLog(tmp_path, 200, 0.01).add([_fault(1)])
+    with (tmp_path / FILE_NAME).open("ab") as file:
+        file.write(line + b"\n")
+    log = FaultLog(tmp_path, 200, 0.01)
+    log.add([_fault(2)])
+    assert log.faulty_rows == FaultLog(tmp_path, 200, 0.01).faulty_rows == 2
+
+
+def test_what_is_no_file_of_these_rows_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / FILE_NAME
+    with path.open("wb") as file:
+        file.truncate(10**9)
+    with pytest.raises(Problem, match="more than the faults of 200 rows"):
+        FaultLog(tmp_path, 200, 0.01)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(Problem, match="no regular file"):
+        FaultLog(tmp_path, 200, 0.01)

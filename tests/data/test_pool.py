@@ -7,13 +7,14 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.errors import Problem, Stopped
 from ip_adapter_trainer.data.pool import MAX_REPLACEMENTS, Pool, lost
 
 COUNT = 7
@@ -25,6 +26,14 @@ class _Large(Dataset[NDArray[np.float32]]):
 
     def __getitem__(self, key: int) -> NDArray[np.float32]:
         return np.full(300_000, key, np.float32)
+
+
+class _Endless(_Large):
+    """Values that never come."""
+
+    def __getitem__(self, key: int) -> NDArray[np.float32]:
+        time.sleep(1000)
+        return super().__getitem__(key)
 
 
 class _Deadly(_Large):
@@ -82,3 +91,19 @@ def test_the_key_over_which_workers_are_lost_is_named() -> None:
     with pytest.raises(Problem, match=f"lost {MAX_REPLACEMENTS + 1} times") as caught:
         next(values)
     assert caught.value.where == "number 3"
+
+
+def test_whoever_waits_for_a_value_can_be_stopped() -> None:
+    asked = time.monotonic() + 2
+
+    def poll() -> None:
+        if time.monotonic() > asked:
+            raise Stopped(143)
+
+    pool = replace(_pool(_Endless(), workers=2), timeout_s=300, poll=poll)
+    with pytest.raises(Stopped):
+        next(pool.values())
+    assert time.monotonic() < asked + 3
+    for worker in multiprocessing.active_children():
+        worker.join(5)
+    assert not multiprocessing.active_children()

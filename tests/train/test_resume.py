@@ -90,6 +90,50 @@ def test_a_signal_saves_and_exits(
     assert last.name == f"checkpoint-{steps}", "the step at which it stopped was saved"
 
 
+LONG = {"gradient_accumulation_steps": 150, "max_train_steps": 2, "save_steps": 1}  # a step takes seconds
+
+
+def test_a_step_of_many_micro_batches_is_broken_off_and_done_again(
+    run: Callable, flags: Callable, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    process = start(flags(output, **LONG))
+    wait_for(output / "checkpoint-1", process)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 143
+    last = newest(output, verified)
+    assert last is not None and last.name == "checkpoint-1", "it did not wait for the second step"
+    run(output, resume_from_checkpoint="latest", **LONG)
+    assert_same_run(run(tmp_path / "whole", **LONG), output, 2)
+
+
+def test_a_step_that_one_process_breaks_off_is_taken_by_none(flags: Callable, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    process = launched(flags(output, **LONG))
+    wait_for(output / "checkpoint-1", process)
+    time.sleep(0.3)
+    second = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[1]
+    os.kill(int(second), signal.SIGTERM)
+    out, _ = process.communicate(timeout=20)
+    last = newest(output, verified)
+    assert last is not None and last.name == "checkpoint-1", out[-3000:]
+    finish(launched(flags(output, resume_from_checkpoint="latest", **LONG)))
+    whole = tmp_path / "whole"
+    finish(launched(flags(whole, **LONG)))
+    assert_same_run(whole, output, 2)
+
+
+def test_a_signal_before_the_first_step_is_done_leaves_no_checkpoint(flags: Callable, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    process = start(flags(output, **LONG | {"gradient_accumulation_steps": 10_000}))
+    wait_for(output / "config.yaml", process)
+    time.sleep(3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 143
+    assert newest(output, lambda folder: True) is None
+
+
 def launched(arguments: list[str]) -> subprocess.Popen[str]:
     """Two processes of the drop-in script, as the published command line starts them, in a session of their own."""
     script = Path(__file__).parents[2] / "examples" / "ip_adapter" / "tutorial_train_ip-adapter.py"

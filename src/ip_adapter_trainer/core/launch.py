@@ -27,6 +27,7 @@ class Runtime:
     precision: str  # no, fp16 or bf16
     local_rank: int = 0  # among the processes of this machine
     local_world: int = 1
+    hosts: Any = None  # a group of the processes' hosts, where the first group is that of their devices
 
     def portion(self, count: int) -> range:
         """This process's part of so many things, shared by the processes of each machine."""
@@ -61,6 +62,14 @@ class Runtime:
         if self.world == 1:
             return number
         return int(self.accelerator.reduce(torch.tensor(number, device=self.device), reduction="sum"))
+
+    def highest(self, number: int) -> int:
+        """The greatest of every process's numbers, told from host to host: no device is waited for."""
+        if self.world == 1:
+            return number
+        told = torch.tensor(number)
+        torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX, group=self.hosts)
+        return int(told)
 
     def agree(self, problem: Problem | None) -> None:
         """Raises a problem that the first process found, on every process alike, so that none waits for another.
@@ -111,8 +120,10 @@ def start(
     asked = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     precision = on_device(asked, device.type)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # a launcher that does not tell: nothing is shared
-    local = (accelerator.local_process_index, local_world) if local_world > 1 else (0, 1)
-    return Runtime(accelerator, accelerator.process_index, accelerator.num_processes, device, precision, *local)
+    local_rank, local_world = (accelerator.local_process_index, local_world) if local_world > 1 else (0, 1)
+    hosts = torch.distributed.new_group(backend="gloo") if world > 1 and device.type != "cpu" else None
+    rank = accelerator.process_index
+    return Runtime(accelerator, rank, world, device, precision, local_rank, local_world, hosts)
 
 
 def claim(folder: Path, runtime: Runtime, flag: str = "--output_dir") -> FileLock | None:

@@ -17,10 +17,16 @@ from ip_adapter_trainer.core.errors import Stopped
 from ip_adapter_trainer.core.launch import Runtime
 from ip_adapter_trainer.core.signals import StopSignal
 
+Poll = Callable[[], None]  # called often in long work; raises `core.errors.Stopped` when the run is to stop
+
 _LOOK_S = 0.2  # between looks at what the others were asked
 _WAIT_S = 0.05
 _ASKED, _MET = "ip_adapter_trainer/asked", "ip_adapter_trainer/met"
 _TERMINATED = 15
+
+
+def no_poll() -> None:
+    """The poll of a caller whom nobody stops."""
 
 
 class Stopping:
@@ -72,7 +78,7 @@ class Stopping:
         if self.asked or self._heard is not None:
             raise Stopped(self.exit_code)
 
-    def together(self, work: Callable[[Callable[[], None]], None]) -> None:
+    def together(self, work: Callable[[Poll], None]) -> None:
         """Works on every process, each at its own pace, and waits until all are done.
 
         Args:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from ip_adapter_trainer.core.errors import DataProblem
+from ip_adapter_trainer.core.documents import json_of
+from ip_adapter_trainer.core.errors import DataProblem, Problem
+from ip_adapter_trainer.core.files import NotRegularError, open_regular
 from ip_adapter_trainer.core.lines import Lines
 from ip_adapter_trainer.core.types import Fault
 
 FILE_NAME = "faults.jsonl"
+_MAX_ROW_BYTES = 2**14  # of the file, for each row; a fault takes about 300
+_REMOVE = "remove it; faults are met again"
 
 
 def allowed_rows(rows: int, max_fault_rate: float) -> int:
@@ -23,19 +28,26 @@ def allowed_rows(rows: int, max_fault_rate: float) -> int:
 class FaultLog:
     """The faults of a run, in `faults.jsonl` of its folder; a resumed run goes on where the file ends.
 
+    Processes that share the folder share the file: each hears of what the others wrote before it adds to it.
+
     Usage::
 
         log = FaultLog(output_dir, manifest.entries, config.max_fault_rate)
         log.add(manifest.faults)
         log.add(batch.faults)
+
+    Raises:
+        Problem: what stands in the file's place is no file, or too large to be of these rows.
     """
 
     def __init__(self, folder: Path, rows: int, max_fault_rate: float) -> None:
         self.rows, self.max_fault_rate = rows, max_fault_rate
         self._path = folder / FILE_NAME
         self._lines = Lines(self._path)
-        self._seen = dict.fromkeys(_read(self._path))
-        self._places = {fault.where for fault in self._seen}
+        self._seen: dict[Fault, None] = {}
+        self._places: set[str] = set()
+        self._heard_bytes = 0  # of the file
+        self._hear()
 
     @property
     def faulty_rows(self) -> int:
@@ -47,18 +59,50 @@ class FaultLog:
         """Distinct faults of each kind."""
         return Counter(fault.kind for fault in self._seen)
 
-    def add(self, faults: Iterable[Fault]) -> None:
+    def add(self, faults: Iterable[Fault], *, writes: bool = True) -> None:
         """Notes faults; those already noted change nothing, and what the disk refused earlier is tried again.
+
+        Args:
+            faults: by this process, or by all alike.
+            writes: whether this process writes them down; else another one does.
 
         Raises:
             DataProblem: more rows are faulty than `max_fault_rate` allows.
+            Problem: see `FaultLog`.
         """
         fresh = [fault for fault in dict.fromkeys(faults) if fault not in self._seen]
-        self._seen |= dict.fromkeys(fresh)
-        self._places |= {fault.where for fault in fresh}
-        self._lines.add("".join(json.dumps(asdict(fault)) + "\n" for fault in fresh))
+        if fresh:
+            self._hear()
+        unheard = [fault for fault in fresh if fault not in self._seen]
+        self._note(unheard)
+        self._lines.add("".join(json.dumps(asdict(fault)) + "\n" for fault in unheard if writes))
         if fresh:
             self.demand_limit()
+
+    def _note(self, faults: Iterable[Fault]) -> None:
+        for fault in faults:
+            self._seen[fault] = None
+            self._places.add(fault.where)
+
+    def _hear(self) -> None:
+        """Notes what was written since the last time, by whichever process."""
+        try:
+            with open_regular(self._path) as file:
+                self._demand_size(os.fstat(file.fileno()).st_size)
+                file.seek(self._heard_bytes)
+                content = file.read()
+        except NotRegularError as error:
+            raise Problem("no regular file", where=str(self._path), remedy=_REMOVE) from error
+        except OSError:  # not there yet
+            return
+        whole_bytes = content.rfind(b"\n") + 1
+        self._heard_bytes += whole_bytes
+        self._note(filter(None, map(_fault_of, content[:whole_bytes].splitlines())))
+
+    def _demand_size(self, size_bytes: int) -> None:
+        if size_bytes > _MAX_ROW_BYTES * max(self.rows, 1):
+            what = f"{size_bytes:,} bytes are more than the faults of {self.rows} rows can take"
+            raise Problem(what, where=str(self._path), remedy=_REMOVE)
 
     def demand_limit(self) -> None:
         """Demands that the faults noted so far, by whichever process, are not too many.
@@ -77,13 +121,10 @@ class FaultLog:
         return DataProblem(what, where=str(last), remedy=remedy)
 
 
-def _read(path: Path) -> list[Fault]:
-    if not path.exists():
-        return []
-    faults = []
-    for line in path.read_text().splitlines():
-        try:
-            faults.append(Fault(**json.loads(line)))
-        except (ValueError, TypeError):  # torn by a kill while it was written; its row will be met again
-            continue
-    return faults
+def _fault_of(line: bytes) -> Fault | None:
+    """The fault of a line; None: torn by a kill while it was written, or damaged; its row will be met again."""
+    try:
+        table = json_of(line.decode())
+        return Fault(**table) if all(isinstance(value, str) for value in table.values()) else None
+    except (ValueError, TypeError, AttributeError):
+        return None

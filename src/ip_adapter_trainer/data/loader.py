@@ -9,6 +9,7 @@ from itertools import count
 from torch.utils.data import Dataset
 
 from ip_adapter_trainer.core.errors import DataProblem
+from ip_adapter_trainer.core.stopping import Poll, no_poll
 from ip_adapter_trainer.core.types import Batch, Fault, map_tensors
 from ip_adapter_trainer.data.dataset import TrainingSet
 from ip_adapter_trainer.data.faults import FaultLog
@@ -78,8 +79,8 @@ class Loader:
         self.micro_per_step, rest = divmod(order.batch_images, world * self._micro_images)
         assert rest == 0, "a step's images are train_batch_size * processes * accumulation"
 
-    def from_step(self, step: int) -> Iterator[Batch]:
-        """Micro-batches without end, beginning with the first of `step`.
+    def from_step(self, step: int, poll: Poll = no_poll) -> Iterator[Batch]:
+        """Micro-batches without end, beginning with the first of `step`; `poll` is called while one is waited for.
 
         Raises:
             DataProblem: too many faulty rows, or workers that are lost at one place again and again.
@@ -92,6 +93,7 @@ class Loader:
             workers=config.dataloader_num_workers,
             ahead=config.prefetch_factor,
             timeout_s=config.data_timeout_s,
+            poll=poll,
             pin=self._pin,
         )
         for parcel in pool.values(step * self.micro_per_step):

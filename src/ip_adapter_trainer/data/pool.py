@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ip_adapter_trainer.core.errors import DataProblem, Problem, first_line
 from ip_adapter_trainer.core.log import say
+from ip_adapter_trainer.core.stopping import Poll, no_poll
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -51,6 +52,7 @@ class Pool(Generic[K, V]):
         ahead: values that each makes ahead.
         timeout_s: longest wait for a value.
         pin: whether values are pinned.
+        poll: called every now and then while a value is waited for.
     """
 
     dataset: Dataset[V]
@@ -60,6 +62,7 @@ class Pool(Generic[K, V]):
     ahead: int
     timeout_s: float
     pin: bool = False
+    poll: Poll = no_poll
 
     def values(self, place: int = 0) -> Iterator[V]:
         """The values of the keys from a place on, in order.
@@ -148,6 +151,7 @@ class Pool(Generic[K, V]):
                         raise TimeoutError(f"nothing in {self.timeout_s:g} s") from error
                     if not str(error).startswith(_TIMED_OUT):
                         raise
+                    self.poll()
 
 
 class _Ended(Exception):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -76,13 +76,14 @@ class _ClassTokenLayer(nn.Module):
 
     def forward(self, hidden: Tensor, mask: None = None, **options: Any) -> Tensor:
         """[B, T, E] to [B, 1, E]."""
-        attention: Any = self.self_attn
-        normed = self.layer_norm1(hidden)
+        layer: Any = self
+        attention, normed = layer.self_attn, layer.layer_norm1(hidden)
         projected = attention.q_proj(normed[:, :1]), attention.k_proj(normed), attention.v_proj(normed)
         by_head = [each.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for each in projected]
         attended = F.scaled_dot_product_attention(*by_head).transpose(1, 2).flatten(2)
         token = hidden[:, :1] + attention.out_proj(attended)
-        return cast(Tensor, token + self.mlp(self.layer_norm2(token)))
+        out: Tensor = token + layer.mlp(layer.layer_norm2(token))
+        return out
 
 
 class _UnreadLayer(nn.Module):

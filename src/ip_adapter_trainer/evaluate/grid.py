@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ip_adapter_trainer.core.stopping import Poll, no_poll
 from ip_adapter_trainer.core.types import Batch, Pixels
 from ip_adapter_trainer.evaluate.config import ValidationConfig
-from ip_adapter_trainer.evaluate.lend import Poll, no_poll
 from ip_adapter_trainer.evaluate.sample import Sampling, image_tokens, sample, tokens_of
 from ip_adapter_trainer.evaluate.sheet import lay_out
 from ip_adapter_trainer.model import Model

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from ip_adapter_trainer.model import Model
-
-Poll = Callable[[], None]  # called between forward passes; raises `core.errors.Stopped` when the run is to stop
-
-
-def no_poll() -> None:
-    """The poll of a caller whom nobody stops."""
 
 
 @contextmanager

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ip_adapter_trainer.core.rng import stream
+from ip_adapter_trainer.core.stopping import Poll, no_poll
 from ip_adapter_trainer.core.types import Batch
 from ip_adapter_trainer.diffusion.objective import NoiseProcess
-from ip_adapter_trainer.evaluate.lend import Poll, lent, no_poll
+from ip_adapter_trainer.evaluate.lend import lent
 from ip_adapter_trainer.evaluate.shuffle import others
 from ip_adapter_trainer.model import Model
 

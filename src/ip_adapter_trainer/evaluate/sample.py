@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ip_adapter_trainer.core.rng import key, stream
+from ip_adapter_trainer.core.stopping import Poll, no_poll
 from ip_adapter_trainer.evaluate.config import Scheduler
-from ip_adapter_trainer.evaluate.lend import Poll, lent, no_poll
+from ip_adapter_trainer.evaluate.lend import lent
 from ip_adapter_trainer.model import Model
 
 if TYPE_CHECKING:

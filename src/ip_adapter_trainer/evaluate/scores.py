@@ -25,9 +25,9 @@ from ip_adapter_trainer.adapters import weights_sha256
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.rng import key
+from ip_adapter_trainer.core.stopping import Poll, no_poll
 from ip_adapter_trainer.evaluate.clip import ClipScorer, clip_i, clip_t
 from ip_adapter_trainer.evaluate.config import EvaluateConfig
-from ip_adapter_trainer.evaluate.lend import Poll, no_poll
 from ip_adapter_trainer.evaluate.prompts import Prompt, read_prompts
 from ip_adapter_trainer.evaluate.report import CLIP_I, CLIP_T, CONDITIONS, PROMPTED, SCALE_0, SHUFFLED, Evaluation
 from ip_adapter_trainer.evaluate.sample import Sampling, image_tokens, sample

@@ -40,6 +40,7 @@ _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b
 _ORIENTATION_TAG, _TILE_WIDTH_TAG, _TILE_HEIGHT_TAG = 0x0112, 322, 323
 _START_OF_SCAN, _MAX_SCANS = b"\xff\xda", 100  # usual are 1 to 12 of them, and a few more in thumbnails
 _MAX_TILE_PIXELS = 2**20  # of pictures that are smaller than that
+_EASY_PIXELS, _MAX_PIXELS_PER_BYTE = 4_000_000, 250  # photographs have 1 to 40 pixels a byte, drawings some more
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -133,8 +134,11 @@ def _opened(source: Path | bytes, limits: Limits) -> Iterator[ImageFile.ImageFil
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
+            size_bytes = stream.seek(0, os.SEEK_END)
+            stream.seek(0)
             with Image.open(stream, formats=FORMATS) as image:
                 check_size(image.size, limits)
+                _check_density(image.size, size_bytes)
                 _check_tiles(image)
                 yield image
         except PictureFault:
@@ -205,6 +209,15 @@ def _check_tiles(image: ImageFile.ImageFile) -> None:
     width, height = tags.get(_TILE_WIDTH_TAG, 0), tags.get(_TILE_HEIGHT_TAG, 0)
     if width * height > max(_MAX_TILE_PIXELS, image.width * image.height):
         raise _too_many_pixels(f"tiles of {width}x{height} pixels for {image.width}x{image.height}")
+
+
+def _check_density(size_px: tuple[int, int], size_bytes: int) -> None:
+    """A few kilobytes unpack to hundreds of megabytes where a picture is all of one colour."""
+    width, height = size_px
+    if width * height > max(_EASY_PIXELS, size_bytes * _MAX_PIXELS_PER_BYTE):
+        what = f"{width}x{height} pixels in {size_bytes:,} bytes, over the limit of {_MAX_PIXELS_PER_BYTE} to a byte"
+        remedy = f"shrink it to {_EASY_PIXELS / 1e6:g} million pixels"
+        raise PictureFault("too_many_pixels", f"the picture claims {what}", remedy)
 
 
 def _check_scans(image: ImageFile.ImageFile) -> None:

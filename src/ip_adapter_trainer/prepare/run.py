@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from ip_adapter_trainer.core.launch import Runtime, claim, start
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.signals import StopSignal
 from ip_adapter_trainer.core.staging import sweep
-from ip_adapter_trainer.core.stopping import Stopping
+from ip_adapter_trainer.core.stopping import Poll, Stopping
 from ip_adapter_trainer.core.types import Fault
 from ip_adapter_trainer.data.config import CutConfig
 from ip_adapter_trainer.data.faults import FILE_NAME, FaultLog
@@ -138,7 +137,7 @@ class Job:
             encoding = Encoding(self.folder, encode_with(family, encoder), batch_images)
             reading = Reading(self.prepared, self.pictures, self.config, encoder.preprocess)
 
-            def fill(poll: Callable[[], None]) -> None:
+            def fill(poll: Poll) -> None:
                 """This process's share."""
                 try:
                     self._fill(encoding, reading, poll)
@@ -168,11 +167,11 @@ class Job:
     def _log(self) -> FaultLog:
         return FaultLog(self.folder, self.manifest.entries, self.config.max_fault_rate)
 
-    def _fill(self, encoding: Encoding, reading: Reading, poll: Callable[[], None]) -> None:
+    def _fill(self, encoding: Encoding, reading: Reading, poll: Poll) -> None:
         log, faulty = self._log(), dict[str, PictureFault]()
         if self.runtime.is_main:
             log.add(self.manifest.faults)
-        for read in self._read(reading):
+        for read in self._read(reading, poll):
             poll()
             if read.record is not None:
                 encoding.note(read.item.name, read.record)
@@ -184,8 +183,8 @@ class Job:
         encoding.finish()
         log.add(self._faults_of_rows(faulty))
 
-    def _read(self, reading: Reading) -> tqdm:  # type: ignore[type-arg]
-        reads = read_all(self.left, reading, self.config, self.manifest.where)
+    def _read(self, reading: Reading, poll: Poll) -> tqdm:  # type: ignore[type-arg]
+        reads = read_all(self.left, reading, self.config, self.manifest.where, poll)
         hidden = None if self.runtime.is_main else True
         return tqdm(reads, total=len(self.left), unit="images", desc=f"1 of {self.runtime.world}", disable=hidden)
 

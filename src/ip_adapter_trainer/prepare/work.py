@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 from torch.utils.data import Dataset
 
+from ip_adapter_trainer.core.stopping import Poll
 from ip_adapter_trainer.data.address import address
 from ip_adapter_trainer.data.config import CutConfig
 from ip_adapter_trainer.data.index import PICTURES, Record, name_key
@@ -122,7 +123,9 @@ class Reading(Dataset[Read]):
         return self._preprocess(framed(picture, self._config, self._pictures)).numpy()
 
 
-def read_all(items: Sequence[Item], reading: Reading, config: CutConfig, where: Callable[[int], str]) -> Iterator[Read]:
+def read_all(
+    items: Sequence[Item], reading: Reading, config: CutConfig, where: Callable[[int], str], poll: Poll
+) -> Iterator[Read]:
     """Every item in order, read by data workers a few ahead, or by this process if there are none.
 
     Args:
@@ -130,6 +133,7 @@ def read_all(items: Sequence[Item], reading: Reading, config: CutConfig, where: 
         reading: reads one.
         config: how many workers, and how long to wait for one.
         where: a row is.
+        poll: called while one is waited for.
 
     Raises:
         DataProblem: workers are lost over one picture again and again.
@@ -141,5 +145,6 @@ def read_all(items: Sequence[Item], reading: Reading, config: CutConfig, where: 
         workers=config.dataloader_num_workers,
         ahead=_AHEAD,
         timeout_s=config.data_timeout_s,
+        poll=poll,
     )
     return pool.values()

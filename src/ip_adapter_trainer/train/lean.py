@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch import nn
 
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.nn.attention import lean_attention
@@ -27,8 +28,8 @@ def lean(model: Model, config: LeanConfig) -> Iterator[None]:
     with ExitStack() as stack:
         laid_out = _channels_last(config, model.dtype)
         if laid_out:
-            denoiser.to(memory_format=torch.channels_last)
-            stack.callback(denoiser.to, memory_format=torch.contiguous_format)
+            _lay_out(denoiser, torch.channels_last)
+            stack.callback(_lay_out, denoiser, torch.contiguous_format)
         if config.lean_attention:
             stack.enter_context(lean_attention(denoiser, model.prompt))
         if config.compile != "off":  # the compiler itself weighs what to keep, and cannot read the lean layers
@@ -36,6 +37,13 @@ def lean(model: Model, config: LeanConfig) -> Iterator[None]:
         elif config.lean_layers:
             stack.enter_context(lean_layers(denoiser, products=laid_out and config.product_convolutions))
         yield
+
+
+def _lay_out(net: nn.Module, memory_format: torch.memory_format) -> None:
+    """Lays weights of convolutions out; codes of packed ones have their channels last as they are."""
+    for weight in net.parameters():
+        if weight.ndim == 4:
+            weight.data = weight.data.contiguous(memory_format=memory_format)
 
 
 def _channels_last(config: LeanConfig, dtype: torch.dtype) -> bool:

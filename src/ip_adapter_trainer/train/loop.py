@@ -18,7 +18,7 @@ from ip_adapter_trainer.card import card_of
 from ip_adapter_trainer.core.errors import NotFiniteProblem, Stopped, StorageProblem
 from ip_adapter_trainer.core.launch import Runtime
 from ip_adapter_trainer.core.log import say
-from ip_adapter_trainer.core.stopping import Stopping
+from ip_adapter_trainer.core.stopping import Poll, Stopping
 from ip_adapter_trainer.core.types import Batch
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.train import checkpoint, guard, optim
@@ -35,6 +35,7 @@ from ip_adapter_trainer.train.track import Track
 from ip_adapter_trainer.train.validate import Validator
 
 FP16_SCALE = 4096.0  # of the loss at first; higher, its calibration would look like steps that are not finite
+_GO_ON, _LAST, _BROKEN_OFF = range(3)  # what a process makes of a step: the greatest of all processes' counts
 MAX_BAD_STEPS = 5  # in a row; then something is wrong that waiting will not mend
 
 
@@ -69,7 +70,7 @@ class Trainer:
         self.saver = Saver(self.output, config.checkpoints_total_limit)
         self.done = 0  # optimizer steps
         self.validated = -1  # the step of the last validation
-        self.saved = -1  # the last step at which a checkpoint was written or tried
+        self.saved = 0  # the last step at which a checkpoint was written or tried; before the first is nothing to save
         self.bad_steps = 0  # in a row
         self.stopping = False  # as all processes agreed
         self.accepted: list[str] = []  # differences to the run that was resumed
@@ -183,7 +184,7 @@ class Trainer:
         if not self.runtime.is_main:
             return
         self._tell_of(self.saver.settle)
-        if self.saved != self.done > 0:
+        if self.saved != self.done:
             for outcome in self.outcomes.read(keep=0):
                 self._note(outcome, track)
             try:
@@ -210,7 +211,7 @@ class Trainer:
         """
         self.runtime.accelerator.init_trackers(self.config.tracker_project_name, config=self._tracker_config())
         track = Track(self.runtime, self.output, self.plan.total_steps, self.done, self._metrics_bytes)
-        batches = self.source.batches(self.done)
+        batches = self.source.batches(self.done, stopping.poll)
         with stopping.noted(), self.model.attached(), lean(self.model, self.config):
             try:
                 self._run(batches, track, stopping)
@@ -254,7 +255,7 @@ class Trainer:
     def _validate(self, track: Track, stopping: Stopping) -> None:
         """The first process validates, the others wait; one that is broken off is done again and leaves no numbers."""
 
-        def work(poll: Callable[[], None]) -> None:
+        def work(poll: Poll) -> None:
             """Of this process."""
             if self.runtime.is_main:
                 with self.published_weights():
@@ -269,25 +270,40 @@ class Trainer:
         self.validated = self.done
 
     def _optimize(self, batches: Iterator[Batch], track: Track, stopping: Stopping) -> None:
-        """One optimizer step over all its micro batches on all processes."""
-        self.gradients.zero()
-        rows: list[int] = []
-        for _ in range(self.config.gradient_accumulation_steps):
-            began = time.monotonic()
-            batch = next(batches)
-            track.stopwatch.waited(time.monotonic() - began)
-            rows += batch.row.tolist()
-            loss = self.loss_of(batch) / self.config.gradient_accumulation_steps
-            self.scaler.scale(loss).backward()
-            self.gradients.add_loss(loss.detach())
-        if stopping.asked:
-            self.gradients.request_stop()
+        """One optimizer step over all its micro batches on all processes; none, if any of them broke it off to stop.
+
+        A step that was broken off is done again when the run is resumed, with the same draws.
+        """
+        rows = self._accumulate(batches, track, stopping)
+        asked = _BROKEN_OFF if rows is None else _LAST if stopping.asked else _GO_ON
+        agreed = self.runtime.highest(asked)
+        self.stopping = agreed != _GO_ON
+        if rows is None or agreed == _BROKEN_OFF:
+            return
         self.gradients.average(self.runtime.world)
         report, rate = self._apply(), self.schedule.get_last_lr()[0]
         self.schedule.step()
         self.done += 1
         track.stopwatch.trained(self.plan.images_per_step)
         self.outcomes.add(self.done, rows, rate, report)
+
+    def _accumulate(self, batches: Iterator[Batch], track: Track, stopping: Stopping) -> list[int] | None:
+        """The rows of this process's micro batches, their gradients added up; None: asked to stop before the last."""
+        self.gradients.zero()
+        rows: list[int] = []
+        try:
+            for _ in range(self.config.gradient_accumulation_steps):
+                stopping.poll()
+                began = time.monotonic()
+                batch = next(batches)
+                track.stopwatch.waited(time.monotonic() - began)
+                rows += batch.row.tolist()
+                loss = self.loss_of(batch) / self.config.gradient_accumulation_steps
+                self.scaler.scale(loss).backward()
+                self.gradients.add_loss(loss.detach())
+        except Stopped:
+            return None
+        return rows
 
     def _apply(self) -> torch.Tensor:
         """Unscales, clips and steps, unless something is not finite; gives the step's report, see `Gradients`."""
@@ -308,7 +324,6 @@ class Trainer:
                 self._note_spike(outcome)
             else:
                 self._note_skipped(outcome)
-            self.stopping = self.stopping or outcome.stop
 
     def _note(self, outcome: Outcome, track: Track) -> None:
         track.step(outcome.step, {"loss": outcome.loss, "lr": outcome.rate, "grad_norm": outcome.norm})

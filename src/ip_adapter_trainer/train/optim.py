@@ -18,16 +18,16 @@ LARGEST_MOMENT = torch.finfo(torch.float32).max
 
 
 class Gradients:
-    """All gradients as views of one buffer, with room for a loss and a stop request at its end.
+    """All gradients as views of one buffer, with room for a loss at its end.
 
-    One collective a step averages everything over the processes: gradients, the loss to report, and whether any
-    process was asked to stop. One kernel measures the norm.
+    One collective a step averages everything over the processes: gradients and the loss to report. One kernel
+    measures the norm.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         params = list(parameters)
         size = sum(p.numel() for p in params)
-        self._buffer = torch.zeros(size + 2, dtype=torch.float32, device=params[0].device)
+        self._buffer = torch.zeros(size + 1, dtype=torch.float32, device=params[0].device)
         self.flat = self._buffer[:size]  # [P]
         start = 0
         for p in params:
@@ -35,16 +35,12 @@ class Gradients:
             start += p.numel()
 
     def zero(self) -> None:
-        """Clears gradients, loss and request before a step."""
+        """Clears gradients and loss before a step."""
         self._buffer.zero_()
 
     def add_loss(self, loss: Tensor) -> None:
         """Adds a micro batch's share of the loss to report."""
-        self._buffer[-2] += loss
-
-    def request_stop(self) -> None:
-        """Notes that this process was asked to stop."""
-        self._buffer[-1] = 1.0
+        self._buffer[-1] += loss
 
     def average(self, world: int) -> None:
         """Means over all processes; afterwards every one holds the same buffer.
@@ -54,7 +50,7 @@ class Gradients:
         if world > 1:
             torch.distributed.all_reduce(self._buffer)
             self._buffer /= world
-        self.flat[0] += 0 * self._buffer[-2]
+        self.flat[0] += 0 * self._buffer[-1]
 
     def clip(self, max_norm: float | None) -> Tensor:
         """Scales gradients down to a norm; returns the norm before, a scalar on the device."""
@@ -64,8 +60,8 @@ class Gradients:
         return norm
 
     def report(self, norm: Tensor) -> Tensor:
-        """The step's numbers [4] on the device: loss, norm, one if not finite, more than zero if to stop."""
-        return torch.stack((self._buffer[-2], norm, (~torch.isfinite(norm)).float(), self._buffer[-1]))
+        """The step's numbers [3] on the device: loss, norm, one if not finite."""
+        return torch.stack((self._buffer[-1], norm, (~torch.isfinite(norm)).float()))
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:

@@ -21,7 +21,6 @@ class Outcome:
     loss: float
     norm: float
     is_finite: bool
-    stop: bool  # whether any process was asked to stop
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class _Sent:
     step: int
     rows: list[int]
     rate: float
-    values: Tensor  # [4] on the host, once `arrived` says so
+    values: Tensor  # [3] on the host, once `arrived` says so
     arrived: Any  # a CUDA event, or None
 
 
@@ -46,7 +45,7 @@ class Outcomes:
         self._sent: deque[_Sent] = deque()
 
     def add(self, step: int, rows: list[int], rate: float, values: Tensor) -> None:
-        """Takes a step's numbers [4] on the device: loss, norm, one if not finite, more than zero if to stop."""
+        """Takes a step's numbers [3] on the device: loss, norm, one if not finite."""
         if values.device.type != "cuda":
             self._sent.append(_Sent(step, rows, rate, values, None))
             return
@@ -62,5 +61,5 @@ class Outcomes:
             sent = self._sent.popleft()
             if sent.arrived is not None:
                 sent.arrived.synchronize()
-            loss, norm, bad, stop = sent.values.tolist()
-            yield Outcome(sent.step, sent.rows, sent.rate, loss, norm, bad == 0, stop > 0)
+            loss, norm, bad = sent.values.tolist()
+            yield Outcome(sent.step, sent.rows, sent.rate, loss, norm, bad == 0)

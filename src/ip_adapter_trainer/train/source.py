@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ip_adapter_trainer.core.launch import Runtime
 from ip_adapter_trainer.core.rng import stream
+from ip_adapter_trainer.core.stopping import Poll
 from ip_adapter_trainer.core.types import Batch
 from ip_adapter_trainer.data.dataset import TrainingSet
 from ip_adapter_trainer.data.faults import FaultLog
@@ -58,16 +59,16 @@ class Source:
         self.images_per_step = config.images_per_step(runtime.world)
         self._order = Order(layout.bucket_of_row, seed=config.seed, batch_images=self.images_per_step)
 
-    def batches(self, first_step: int) -> Iterator[Batch]:
-        """This process's micro batches from a step on, without end.
+    def batches(self, first_step: int, poll: Poll) -> Iterator[Batch]:
+        """This process's micro batches from a step on, without end; `poll` is called while one is waited for.
 
         Raises:
             DataProblem: more rows are faulty than the settings allow.
         """
         log = FaultLog(Path(self._config.output_dir), self._manifest.entries, self._config.max_fault_rate)
-        log.add(self._early_faults)
+        log.add(self._early_faults, writes=self._runtime.is_main)
         rank, world, pin = self._runtime.rank, self._runtime.world, self._runtime.device.type == "cuda"
-        return Loader(self._samples, self._order, log, rank=rank, world=world, pin=pin).from_step(first_step)
+        return Loader(self._samples, self._order, log, rank=rank, world=world, pin=pin).from_step(first_step, poll)
 
     @property
     def is_prepared(self) -> bool:

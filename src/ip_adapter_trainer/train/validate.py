@@ -10,10 +10,10 @@ from torch import Tensor
 from ip_adapter_trainer.core.errors import DataProblem
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.staging import staged_file
+from ip_adapter_trainer.core.stopping import Poll
 from ip_adapter_trainer.core.storage import reason_of
 from ip_adapter_trainer.core.types import Batch, Encoded
 from ip_adapter_trainer.evaluate.grid import validation_grid
-from ip_adapter_trainer.evaluate.lend import Poll
 from ip_adapter_trainer.evaluate.losses import validation_losses
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.train.config import TrainConfig

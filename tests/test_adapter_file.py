@@ -291,6 +291,17 @@ def test_a_run_is_its_newest_whole_checkpoint(
             read_adapter(path)
 
 
+def test_a_card_that_was_changed_is_not_believed(model: Model, base_folder: Callable, tmp_path: Path) -> None:
+    folder = save_checkpoint(model, base_folder("sd1"), tmp_path / "run", 10)
+    card = folder / "adapter.json"
+    card.write_text(card.read_text().replace('"step": 10', '"step": 19'))
+    with pytest.raises(Problem, match="checkpoint is damaged"):
+        read_adapter(folder)
+    card.unlink()
+    with pytest.raises(Problem, match="checkpoint is damaged"):
+        read_adapter(folder / "pytorch_model.bin")
+
+
 def test_a_checkpoint_names_its_models_and_rebuilds_itself(model: Model, base_folder: Callable, tmp_path: Path) -> None:
     folder = save_checkpoint(model, base_folder("sd1"), tmp_path / "run", 3)
     again = load_model(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import random
@@ -14,7 +15,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from faults.corpus.broken_pictures import broken
 from faults.corpus.files import Array, encoded, png_claiming
@@ -150,6 +151,21 @@ def test_noise_in_a_file_is_a_picture_or_a_fault_and_never_a_word_more(format: s
                 decode(bytes(data), LIMITS)
             except PictureFault as fault:
                 assert fault.kind in get_args(FaultKind)
+
+
+def test_a_large_picture_is_refused_where_a_few_kilobytes_claim_it() -> None:
+    def saved(picture: Image.Image, format: str) -> bytes:
+        out = io.BytesIO()
+        picture.save(out, format)
+        return out.getvalue()
+
+    for mode, side_px in (("1", 8000), ("RGB", 2001)):
+        assert _fault(saved(Image.new(mode, (side_px, side_px)), "PNG"), Limits()) == "too_many_pixels"
+    drawing, sky = Image.new("1", (3000, 3000)), Image.linear_gradient("L").resize((3000, 3000))
+    for number in range(120):
+        ImageDraw.Draw(drawing).circle((number * 25, number * 7), number * 10, outline=1)
+    for data in (saved(Image.new("RGB", (2000, 2000)), "PNG"), saved(drawing, "PNG"), saved(sky, "JPEG")):
+        decode(data, Limits())
 
 
 MEASURE = """

@@ -93,8 +93,11 @@ def test_lean_layers_layout_and_recomputation_change_nothing(
     expected = found(model)
     if recompute:
         model.checkpoint_activations()
-    for made, true in zip(found(model, LeanConfig(channels_last=layout)), expected, strict=True):  # type: ignore[arg-type]
+    config = LeanConfig(channels_last=layout)  # type: ignore[arg-type]
+    for made, true in zip(found(model, config), expected, strict=True):
         assert off(made, true) < 1e-5
+    with model.attached(), lean(model, config):
+        assert all(layer.codes.is_contiguous() for layer in layers(model.family.denoiser))
 
 
 @pytest.mark.parametrize(("storage", "bits"), [("int8", 8), pytest.param("nf4", 4.5, marks=NEEDS_BNB)])

@@ -177,8 +177,7 @@ def _weights_in(folder: Path) -> Path | None:
 def _whole(file: Path) -> bool:
     """Weights and the card beside them; only our checkpoints have a manifest to compare with."""
     is_ours = file.name in WEIGHTS and (file.parent / MANIFEST).exists()
-    names = [name for name in (file.name, CARD) if (file.parent / name).exists()]
-    return not is_ours or verified(file.parent, names)
+    return not is_ours or verified(file.parent, [file.name, CARD])
 
 
 def weights_sha256(tables: AdapterTables) -> str:

@@ -71,21 +71,6 @@ class _ExactLinear(nn.Linear):
         return F.linear(input.float(), self.weight.float())
 
 
-class _ClassTokenLayer(nn.Module):
-    """A last layer of which only the class token is read: the others are keys and values alone."""
-
-    def forward(self, hidden: Tensor, mask: None = None, **options: Any) -> Tensor:
-        """[B, T, E] to [B, 1, E]."""
-        layer: Any = self
-        attention, normed = layer.self_attn, layer.layer_norm1(hidden)
-        projected = attention.q_proj(normed[:, :1]), attention.k_proj(normed), attention.v_proj(normed)
-        by_head = [each.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for each in projected]
-        attended = F.scaled_dot_product_attention(*by_head).transpose(1, 2).flatten(2)
-        token = hidden[:, :1] + attention.out_proj(attended)
-        out: Tensor = token + layer.mlp(layer.layer_norm2(token))
-        return out
-
-
 class _UnreadLayer(nn.Module):
     """A last layer of which nothing is read."""
 
@@ -165,10 +150,10 @@ class ClipImageEncoder:
         """Several kinds of feature of the same pixels, by one pass; see `encode`."""
         assert not self._is_released, "the encoder's weights are gone"
         dtype, last = self.model.dtype, self.model.vision_model.encoder.layers[-1]
-        last_read = _ClassTokenLayer if "image_embeds" in kinds else _UnreadLayer
+        unread = [] if "image_embeds" in kinds else [(last, _UnreadLayer)]
         penultimate: list[Tensor] = []
         listening = last.register_forward_pre_hook(lambda _, given: penultimate.append(given[0]))
-        with listening, classes_changed([(last, last_read)]), _exact_stream(self.model):
+        with listening, classes_changed(unread), _exact_stream(self.model):
             output = self.model(pixels.to(self.model.device, dtype))
         found = {"penultimate": penultimate[0], "image_embeds": output.image_embeds}
         return {kind: found[kind].to(dtype) for kind in kinds}

@@ -164,6 +164,16 @@ class Model:
         self.family.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
         self.family.denoiser.train()
 
+    def place_encoders(self, device: torch.device | str) -> None:
+        """Moves what encodes pictures and captions to a device, ahead of the rest."""
+        self.encoder.model.to(device)
+        self.family.place_encoders(device)
+
+    def place(self, device: torch.device | str) -> None:
+        """Moves the denoiser and the adapter to a device."""
+        self.family.denoiser.to(device)
+        self.adapter.to(device)
+
     def release_encoders(self, texts: bool) -> None:
         """Lets go of the weights that only turn pictures into features and moments, where all were encoded before.
 

@@ -16,6 +16,8 @@ from ip_adapter_trainer.config import RESOLVED, parse_train
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.export import ExportConfig, export
 from ip_adapter_trainer.families import FAMILIES
+from ip_adapter_trainer.model import Model
+from ip_adapter_trainer.prepare.encode import Encoding
 from ip_adapter_trainer.train import checkpoint
 from tests.train.test_resume import assert_same_run
 
@@ -37,6 +39,26 @@ def test_each_card_trains_saves_and_exports_what_diffusers_reads_alike(
     assert saved.items() >= (dict(FAMILIES[{"sd1": "sd"}.get(base, base)].small_cards[memory]) | own).items()
     adapter = tmp_path / "adapter.safetensors"
     assert export(ExportConfig(source=str(output), output=str(adapter), dtype="fp32")).difference <= 1e-5
+
+
+def test_the_denoiser_goes_to_the_device_when_what_encodes_is_gone(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def note(kind: type, name: str) -> None:
+        own = getattr(kind, name)
+
+        def noted(self: object, *args: object, **kwargs: object) -> None:
+            order.append(name)
+            own(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, name, noted)
+
+    for kind, name in ((Model, "place_encoders"), (Encoding, "finish"), (Model, "release_encoders"), (Model, "place")):
+        note(kind, name)
+    run(tmp_path / "out", max_train_steps=12, prepare="auto", num_validation_images=0)
+    assert order == ["place_encoders", "finish", "release_encoders", "place"]
 
 
 @NEEDS_BNB

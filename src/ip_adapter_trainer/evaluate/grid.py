@@ -54,6 +54,8 @@ def validation_grid(
 ) -> Image:
     """The grid of the first `grid_rows` rows of some batches of pixels, each drawn at the size of its target.
 
+    No more pictures are drawn at once than a batch has.
+
     Args:
         model: attached or not; it is given back as it was found.
         batches: of pixels.
@@ -61,22 +63,22 @@ def validation_grid(
         poll: called before the first step of every drawing and after every step.
         features: of the batches' image prompts [R, ...], where they were encoded before.
     """
-    count = config.grid_rows
-    captions = [text for batch in batches for text in batch.text][:count]
-    prompts = captions if config.grid_prompt is None else [config.grid_prompt] * len(captions)
-    pictures = [(batch.picture, len(batch)) for batch in batches if isinstance(batch.picture, Pixels)]
-    sizes = [(p.pixels.shape[-2], p.pixels.shape[-1]) for p, images in pictures for _ in range(images)][:count]
-    pixels = torch.cat([p.prompt_pixels for p, _ in pictures])[:count]
-    references = as_seen(model.encoder.preprocess, pixels)
-    rows: dict[int, list[Image]] = {}
-    for height_px, width_px in dict.fromkeys(sizes):
-        places = [place for place, size in enumerate(sizes) if size == (height_px, width_px)]
+    rows: list[list[Image]] = []
+    prompts: list[str] = []
+    for batch in batches:
+        first, shown = len(rows), min(len(batch), config.grid_rows - len(rows))
+        if not shown:
+            break
+        assert isinstance(batch.picture, Pixels)
+        height_px, width_px = batch.picture.pixels.shape[-2:]
         how = Sampling(height_px, width_px, config.grid_steps, config.grid_guidance_scale)
-        tokens = tokens_of(model, pixels[places], None if features is None else features[places])
+        pixels, places = batch.picture.prompt_pixels[:shown], range(first, first + shown)
+        tokens = tokens_of(model, pixels, None if features is None else features[first:][:shown])
+        texts = batch.text[:shown] if config.grid_prompt is None else [config.grid_prompt] * shown
         seeds = [config.validation_seed + place for place in places]
-        texts, shown = [prompts[place] for place in places], [references[place] for place in places]
-        rows |= zip(places, _rows(model, shown, tokens, texts, seeds, how, poll), strict=True)
-    return lay_out(HEADINGS, [rows[place] for place in range(len(sizes))], prompts)
+        rows += _rows(model, as_seen(model.encoder.preprocess, pixels), tokens, texts, seeds, how, poll)
+        prompts += texts
+    return lay_out(HEADINGS, rows, prompts)
 
 
 def _rows(

@@ -102,20 +102,25 @@ def sample(
     if tokens is not None:
         tokens = tokens.expand(len(prompts), -1, -1)
     pictures: list[Image] = []
-    with lent(model), model.family.reading_prompts(), _scheduler(model.family.pipeline, how.scheduler):
+    with lent(model), _scheduler(model.family.pipeline, how.scheduler):
         model.prompt.scale = how.scale
         for start in range(0, len(prompts), how.batch_images):
             part = slice(start, start + how.batch_images)
             poll()
-            model.prompt.tokens = None if tokens is None else _guided(model, tokens[part], how.guidance_scale)
+            model.prompt.tokens = None if tokens is None else _guided(model, tokens[part], how)
             pictures += _draw(model, prompts[part], seeds[part], how, poll)
     return pictures
 
 
-def _guided(model: Model, tokens: Tensor, guidance_scale: float) -> Tensor:
-    """The tokens [P or 2P, M, D] of one forward pass: a guided pipeline runs "no picture" first, in the same batch."""
+def _is_guided(model: Model, how: Sampling) -> bool:
+    """Whether the pipeline runs a pass without prompts beside the one with them."""
     distilled = getattr(model.family.denoiser.config, "time_cond_proj_dim", None) is not None
-    if guidance_scale <= 1 or distilled:
+    return how.guidance_scale > 1 and not distilled
+
+
+def _guided(model: Model, tokens: Tensor, how: Sampling) -> Tensor:
+    """The tokens [P or 2P, M, D] of one forward pass: a guided pipeline runs "no picture" first, in the same batch."""
+    if not _is_guided(model, how):
         return tokens
     return torch.cat([null_tokens(model, tokens.shape[1]).expand_as(tokens), tokens])
 
@@ -130,11 +135,9 @@ def _draw(model: Model, prompts: Sequence[str], seeds: Sequence[int], how: Sampl
         # A VAE kept in fp32 beside a half precision denoiser cannot decode half precision latents.
         return {"latents": state["latents"].to(pipeline.vae.dtype)} if last else {}
 
-    negative = [how.negative_prompt] * len(prompts) if how.negative_prompt else None  # None: the pipeline's own empty
     steps = [torch.Generator().manual_seed(key(seed, "sample-steps") % 2**63) for seed in seeds]
     output = model.family.pipeline(
-        list(prompts),
-        negative_prompt=negative,
+        **model.family.embedded_prompts(prompts, how.negative_prompt, guided=_is_guided(model, how)),
         height=how.height_px,
         width=how.width_px,
         num_inference_steps=how.steps,

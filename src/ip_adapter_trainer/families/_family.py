@@ -61,10 +61,18 @@ class Family(ABC):
         device: torch.device | str,
         parts: Sequence[PartName] = PARTS,
         storage: Storage = "none",
+        packed_on: torch.device | str | None = None,
     ) -> Family:
         """Loads frozen parts from a pipeline folder or hub id; what needs another part must not be asked then.
 
-        `storage` is how the denoiser keeps its weights.
+        Args:
+            path: of the pipeline.
+            config: the family's own settings.
+            dtype: of the weights.
+            device: where the parts are kept.
+            parts: which to load.
+            storage: how the denoiser keeps its weights.
+            packed_on: the device that packs them, one after another; `device` by default.
         """
 
     @abstractmethod
@@ -108,6 +116,13 @@ class Family(ABC):
     def encode_text(self, texts: Sequence[str], geometry: Sequence[Geometry]) -> TextCondition:
         """Text condition of B prompts; the empty prompt is encoded as the pipeline encodes its unconditional."""
         return self.condition(self.encode_captions(texts), geometry)
+
+    @abstractmethod
+    def embedded_prompts(self, prompts: Sequence[str], negative: str, *, guided: bool) -> dict[str, Any]:
+        """What the pipeline makes of prompts, as the arguments by which it takes them; `guided` with their negatives.
+
+        Text encoders that rest on the host are on the denoiser's device meanwhile.
+        """
 
     @abstractmethod
     def encode_captions(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -157,6 +172,11 @@ class Family(ABC):
     @abstractmethod
     def encode_moments(self, pixels: Tensor) -> Tensor:
         """Mean and log variance [B, 2C, h, w] of the latents' posterior of pixels [B, 3, H, W], unscaled."""
+
+    def place_encoders(self, device: torch.device | str) -> None:
+        """Moves what encodes pictures and captions to a device."""
+        self.autoencoder.to(device)
+        self._move_text_encoders(device)
 
     @abstractmethod
     def release_encoder(self) -> None:

@@ -24,9 +24,16 @@ _SPARED = ("conv_in", "conv_out", "time_embedding", "add_embedding", "time_emb_p
 
 
 def load_pipeline(
-    cls: Any, path: str, *, dtype: torch.dtype, device: torch.device | str, storage: Storage = "none", **kwargs: Any
+    cls: Any,
+    path: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    storage: Storage = "none",
+    packed_on: torch.device | str | None = None,
+    **kwargs: Any,
 ) -> Any:
-    """Loads a pipeline's frozen parts; the UNet's weights are packed on their way to the device.
+    """Loads a pipeline's frozen parts; see `Family.load`.
 
     Raises:
         Problem: a folder or hub id that diffusers cannot load, or a storage whose library is not installed.
@@ -39,7 +46,7 @@ def load_pipeline(
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(False)
     if pipeline.unet is not None:
-        pack_denoiser(pipeline.unet, storage, device)
+        pack_denoiser(pipeline.unet, storage, packed_on or device)
     pipeline.to(device)
     if pipeline.vae is not None:
         lay_out_autoencoder(pipeline.vae)
@@ -57,7 +64,7 @@ def lay_out_autoencoder(vae: Any) -> None:
 
 
 def pack_denoiser(unet: torch.nn.Module, storage: Storage, device: torch.device | str) -> None:
-    """Packs a frozen UNet's large layers.
+    """Packs a frozen UNet's large layers on a device; they stay where they are.
 
     Raises:
         Problem: the storage's library is not installed.
@@ -81,6 +88,7 @@ class UNetFamily(Family):
         "autoencoder": ("vae",), "denoiser": ("unet",), "text": ("tokenizer", "text_encoder"),
     }  # fmt: skip
 
+    embeddings: ClassVar[tuple[str, ...]] = ("prompt_embeds", "negative_prompt_embeds")  # as its pipeline gives them
     pipeline_class: ClassVar[str]  # of diffusers
     left_out: ClassVar[Mapping[str, Any]]  # arguments by which the pipeline loads without what training never needs
 
@@ -105,13 +113,17 @@ class UNetFamily(Family):
         device: torch.device | str,
         parts: Sequence[PartName] = PARTS,
         storage: Storage = "none",
+        packed_on: torch.device | str | None = None,
     ) -> Self:
         """See `Family.load`."""
         import diffusers
 
-        without = {name: None for part, names in cls.components.items() if part not in parts for name in names}
+        absent = [name for part, names in cls.components.items() if part not in parts for name in names]
+        without: dict[str, Any] = {**cls.left_out, **dict.fromkeys(absent)}
         kind = getattr(diffusers, cls.pipeline_class)
-        return cls(load_pipeline(kind, path, dtype=dtype, device=device, storage=storage, **cls.left_out, **without))
+        return cls(
+            load_pipeline(kind, path, dtype=dtype, device=device, storage=storage, packed_on=packed_on, **without)
+        )
 
     def sites(self) -> list[Site]:
         """N counts every attention processor in module order (down, up, mid), so cross-attention has the odd ones."""
@@ -151,6 +163,18 @@ class UNetFamily(Family):
     def _text(self, kind: str) -> list[Any]:
         """The pipeline's text encoders or tokenizers, which are called alike and numbered from the second on."""
         return [self.pipeline.components[name] for name in self.components["text"] if name.startswith(kind)]
+
+    def embedded_prompts(self, prompts: Sequence[str], negative: str, *, guided: bool) -> dict[str, Any]:
+        """See `Family.embedded_prompts`."""
+        with self.reading_prompts():
+            made = self.pipeline.encode_prompt(
+                prompt=list(prompts),
+                device=self.device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=guided,
+                negative_prompt=[negative] * len(prompts) if negative else None,  # None: the pipeline's own empty one
+            )
+        return dict(zip(self.embeddings, made, strict=True))
 
     @property
     def text_encoders(self) -> Sequence[Any]:

@@ -25,6 +25,7 @@ class StableDiffusionXL(UNetFamily):
 
     Config = Part
     pipeline_class = "StableDiffusionXLPipeline"
+    embeddings = (*UNetFamily.embeddings, "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     left_out = {"image_encoder": None, "add_watermarker": False}  # noqa: RUF012
     name = "sdxl"
     layer_groups = {  # noqa: RUF012

@@ -129,12 +129,12 @@ Packed = PackedLinear | PackedConv2d
 
 
 def pack(net: nn.Module, storage: Storage, device: torch.device | str, spared: Callable[[str], bool]) -> None:
-    """Packs a net's linear layers and convolutions where they are, one after another, each on a device.
+    """Packs a net's linear layers and convolutions, one after another, each on a device.
 
     Args:
-        net: frozen; what is not packed stays on its own device.
+        net: frozen; its layers stay on their own device.
         storage: how weights are kept.
-        device: where codes are made and stay; only one weight at a time is there in full.
+        device: where codes are made; only one weight at a time is there.
         spared: by a layer's name, whether its weight stays as it is.
 
     Raises:
@@ -150,13 +150,13 @@ def pack(net: nn.Module, storage: Storage, device: torch.device | str, spared: C
 @torch.no_grad()
 def _pack(layer: Any, storage: Storage, device: torch.device | str) -> None:
     assert not layer.weight.requires_grad, "only what is frozen can be packed"
-    weight = layer.weight.to(device)
+    own, weight = layer.weight.device, layer.weight.to(device)
     if weight.ndim == 4:
         assert layer.padding_mode == "zeros"
         weight = weight.permute(0, 2, 3, 1).contiguous()
     del layer.weight
     for name, tensor in zip(("codes", "scales"), _packed(weight, storage), strict=True):
-        layer.register_buffer(name, tensor)
+        layer.register_buffer(name, tensor.to(own))
     layer.shape, layer.__class__ = weight.shape, PackedConv2d if weight.ndim == 4 else PackedLinear
 
 

@@ -16,7 +16,7 @@ from ip_adapter_trainer.data.config import CutConfig
 from ip_adapter_trainer.data.recipe import Recipe, TextRecipe
 from ip_adapter_trainer.data.shards import TableKind
 from ip_adapter_trainer.encoders import ClipImageEncoder, FeatureKind
-from ip_adapter_trainer.families import FAMILIES, PARTS, Family, PartName, family_of
+from ip_adapter_trainer.families import FAMILIES, Family, family_of
 from ip_adapter_trainer.images.ground import parse_colour
 from ip_adapter_trainer.nn.packed import Storage
 from ip_adapter_trainer.prepare.config import FrozenConfig
@@ -24,33 +24,26 @@ from ip_adapter_trainer.prepare.config import FrozenConfig
 _SAYS_NOTHING = ("architectures", "dtype", "torch_dtype", "transformers_version")  # and names that begin with "_"
 
 
-def load_frozen(config: FrozenConfig, runtime: Runtime, storage: Storage = "none") -> tuple[Family, ClipImageEncoder]:
-    """The base model and the image encoder of a run.
+def load_frozen(config: FrozenConfig, runtime: Runtime, storage: Storage) -> tuple[Family, ClipImageEncoder]:
+    """The base model and the image encoder of a run, on the host; what stays there never needs room on a device.
 
     Args:
         config: which models.
-        runtime: their precision and device.
+        runtime: their precision, and the device that packs weights.
         storage: how the denoiser keeps its weights.
 
     Raises:
         Problem: something is missing or of an unknown kind.
     """
-    return load_family(config, runtime, storage=storage), load_encoder(config.image_encoder_path, runtime)
+    family = load_family(config, runtime.dtype, "cpu", storage=storage, packed_on=runtime.device)
+    return family, ClipImageEncoder.load(config.image_encoder_path, dtype=runtime.dtype)
 
 
-def load_family(
-    config: FrozenConfig, runtime: Runtime, parts: Sequence[PartName] = PARTS, storage: Storage = "none"
-) -> Family:
-    """Parts of the base model; the family's own settings are taken from the run's. See `load_frozen`."""
+def load_family(config: FrozenConfig, dtype: torch.dtype, device: torch.device | str, **how: Any) -> Family:
+    """Parts of the base model, see `Family.load`; the family's own settings are taken from the run's."""
     path = config.pretrained_model_name_or_path
     entry = FAMILIES[family_of(path, config.family)]
-    own = _part(config, entry.Config)
-    return entry.load(path, own, dtype=runtime.dtype, device=runtime.device, parts=parts, storage=storage)
-
-
-def load_encoder(path: str, runtime: Runtime) -> ClipImageEncoder:
-    """An image encoder. See `load_frozen`."""
-    return ClipImageEncoder.load(path, dtype=runtime.dtype, device=runtime.device)
+    return entry.load(path, _part(config, entry.Config), dtype=dtype, device=device, **how)
 
 
 def _part(config: Part, kind: type[Part]) -> Part:

@@ -28,7 +28,7 @@ from ip_adapter_trainer.images.decode import PictureFault
 from ip_adapter_trainer.prepare.captions import encode_captions, missing_captions
 from ip_adapter_trainer.prepare.config import PrepareConfig
 from ip_adapter_trainer.prepare.encode import Encoding, encode_with
-from ip_adapter_trainer.prepare.frozen import load_encoder, load_family, recipe_of
+from ip_adapter_trainer.prepare.frozen import load_family, recipe_of
 from ip_adapter_trainer.prepare.work import Reading, missing, read_all, share_of
 
 _FLAG = "--prepared_dir"
@@ -77,11 +77,12 @@ def prepare(config: PrepareConfig) -> Report:
             logging_dir="",
         )
         manifest = read_manifest(config)
-        family = load_family(config, runtime, ("autoencoder", "text") if config.prepare_text else ("autoencoder",))
+        parts = ("autoencoder", "text") if config.prepare_text else ("autoencoder",)
+        family = load_family(config, runtime.dtype, runtime.device, parts=parts)
         kinds = FEATURES if config.both_features else (VARIANTS[config.variant].feature,)
         report, stopping = Report(folder), Stopping(signal, runtime)
         for path in dict.fromkeys((config.image_encoder_path, *config.more_image_encoders)):
-            encoder = load_encoder(path, runtime)
+            encoder = ClipImageEncoder.load(path, dtype=runtime.dtype, device=runtime.device)
             recipe = recipe_of(config, family, encoder, kinds, text=config.prepare_text)
             job = Job(config, runtime, manifest, recipe, folder)
             report = report.followed_by(job.run(family, encoder, config.encode_batch_size, stopping))

@@ -32,14 +32,13 @@ WriteResolved = Callable[[TrainConfig, Path], Path]
 
 
 def build_model(config: TrainConfig, runtime: Runtime) -> Model:
-    """Loads the frozen base and image encoder and makes the adapter, its first weights drawn from the run's seed."""
+    """Loads the frozen models and makes the adapter, its first weights drawn from the run's seed; all on the host."""
     _demand_compilable(config, runtime)
     family, encoder = load_frozen(config, runtime, storage=config.quantize)
     variant = VARIANTS[config.variant]
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = Model(family, encoder, variant, config.part(variant.Config), config.adapter_layers)
-    model.adapter.to(runtime.device)
     if config.gradient_checkpointing:
         model.checkpoint_activations()
     if config.pretrained_ip_adapter_path:
@@ -105,6 +104,7 @@ def _make_trainer(config: TrainConfig, runtime: Runtime, stopping: Stopping) -> 
     _demand_same_run(config, runtime, manifest)
     model = build_model(config, runtime)
     marks = marks_of(model)
+    model.place_encoders(runtime.device)
     prepared = prepared_set(config, runtime, model, manifest, stopping)
     source = Source(config, runtime, manifest, model.encoder.preprocess, prepared)
     pipeline = model.family.pipeline
@@ -115,6 +115,7 @@ def _make_trainer(config: TrainConfig, runtime: Runtime, stopping: Stopping) -> 
     say("\n".join(plan.lines()))
     if prepared:
         model.release_encoders(texts=config.prepare_text)
+    model.place(runtime.device)  # last: encoders that are let go of need no room beside it
     where = f"{runtime.world} x {runtime.device.type}"
     say(f"on {where}, frozen weights {runtime.precision}, predicting {process.prediction}")
     if config.low_memory:

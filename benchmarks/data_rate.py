@@ -1,6 +1,6 @@
 """How fast one core feeds rows: pictures decoded and preprocessed, beside a prepared set; and by the size of the set.
 
-    python benchmarks/data_rate.py
+    python -m benchmarks.data_rate
 
 SD1.5 shapes: moments [8, 64, 64] and image_embeds [1024], both bf16; pictures are 1024x768 JPEGs, cut to 512 px. The
 large sets have sparse files, so their values take no disk; rows are asked for in random order. All is
@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
+from benchmarks.pictures import write_pictures
 from ip_adapter_trainer.core.types import Row
 from ip_adapter_trainer.data.address import KEY, address
 from ip_adapter_trainer.data.config import DataConfig
@@ -41,18 +41,6 @@ RECIPE = Recipe(Buckets.square(512), (255, 255, 255), False, False, "vae", "clip
 PICTURES_ON_DISK, SHARD_ROWS, BATCH, ASKED = 64, 4096, 16, 1000
 
 
-def write_rows(folder: Path) -> DataConfig:
-    """JPEGs of smooth noise, an hour old, and their manifest."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for number in range(PICTURES_ON_DISK):
-        coarse = Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8))
-        coarse.resize((1024, 768), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=92)
-        rows.append({"image_file": f"{number}.jpg", "text": "a picture"})
-    (folder / "data.json").write_text(json.dumps(rows))
-    return DataConfig(data_json_file=str(folder / "data.json"))
-
-
 def write_set(folder: Path, config: DataConfig) -> PreparedSet:
     """A prepared set of the rows with values out of the air."""
     pictures = Pictures.of(Path(config.data_json_file).parent, config)
@@ -60,8 +48,7 @@ def write_set(folder: Path, config: DataConfig) -> PreparedSet:
     for number in range(PICTURES_ON_DISK):
         content, status = pictures.read_file(f"{number}.jpg")
         record = Record.of(status, (768, 1024), address(content))
-        later = Record(record.file_bytes, record.mtime_ns, record.noted_ns + 10**10, record.size_px, record.content)
-        writers[PICTURES].add(name_key(f"{number}.jpg"), later.packed())
+        writers[PICTURES].add(name_key(f"{number}.jpg"), record.packed())
         for view in RECIPE.views(record.content, record.size_px, 3):
             writers[view.kind].add(view.key, torch.randn(view.kind.shape).to(view.kind.dtype))
     for writer in writers.values():
@@ -136,12 +123,12 @@ def by_size(rows: int, config: DataConfig) -> tuple[float, float, float, float, 
     return opened - began, checked - opened, first, again, peak_mb
 
 
-def rates(rounds: int) -> list[tuple[float, float]]:
-    """Rows a second of one core's time, from pictures and from a prepared set, by turns."""
+def rates(rounds: int, scratch: Path | None = None) -> list[tuple[float, float]]:
+    """Rows a second of one core's time, from pictures and from a prepared set, by turns; files go into `scratch`."""
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=scratch) as name:
         folder = Path(name)
-        config = write_rows(folder)
+        config = DataConfig(data_json_file=str(write_pictures(folder, SIZE_PX[0], PICTURES_ON_DISK)))
         manifest = read_manifest(config)
         preprocess, layout = ClipPreprocess(224), lay_out(manifest, config)
         raw = TrainingSet(manifest, config, layout, seed=0, preprocess=preprocess)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from benchmarks.published_step import PublishedStep
 from benchmarks.rows import make_batch
 from benchmarks.sizes import SIZES, build, projector_weights
 from benchmarks.worker import Meter
+from ip_adapter_trainer.train.plan import make_plan
 
 _MATMULS_OF_ATTENTION = ("bmm", "baddbmm", "scaled_dot_product", "flash_attention", "efficient_attention")
 _REPEATS = 7
@@ -50,6 +52,18 @@ def count(size_name: str, side_px: int) -> tuple[Flops, Flops]:
     with ours.model.attached(), FlopCounterMode(display=False) as mine:
         ours.loss(encoded).backward()
     return Flops.of(theirs), Flops.of(mine)
+
+
+def checkpoint_bytes(size_name: str) -> tuple[int, int]:
+    """Bytes of the tensors in a published save and in our checkpoint, counted on the meta device (no weights)."""
+    size, meta = SIZES[size_name], torch.device("meta")
+    weights = projector_weights(size, meta)
+    model = PublishedStep(build(size, meta), weights, "no", meta).model
+    saved = {id(tensor): tensor.nbytes for tensor in model.state_dict(keep_vars=True).values()}  # shared ones once
+    moments = sum(2 * p.nbytes for p in model.trained().values())
+    ours = OurStep(size, build(size, meta), weights, "no", meta)
+    plan = make_plan(ours.model, ours.config(Path("none")), rows=1, images_per_step=1)
+    return sum(saved.values()) + moments, plan.checkpoint_bytes
 
 
 def _rate(run: Callable[[], Tensor], flops: int, device: str) -> float:

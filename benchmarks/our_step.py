@@ -2,46 +2,63 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.pictures import Files
 from benchmarks.sizes import SEED, Nets, Size
 from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.config import compose
-from ip_adapter_trainer.core.launch import start
+from ip_adapter_trainer.core.checkpoints import all_checkpoints
+from ip_adapter_trainer.core.launch import Runtime, start
 from ip_adapter_trainer.core.precision import dtype_of
 from ip_adapter_trainer.core.signals import StopSignal
-from ip_adapter_trainer.core.stopping import Stopping
+from ip_adapter_trainer.core.stopping import Poll, Stopping, no_poll
 from ip_adapter_trainer.core.types import Batch, Encoded
 from ip_adapter_trainer.data.fingerprint import Digest
+from ip_adapter_trainer.data.manifest import read_manifest
+from ip_adapter_trainer.data.pictures import Pictures
+from ip_adapter_trainer.data.prepared import PreparedSet
+from ip_adapter_trainer.data.recipe import Recipe
 from ip_adapter_trainer.diffusion import NoiseProcess, ObjectiveConfig
 from ip_adapter_trainer.encoders import ClipImageEncoder
 from ip_adapter_trainer.families import FAMILIES
 from ip_adapter_trainer.families._unet import lay_out_autoencoder
 from ip_adapter_trainer.model import Model
-from ip_adapter_trainer.train.config import LeanConfig
+from ip_adapter_trainer.prepare.frozen import recipe_of
+from ip_adapter_trainer.prepare.run import Job
+from ip_adapter_trainer.train.config import LeanConfig, TrainConfig
 from ip_adapter_trainer.train.lean import lean
 from ip_adapter_trainer.train.loop import Trainer
+from ip_adapter_trainer.train.optim import make_optimizer
 from ip_adapter_trainer.train.plan import make_plan
+from ip_adapter_trainer.train.source import Source
 from ip_adapter_trainer.train.step import Step
 from ip_adapter_trainer.train.track import Track
 
-# Settings that turn a technique the other way than the defaults do; each is measured against a run with the defaults.
-TECHNIQUES: dict[str, dict[str, Any]] = {
-    "lean_layers": {"lean_layers": False},
-    "product_convolutions": {"product_convolutions": False},
-    "lean_attention": {"lean_attention": False},
-    "channels_last": {"channels_last": "off"},
-    "prepare_text": {"prepare_text": True},
-    "checkpointing": {"gradient_checkpointing": True},
-    "compile": {"compile": "on"},
+Settings = dict[str, Any]
+
+# Without lean layers or channels-last weights there are no products either, so neither side of those has them.
+_NO_PRODUCTS: Settings = {"product_convolutions": False}
+# Settings of our step without a technique and with it. A compiled step stands in place of the lean layers.
+TECHNIQUES: dict[str, tuple[Settings, Settings]] = {
+    "lean_layers": (_NO_PRODUCTS | {"lean_layers": False}, _NO_PRODUCTS),
+    "product_convolutions": (_NO_PRODUCTS, {}),
+    "lean_attention": ({"lean_attention": False}, {}),
+    "channels_last": (_NO_PRODUCTS | {"channels_last": "off"}, _NO_PRODUCTS),
+    "fused_optimizer": ({"fused_optimizer": False}, {}),
+    "prepare_text": ({}, {"prepare_text": True}),
+    "checkpointing": ({}, {"gradient_checkpointing": True}),
+    "reduce-overhead": ({}, {"compile": "reduce-overhead"}),
+    "compile": ({}, {"compile": "on"}),
 }
-ON_BY_DEFAULT = frozenset(("lean_layers", "product_convolutions", "lean_attention", "channels_last"))
+_ENDLESS = 10**9  # steps: a run ends when its batches do
 
 
 class Rows:
@@ -52,7 +69,7 @@ class Rows:
     def __init__(self, batches: Iterator[Batch], images: int) -> None:
         self._batches, self.rows, self.images_per_step = batches, images, images
 
-    def batches(self, first_step: int) -> Iterator[Batch]:
+    def batches(self, first_step: int, poll: Poll) -> Iterator[Batch]:
         """The given batches."""
         return self._batches
 
@@ -65,16 +82,22 @@ class Rows:
         return []
 
 
-class TimedTrainer(Trainer):
-    """The training loop, with a watch on its saves."""
+class SteeredTrainer(Trainer):
+    """The training loop, which is told from outside after which steps it saves and which is its last.
 
-    save_s = 0.0
+    Attributes:
+        saves: the step under way is followed by a checkpoint.
+        ends: and by the end.
+    """
 
-    def save(self, track: Track) -> None:
-        """See `Trainer.save`."""
-        began = time.perf_counter()
-        super().save(track)
-        self.save_s = max(self.save_s, time.perf_counter() - began)  # a second call finds nothing to save
+    saves = ends = False
+
+    def _between_steps(self, track: Track, stopping: Stopping, resumed: bool = False) -> None:
+        """See `Trainer`."""
+        self.config = self.config.model_copy(update={"save_steps": self.done if self.saves else _ENDLESS})
+        if self.ends:
+            self.plan = replace(self.plan, total_steps=self.done)
+        super()._between_steps(track, stopping, resumed)
 
 
 class OurStep:
@@ -86,17 +109,21 @@ class OurStep:
         weights: the projector's first weights.
         precision: no, fp16 or bf16, as `--mixed_precision`.
         device: where everything is.
-        techniques: names out of `TECHNIQUES`, which are turned the other way.
+        settings: of the run, where they are not the defaults.
+
+    Attributes:
+        trainer: the training loop, while it runs.
+        saves: the step under way is followed by a checkpoint.
     """
+
+    trainer: SteeredTrainer
+    saves = False
 
     def __init__(
         self, size: Size, nets: Nets, weights: dict[str, Tensor], precision: str, device: torch.device,
-        techniques: tuple[str, ...] = (),
+        settings: Settings | None = None,
     ) -> None:  # fmt: skip
-        self.config_class = compose("base", size.family)
-        self.settings: dict[str, Any] = {}
-        for name in techniques:
-            self.settings |= TECHNIQUES[name]
+        self.config_class, self.settings = compose("base", size.family), settings or {}
         self.precision, self.device, self.size = precision, device, size
         dtype = dtype_of(precision)
         nets.pipeline.to(dtype=dtype)
@@ -110,6 +137,7 @@ class OurStep:
             self.model.checkpoint_activations()
         process = NoiseProcess(nets.pipeline.scheduler.config, ObjectiveConfig(timestep_density="uniform"))
         self.loss = Step(self.model, process, SEED, device)
+        self._made: Recipe | None = None
 
     def encode(self, batch: Batch) -> Encoded:
         """What preparing a set makes of a batch, once for all steps."""
@@ -118,34 +146,87 @@ class OurStep:
         return Encoded(self.model.moments_of(batch.picture), self.model.features_of(batch.picture), text)
 
     def release_encoders(self) -> None:
-        """Lets go of what a prepared set makes needless, and of the VAE's other half, which only grids need."""
-        self.model.release_encoders(texts=False)
-        self.model.family.pipeline.vae.decoder = None
+        """Lets go of what a prepared set makes needless."""
+        self.model.release_encoders(texts=self.settings.get("prepare_text", False))
 
     def gradients(self, batch: Batch) -> dict[str, Tensor]:
         """Gradients of the trained weights for a batch, by published training key; nothing is stepped."""
-        chosen = {name: value for name, value in self.settings.items() if name in LeanConfig.model_fields}
-        with self.model.attached(), lean(self.model, LeanConfig(**chosen)):
+        with self.model.attached(), lean(self.model, self.config(Path("none")).part(LeanConfig)):
             self.loss(batch).backward()
         found = {name: p.grad.float() for name, p in self.model.adapter.named_parameters() if p.grad is not None}
         self.model.adapter.zero_grad()
         return found
 
-    def run(self, batches: Iterator[Batch], images: int, steps: int, output: Path) -> float:
-        """The whole training loop; returns what its checkpoint after the last step took, in seconds."""
-        config = self.config_class(
-            pretrained_model_name_or_path="random weights", image_encoder_path="random weights", data_json_file="none",
-            output_dir=str(output), report_to="none", num_validation_images=0, grid_rows=0, seed=SEED,
-            prepared_dir="none", mixed_precision=self.precision, train_batch_size=images, max_train_steps=steps,
-            **self.settings,
-        )  # fmt: skip
-        output.mkdir(parents=True, exist_ok=True)
-        runtime = start(
-            mixed_precision=self.precision, local_rank=-1, report_to="none", output_dir=str(output), logging_dir="logs"
-        )
-        rows: Any = Rows(batches, images)
-        plan = make_plan(self.model, config, images, images)
-        trainer = TimedTrainer(config, runtime, self.model, rows, self.loss, plan, marks={})
+    def try_step(self, batch: Batch) -> None:
+        """A whole step, to see whether it fits: the moments are let go of, the weights stay what they were."""
+        trained = [p for p in self.model.adapter.parameters() if p.requires_grad]
+        still = self.config(Path("none")).model_copy(update={"learning_rate": 0.0})
+        optimizer = make_optimizer(trained, still)
+        with self.model.attached(), lean(self.model, still.part(LeanConfig)):
+            self.loss(batch).backward()
+            optimizer.step()
+        self.model.adapter.zero_grad()
+
+    def config(self, output: Path, images: int = 1, **more: Any) -> TrainConfig:
+        """Settings of a run, which has neither validation nor tracker."""
+        given: Settings = {
+            "pretrained_model_name_or_path": "random weights", "image_encoder_path": "random weights",
+            "data_json_file": "none", "output_dir": str(output), "report_to": "none", "num_validation_images": 0,
+            "grid_rows": 0, "seed": SEED, "prepared_dir": "none", "mixed_precision": self.precision,
+            "train_batch_size": images, "max_train_steps": _ENDLESS,
+        }  # fmt: skip
+        return self.config_class(**given | self.settings | more)
+
+    @cached_property
+    def runtime(self) -> Runtime:
+        """This process, alone."""
+        return start(mixed_precision=self.precision, local_rank=-1, report_to="none", output_dir="", logging_dir="")
+
+    def _recipe(self, files: Files) -> Recipe:
+        """What a set of the pictures holds; made once, for it hashes the encoders, which are let go of later."""
+        if self._made is None:
+            config, kinds = self.config(Path("none"), **files.settings), (self.model.variant.feature,)
+            self._made = recipe_of(config, self.model.family, self.model.encoder, kinds, text=False)
+        return self._made
+
+    def preparation(self, files: Files, folder: Path) -> Job:
+        """`ip-adapter prepare` of some pictures, ready to run."""
+        config = self.config(folder, **files.settings)
+        return Job(config, self.runtime, read_manifest(config), self._recipe(files), folder)
+
+    def prepare(self, job: Job) -> None:
+        """Reads, encodes and writes."""
+        images = self.config(Path("none")).encode_batch_size
         with StopSignal() as signal:
-            trainer.run(Stopping(signal, runtime))
-        return trainer.save_s
+            job.run(self.model.family, self.model.encoder, images, Stopping(signal, self.runtime))
+
+    def prepared_batches(self, files: Files, folder: Path, images: int, output: Path) -> Iterator[Batch]:
+        """Batches as a run reads them from the set that `prepare` left in a folder, with the default data workers."""
+        config = self.config(output, images, data_json_file=str(files.manifest), resolution=files.side_px)
+        manifest = read_manifest(config)
+        prepared = PreparedSet(folder, self._recipe(files), Pictures.of(manifest.root, config))
+        return Source(config, self.runtime, manifest, self.model.encoder.preprocess, prepared).batches(0, no_poll)
+
+    def run(self, batches: Iterator[Batch], images: int, output: Path) -> Path:
+        """The whole training loop until there are no more batches, and one step after; returns its last checkpoint."""
+        config = self.config(output, images)
+        output.mkdir(parents=True, exist_ok=True)
+        rows: Any = Rows(self._ended(batches), images)
+        plan = make_plan(self.model, config, images, images)
+        self.trainer = SteeredTrainer(config, self.runtime, self.model, rows, self.loss, plan, marks={})
+        with StopSignal() as signal:
+            self.trainer.run(Stopping(signal, self.runtime))
+        return all_checkpoints(output)[-1]
+
+    def _ended(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self.trainer.saves = self.saves
+            yield batch
+        self.trainer.ends = True
+        yield batch
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is on its way to the disk."""
+        under_way = self.trainer.saver._under_way
+        return under_way is not None and not under_way.done()

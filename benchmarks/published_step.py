@@ -8,7 +8,6 @@ and backward; a save writes the UNet as well as the adapter, and the optimizer's
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -105,7 +104,14 @@ class PublishedModel(nn.Module):
 
 
 class PublishedStep:
-    """The published script's frozen nets, model and optimizer; `precision` as its `--mixed_precision`."""
+    """The published script's frozen nets, model and optimizer; `precision` as its `--mixed_precision`.
+
+    Attributes:
+        saves: the step under way is followed by a save.
+        is_writing: a save goes on beside the steps.
+    """
+
+    saves = is_writing = False
 
     def __init__(self, nets: Nets, weights: dict[str, Tensor], precision: str, device: torch.device) -> None:
         self.device, self.dtype = device, dtype_of(precision)
@@ -188,14 +194,17 @@ class PublishedStep:
         self.optimizer.zero_grad()
         return found
 
-    def run(self, batches: Iterator[Batch], images: int, steps: int, output: Path) -> float:
-        """Trains, and saves after the last step; returns what the save took, in seconds."""
-        for _ in range(steps):
-            batch = next(batches)
+    def try_step(self, batch: Batch) -> None:
+        """A whole step, to see whether it fits."""
+        self.step(batch, self.draws(batch))
+
+    def run(self, batches: Iterator[Batch], images: int, output: Path) -> Path:
+        """Trains until there are no more batches and saves when told to; returns the folder of the saves."""
+        for batch in batches:
             self.step(batch, self.draws(batch))
-        began = time.perf_counter()
-        self.save(output)
-        return time.perf_counter() - began
+            if self.saves:
+                self.save(output)
+        return output
 
     def save(self, folder: Path) -> None:
         """What the script saves: the whole model and the optimizer's state."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import multiprocessing
 import os
+import shutil
 import time
-import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks import sizes
-from benchmarks.our_step import OurStep
+from benchmarks.aside import Process
+from benchmarks.our_step import OurStep, Settings
+from benchmarks.pictures import Files, raw_batches
 from benchmarks.published_step import PublishedStep
 from benchmarks.rows import at_step, make_batch
 from ip_adapter_trainer.core.log import quiet_loading
 from ip_adapter_trainer.core.types import Batch, Encoded
-from ip_adapter_trainer.prepare.config import SetConfig
 
 
 @dataclass(frozen=True)
@@ -36,24 +37,33 @@ class Contender:
     side_px: int
     images: int
     device: str
-    techniques: tuple[str, ...] = ()
+    settings: Settings = field(default_factory=dict)  # of our side, where they are not the defaults
 
     @property
     def label(self) -> str:
         """A name for its files."""
-        return "-".join((self.side, self.precision, *self.techniques))
+        setting = self.size, str(self.side_px), str(self.images)
+        return "-".join((self.side, self.precision, *setting, *(f"{k}={v}" for k, v in self.settings.items())))
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a turn is to be."""
+
+    untimed: int  # steps
+    timed: int
+    saves: bool = False  # after the middle one; steps go on, also beyond `timed`, until all is written
+    reads: bool = False  # from the prepared set on the disk, not the given batch
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What a turn of steps took, and the process's peak since the run began."""
+    """What a turn was, and the process's peak since the run began."""
 
     seconds: float
+    steps: int
+    waited_s: float  # of these seconds, for batches
     peak_bytes: int
-
-
-class DoesNotFit(Exception):
-    """The device's memory is too small."""
 
 
 class Meter:
@@ -115,7 +125,7 @@ class Child:
         nets, weights = sizes.build(size, device), sizes.projector_weights(size, device)
         self.ours = contender.side == "ours"
         self.step: Any = (
-            OurStep(size, nets, weights, contender.precision, device, contender.techniques)
+            OurStep(size, nets, weights, contender.precision, device, contender.settings)
             if self.ours
             else PublishedStep(nets, weights, contender.precision, device)
         )
@@ -124,18 +134,30 @@ class Child:
     def _make_batch(self, images: int) -> None:
         self.batch = make_batch(self._size, self.contender.side_px, images, self.contender.device)
 
-    def encode(self) -> float:
-        """Seconds to encode an image's target and prompt: in the step's batch, or in one of `ip-adapter prepare`."""
-        batch = self.batch
-        if self.ours:
-            images = SetConfig.model_fields["encode_batch_size"].default
-            batch = make_batch(self._size, self.contender.side_px, images, self.contender.device)
+    def prepare_pictures(self, files: Files) -> float:
+        """Seconds to make of a picture file what a step trains on: as in the published step, or by our `prepare`."""
+        return self._prepare_set(files) if self.ours else self._read_and_encode(files)
+
+    def _prepare_set(self, files: Files) -> float:
+        self._files, self._set = files, self.folder / f"{self.contender.label}-set"
+        shutil.rmtree(self._set, ignore_errors=True)
+        job = self.step.preparation(files, self._set)
         self.meter.start()
-        self.step.encode(batch)
-        return self.meter.stop() / len(batch)
+        self.step.prepare(job)
+        return self.meter.stop() / files.count
+
+    def _read_and_encode(self, files: Files) -> float:
+        """Half as many pictures do: however many they are, each takes the same time."""
+        images, device = self.contender.images, torch.device(self.contender.device)
+        steps = max(files.count // 2 // images, 1)
+        self.meter.start()
+        batches = raw_batches(files, images, self._size.image["image_size"], pin=device.type == "cuda")
+        for _ in range(steps):
+            self.step.encode(next(batches).to(device))
+        return self.meter.stop() / (steps * images)
 
     def prepare(self) -> None:
-        """Our side encodes its rows once and for all; the other side has nothing to prepare."""
+        """Our side encodes the given batch once and for all; the other side has nothing to prepare."""
         if self.ours:
             self.batch = replace(self.batch, picture=self.step.encode(self.batch))
             self.step.release_encoders()
@@ -158,7 +180,7 @@ class Child:
                 moments, features = (t[:1].expand(images, *t.shape[1:]).contiguous() for t in parts)
                 self.batch = replace(self.batch, picture=Encoded(moments, features))
             try:
-                self.step.gradients(self.batch)
+                self.step.try_step(self.batch)
             except torch.cuda.OutOfMemoryError:
                 break
             found, fits = images, self.batch
@@ -167,103 +189,83 @@ class Child:
         self.meter.rest()
         return found
 
-    def run(self, steps: int) -> tuple[float, int]:
-        """Trains turn by turn as told through the pipe, and saves; returns the save's seconds and bytes."""
+    def run(self) -> int:
+        """Trains turn by turn as told through the pipe; returns the bytes of the last checkpoint."""
         self.meter.reset_peak()
         output = self.folder / f"{self.contender.label}-output"
-        seconds = self.step.run(self._turns(), len(self.batch), steps, output)
-        return seconds, sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
+        checkpoint = self.step.run(self._turns(output), len(self.batch), output)
+        size_bytes = sum(f.stat().st_size for f in checkpoint.rglob("*") if f.is_file())
+        shutil.rmtree(output, ignore_errors=True)
+        return size_bytes
 
-    def _turns(self) -> Iterator[Batch]:
-        """Batches, as many as each message asks for: (untimed, timed). A turn ends when the next batch is asked for."""
-        place = 0
-        while True:
-            untimed, timed = self._pipe.recv()
-            for _ in range(untimed):
-                yield at_step(self.batch, place := place + 1)
-            self.meter.start()
-            for _ in range(timed):
-                yield at_step(self.batch, place := place + 1)
-            seconds = self.meter.stop()
-            self.meter.rest()
-            self._pipe.send(Turn(seconds, self.meter.peak_bytes()))
+    def _turns(self, output: Path) -> Iterator[Batch]:
+        """Batches, as many as each order asks for, until there is none. A turn ends when the next one is asked for."""
+        given = (at_step(self.batch, place) for place in count(1))
+        while (order := self._pipe.recv()) is not None:
+            batches = given
+            if order.reads:
+                batches = self.step.prepared_batches(self._files, self._set, len(self.batch), output)
+            for _ in range(order.untimed):
+                yield next(batches)
+            yield from self._timed(order, batches)
+
+    def _timed(self, order: Order, batches: Iterator[Batch]) -> Iterator[Batch]:
+        steps, waited_s = 0, 0.0
+        self.meter.start()
+        while steps < order.timed or self.step.is_writing:
+            self.step.saves = order.saves and steps == (order.timed - 1) // 2
+            began = time.perf_counter()
+            batch = next(batches)
+            waited_s += time.perf_counter() - began
+            yield batch
+            steps += 1
+        seconds = self.meter.stop()
+        self.step.saves = False
+        self.meter.rest()
+        self._pipe.send(Turn(seconds, steps, waited_s, self.meter.peak_bytes()))
 
 
-def _serve(contender: Contender, folder: Path, pipe: Connection) -> None:
+def _serve(pipe: Connection, contender: Contender, folder: Path) -> None:
     log = os.open(folder / f"{contender.label}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    try:
-        child = Child(contender, folder, pipe)
-        pipe.send("ready")
-        while (command := pipe.recv()) is not None:
-            name, arguments = command
-            pipe.send(getattr(child, name)(*arguments))
-    except torch.cuda.OutOfMemoryError as error:
-        pipe.send(DoesNotFit(str(error).splitlines()[0]))
-    except Exception:
-        pipe.send(RuntimeError(traceback.format_exc()))
+    child = Child(contender, folder, pipe)
+    while True:
+        name, arguments = pipe.recv()
+        pipe.send(getattr(child, name)(*arguments))
 
 
-class Worker:
+class Worker(Process):
     """The parent's handle of one side's process.
 
     Usage::
 
         with Worker(contender, folder) as worker:
             worker.ask("prepare")
-            worker.begin(steps=3)
-            worker.turn(0, 2)
+            worker.begin()
+            worker.turn(Order(untimed=0, timed=2))
             worker.finish()
     """
 
     def __init__(self, contender: Contender, folder: Path) -> None:
         self.contender = contender
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(contender, folder, theirs), daemon=True)
-        self._process.start()
-        theirs.close()
-        self._is_ready = False
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.join()
-        self._pipe.close()
-
-    def _answer(self) -> Any:
-        try:
-            answer = self._pipe.recv()
-        except EOFError:
-            answer = RuntimeError(f"{self.contender.label} died (out of memory?)")
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        super().__init__(_serve, contender, folder)
 
     def ask(self, name: str, *arguments: Any) -> Any:
-        """What the child's method of that name returns.
+        """What the child's method of that name returns; raises as `answer`."""
+        self.send((name, arguments))
+        return self.answer()
 
-        Raises:
-            DoesNotFit: the device's memory is too small.
-        """
-        if not self._is_ready:
-            self._is_ready = bool(self._answer())
-        self._pipe.send((name, arguments))
-        return self._answer()
+    def begin(self) -> None:
+        """Starts the training."""
+        self.send(("run", ()))
 
-    def begin(self, steps: int) -> None:
-        """Starts a run of so many steps in all turns, and one more that `finish` gives."""
-        self._pipe.send(("run", (steps + 1,)))
+    def turn(self, order: Order) -> Turn:
+        """Lets the training go on for some steps."""
+        self.send(order)
+        return self.answer()
 
-    def turn(self, untimed: int, timed: int) -> Turn:
-        """Lets the run go on for some steps."""
-        self._pipe.send((untimed, timed))
-        return self._answer()
-
-    def finish(self) -> tuple[float, int]:
-        """The run's last step and its save: seconds and bytes of the save."""
-        self._pipe.send((1, 0))
-        return self._answer()
+    def finish(self) -> int:
+        """Ends the training; the bytes of its last checkpoint, where there is one."""
+        self.send(None)
+        return self.answer()

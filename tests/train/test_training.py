@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from ip_adapter_trainer.config import parse_train
 from ip_adapter_trainer.core.checkpoints import all_checkpoints
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.train import checkpoint
-from ip_adapter_trainer.train.optim import Gradients
+from ip_adapter_trainer.train.config import OptimConfig
+from ip_adapter_trainer.train.optim import Gradients, make_optimizer
 from tests import tiny
 
 
@@ -148,6 +150,17 @@ def test_starting_from_a_published_file_takes_its_weights(run: Callable, tmp_pat
     second = run(tmp_path / "second", max_train_steps=1, learning_rate=1e-12, pretrained_ip_adapter_path=file)
     for key, value in weights(first, 2).items():
         torch.testing.assert_close(weights(second, 1)[key], value, rtol=0, atol=1e-6)
+
+
+def test_the_fused_optimizer_can_be_turned_off_at_a_resume(run: Callable, tmp_path: Path) -> None:
+    for config, fused in ((OptimConfig(), True), (OptimConfig(fused_optimizer=False), None)):
+        assert make_optimizer(torch.nn.Linear(1, 1).parameters(), config).defaults["fused"] is fused
+    whole = run(tmp_path / "whole")
+    shutil.copytree(whole, tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-4")
+    resumed = run(tmp_path / "resumed", resume_from_checkpoint="latest", no_fused_optimizer=True)
+    for key, value in weights(whole, 4).items():
+        torch.testing.assert_close(weights(resumed, 4)[key], value, rtol=0, atol=1e-6)
 
 
 def test_gradients_are_views_of_one_buffer() -> None:

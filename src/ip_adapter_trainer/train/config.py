@@ -97,7 +97,7 @@ class OptimConfig(Part):
     resume = Resume(
         must_match="seed",
         of_state="use_8bit_adam use_ema",
-        may_change="learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
+        may_change="learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon fused_optimizer max_grad_norm "
         "gradient_accumulation_steps num_train_epochs max_train_steps lr_scheduler lr_warmup_steps lr_num_cycles "
         "lr_power ema_decay",
     )
@@ -108,6 +108,9 @@ class OptimConfig(Part):
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the second moment.")
     adam_epsilon: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
     use_8bit_adam: bool = Field(False, description="8-bit AdamW of bitsandbytes (pip install ip_adapter_trainer[bnb]).")
+    fused_optimizer: bool = Field(
+        True, description="AdamW in one kernel; off: as PyTorch chooses, and a GPU is waited for before each update."
+    )
     max_grad_norm: float | None = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Micro batches summed for one optimizer step.")
     num_train_epochs: int = Field(100, ge=1, description="Passes over the rows, unless max_train_steps is given.")

@@ -83,7 +83,7 @@ def all_within(limit: float, tensors: Iterable[Tensor]) -> bool:
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over the adapter alone: fused, or bitsandbytes' 8-bit one.
+    """AdamW over the adapter alone: PyTorch's, fused or not, or bitsandbytes' 8-bit one.
 
     Raises:
         Problem: 8-bit asked for and bitsandbytes not installed.
@@ -95,7 +95,8 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
         "weight_decay": config.weight_decay,
     }
     if not config.use_8bit_adam:
-        return torch.optim.AdamW(parameters, fused=True, **options)
+        fused = True if config.fused_optimizer else None  # False would rule out PyTorch's default on a GPU as well
+        return torch.optim.AdamW(parameters, fused=fused, **options)
     try:
         import bitsandbytes
     except ImportError as error:

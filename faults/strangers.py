@@ -143,7 +143,7 @@ class Tally:
         """The finding, with the memory at the worst."""
         worst_mb = max(0.0, self.worst_mb)
         note = f"{done}; {worst_mb:.0f} MB over a good file at the most (limit {LIMIT_MB:.0f}){self.first}"
-        return Finding(fault, self.tries, self.lost, not self.lost, note.replace("|", "/").replace("\n", " "))
+        return Finding(fault, self.tries, self.lost, not self.lost, note)
 
 
 def _try(hosts: Hosts, tally: Tally, marker: Path, command: str, case: Case) -> None:

@@ -86,6 +86,10 @@ class Process:
                     found.append(int(environ.parent.name))
         return found
 
+    def children(self) -> list[int]:
+        """The processes that it has itself started and that do not lie dead, by /proc."""
+        return [pid for pid in self.members() if _parent_of(pid) == self.pid]
+
     def wait_until(
         self, happened: Callable[[], object], patience_s: float = PATIENCE_S, pause_s: float = 0.002
     ) -> bool:
@@ -130,6 +134,14 @@ class Process:
         except subprocess.TimeoutExpired as error:
             self.kill()
             raise TimeoutError(f"still running after {patience_s:g} s; it said:\n{self.said[-2000:]}") from error
+
+
+def _parent_of(pid: int) -> int:
+    """0 for one that has ended."""
+    with contextlib.suppress(OSError):
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+        return int(parent) if state != "Z" else 0
+    return 0
 
 
 class Lab:

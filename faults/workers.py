@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,7 @@ def _at_random(undisturbed: _Undisturbed, number: signal.Signals) -> Finding:
     while blows < wanted:
         process, output = undisturbed.again(f"{word}-{runs}")
         while blows < wanted and _comes(process, rng):
-            blows += _strike(rng.choice(_workers(process) or [0]), number)
+            blows += _strike(rng.choice(process.children() or [0]), number)
         faults += undisturbed.faults(process, output)
         runs, replaced = runs + 1, replaced + process.said.count(_REPLACED)
         process.kill()
@@ -95,7 +94,7 @@ def _at_random(undisturbed: _Undisturbed, number: signal.Signals) -> Finding:
 
 def _comes(process: Process, rng: random.Random) -> bool:
     """Waits for workers and a random moment of their lives; False if the run ended before."""
-    if not process.wait_until(partial(_workers, process), pause_s=0.05):
+    if not process.wait_until(process.children, pause_s=0.05):
         return False
     end = time.monotonic() + rng.uniform(0, _GAP_S)
     return process.wait_until(lambda: time.monotonic() >= end)
@@ -106,10 +105,10 @@ def _again_and_again(undisturbed: _Undisturbed) -> Finding:
     for run in range(tries):
         number = list(_KINDS)[run % len(_KINDS)]
         process, _ = undisturbed.again(f"always-{run}")
-        process.wait_until(partial(_workers, process))
+        process.wait_until(process.children)
         began = time.monotonic()
         while process.runs:
-            for worker in _workers(process):
+            for worker in process.children():
                 _strike(worker, number)
             time.sleep(0.05)
         longest_s = max(longest_s, time.monotonic() - began)
@@ -133,9 +132,9 @@ def lost_workers_of_prepare(lab: Lab) -> Iterator[Finding]:
     whole, rng, faults, replaced = rows_of(place / "calm"), random.Random(SEED), list[str](), 0
     for run in range(tries):
         process = lab.start("prepare", {**settings, "prepared_dir": place / f"set-{run}"})
-        process.wait_until(partial(_workers, process))
+        process.wait_until(process.children)
         time.sleep(rng.uniform(0, _READING_S))
-        _strike(rng.choice(_workers(process) or [0]), list(_KINDS)[run % len(_KINDS)])
+        _strike(rng.choice(process.children() or [0]), list(_KINDS)[run % len(_KINDS)])
         faults += _prepared_otherwise(process, place / f"set-{run}", whole)
         replaced += process.said.count(_REPLACED)
         process.kill()
@@ -160,16 +159,3 @@ def _strike(pid: int, number: signal.Signals) -> bool:
             os.kill(pid, number)
             return True
     return False
-
-
-def _workers(process: Process) -> list[int]:
-    """The processes that the run itself has started and that do not lie dead, by /proc."""
-    return [pid for pid in process.members() if pid != process.pid and _parent_of(pid) == process.pid]
-
-
-def _parent_of(pid: int) -> int:
-    """0 for one that has ended."""
-    with contextlib.suppress(OSError):
-        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
-        return int(parent) if state != "Z" else 0
-    return 0

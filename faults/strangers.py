@@ -173,7 +173,7 @@ def _try(hosts: Hosts, tally: Tally, marker: Path, command: str, case: Case) -> 
     else:
         over_mb = peak_mb(said) - hosts.base_mb(command)
         if code not in case.codes:
-            wrong.append(f"exit {code} ({said.strip().splitlines()[0][:150] if said.strip() else ''})")
+            wrong.append(f"exit {code} ({_cause(said)[:150]})")
         elif code and "to do:" not in said and "╭─" not in said:  # the box is that of the parser of flags
             wrong.append("no remedy")
         if over_mb > LIMIT_MB:
@@ -185,6 +185,12 @@ def _try(hosts: Hosts, tally: Tally, marker: Path, command: str, case: Case) -> 
         wrong.append("EXECUTED")
     tally.note(f"{command}: {case.name}", wrong, over_mb)
     shutil.rmtree(path.parent)
+
+
+def _cause(said: str) -> str:
+    """The line that tells an error, else the first one."""
+    lines = said.strip().splitlines() or [""]
+    return next((line for line in lines if line.startswith(("error: ", "bug: "))), lines[0])
 
 
 def _some(lab: Lab, cases: Iterable[tuple[str, Case]]) -> list[tuple[str, Case]]:

@@ -78,7 +78,7 @@ def lost_workers(lab: Lab) -> Iterator[Finding]:
 def _at_random(undisturbed: _Undisturbed, number: signal.Signals) -> Finding:
     word, wanted = _KINDS[number], undisturbed.lab.tries(20)
     rng, runs, replaced, faults = random.Random(f"{SEED}-{word}"), 0, 0, list[str]()
-    while replaced < wanted and runs < wanted:  # a run may end without missing the worker that was struck last
+    while replaced < wanted and runs < 2 * wanted:  # a run may end without missing the worker that was struck last
         process, output = undisturbed.again(f"{word}-{runs}")
         while replaced + _replacements(process) < wanted and _comes(process, rng):
             if not _is_felt(process, rng.choice(process.children() or [0]), number):

@@ -19,8 +19,49 @@ SEED = 4
 _PAUSE_S = 0.0005
 
 
+@dataclass
+class Stages:
+    """What is half written or half removed in a folder, by its hidden names.
+
+    Args:
+        folder: to look into.
+        within: a pattern of the folders in it to look into instead, such as `*/*`.
+    """
+
+    folder: Path
+    within: str = "."
+    _older: set[str] = field(default_factory=set, init=False)
+
+    def now(self) -> set[str]:
+        """The hidden names, which differ from save to save."""
+        found = (path.name for path in self.folder.glob(f"{self.within}/.*"))
+        return {name for name in found if ".staged" in name or name.endswith((".removing", ".replaced"))}
+
+    def note(self) -> None:
+        """What is there now is an earlier command's."""
+        self._older = self.now()
+
+    def new(self) -> set[str]:
+        """The hidden names that came after `note`; one that is swept and comes again is new."""
+        now = self.now()
+        self._older &= now
+        return now - self._older
+
+    def left(self) -> str:
+        """What a kill left of the new ones; empty if nothing."""
+        ends = {"half removed" if name.endswith(".removing") else "half written" for name in self.new()}
+        return " and ".join(sorted(ends))
+
+
 class Victim(ABC):
-    """A command that one chain kills."""
+    """A command that one chain kills.
+
+    Args:
+        stages: where it writes.
+    """
+
+    def __init__(self, stages: Stages) -> None:
+        self.stages = stages
 
     @abstractmethod
     def start(self) -> Process:
@@ -37,10 +78,6 @@ class Victim(ABC):
     @abstractmethod
     def after_end(self) -> Iterator[str]:
         """What is not as the unbroken run left it."""
-
-    @abstractmethod
-    def left(self) -> str:
-        """What the kill left half done; empty if nothing."""
 
 
 @dataclass
@@ -93,40 +130,18 @@ def attack(lab: Lab, kills: int, make: Callable[[], Victim]) -> Tally:
 
 def _chain(victim: Victim, rng: random.Random, tally: Tally, counting: threading.Lock, kills: int) -> Iterator[str]:
     while True:
+        victim.stages.note()
         process = victim.start()
         if tally.kills < kills and victim.moment(process, rng) and process.runs:
             process.kill()
             with counting:
                 tally.kills += 1
-                tally.left[victim.left()] += 1
+                tally.left[victim.stages.left()] += 1
             yield from victim.after_kill()
             continue
         code = process.wait()
         yield from victim.after_end() if code == 0 else [f"exit {code}: {' '.join(process.said.split())[-200:]}"]
         return
-
-
-@dataclass(frozen=True)
-class Stages:
-    """What is half written or half removed in a folder, by its hidden names.
-
-    Args:
-        folder: to look into.
-        within: a pattern of the folders in it to look into instead, such as `*/*`.
-    """
-
-    folder: Path
-    within: str = "."
-
-    def now(self) -> set[str]:
-        """The hidden names, which differ from save to save."""
-        found = (path.name for path in self.folder.glob(f"{self.within}/.*"))
-        return {name for name in found if ".staged" in name or name.endswith((".removing", ".replaced"))}
-
-    def left(self) -> str:
-        """What a kill left of them."""
-        ends = {"half removed" if name.endswith(".removing") else "half written" for name in self.now()}
-        return " and ".join(sorted(ends))
 
 
 @dataclass(frozen=True)
@@ -168,7 +183,7 @@ class Pace:
 
         def came() -> bool:
             """Whether so many have begun."""
-            seen.update(stages.now())
+            seen.update(stages.new())
             return len(seen) >= number
 
         return process.wait_until(came, pause_s=_PAUSE_S) and _lives_for(process, rng.uniform(0, 1.2 * self.write_s))

@@ -108,7 +108,7 @@ def _while_training(lab: Lab, disk: Path) -> Finding:
         f"while nothing newer was due; good checkpoints under 1, runs that ended, lines lost: {len(faults)}"
     )
     note += f"; the first: {faults[0]}" if faults else ""
-    return Finding("disk full while training", fills, len(faults), not faults, note)
+    return Finding("disk full while training", fills, len(faults), not faults and refused > 0, note)
 
 
 def _lines(output: Path) -> int:

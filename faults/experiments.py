@@ -56,6 +56,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "pickles": strangers.pickled,
     "forged": strangers.forged,
     "configs": strangers.configs,
+    "fault-lists": strangers.fault_lists,
     "flips-checkpoint": written.flips,
     "own-pickles": written.own_pickles,
     "markup": written.markup,

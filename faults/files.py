@@ -30,18 +30,16 @@ class _Writer(Victim):
     most_files = 1  # that a process may write before it is killed
 
     def __init__(self, command: Callable[[], Process], stages: Stages, pace: Pace) -> None:
-        self._command, self._stages, self._pace = command, stages, pace
+        super().__init__(stages)
+        self._command, self._pace = command, pace
 
     def start(self) -> Process:
         return self._command()
 
     def moment(self, process: Process, rng: random.Random) -> bool:
         if rng.random() < 0.5:
-            return self._pace.moment_of_writing(process, rng, self._stages, self.most_files)
+            return self._pace.moment_of_writing(process, rng, self.stages, self.most_files)
         return self._pace.moment(process, rng)
-
-    def left(self) -> str:
-        return self._stages.left()
 
 
 def rows_of(folder: Path) -> Rows:
@@ -88,7 +86,7 @@ class _Preparing(_Writer):
     def after_end(self) -> Iterator[str]:
         if rows_of(self._folder) != self._whole:
             yield "the set has other rows"
-        yield from [f"{name} was not swept" for name in self._stages.now()]
+        yield from [f"{name} was not swept" for name in self.stages.now()]
 
 
 class _Exporting(_Writer):
@@ -105,7 +103,7 @@ class _Exporting(_Writer):
     def after_end(self) -> Iterator[str]:
         if content_of(self._file) != self._whole:
             yield "the file differs"
-        yield from [f"{name} was not swept" for name in self._stages.now()]
+        yield from [f"{name} was not swept" for name in self.stages.now()]
 
 
 def preparing(lab: Lab) -> Iterator[Finding]:

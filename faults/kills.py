@@ -48,8 +48,9 @@ class _Training(Victim):
     """A run that is resumed again and again."""
 
     def __init__(self, unbroken: _Unbroken, output: Path, *, saving: bool) -> None:
+        super().__init__(Stages(output))
         self._unbroken, self._output, self._saving = unbroken, output, saving
-        self._stages, self._had_good = Stages(output), False
+        self._had_good = False
 
     def start(self) -> Process:
         lab, settings = self._unbroken.lab, self._unbroken.settings
@@ -58,7 +59,7 @@ class _Training(Victim):
 
     def moment(self, process: Process, rng: random.Random) -> bool:
         if self._saving:
-            return self._unbroken.pace.moment_of_writing(process, rng, self._stages, _MOST_SAVES)
+            return self._unbroken.pace.moment_of_writing(process, rng, self.stages, _MOST_SAVES)
         return self._unbroken.pace.moment(process, rng)
 
     def after_kill(self) -> Iterator[str]:
@@ -71,10 +72,7 @@ class _Training(Victim):
     def after_end(self) -> Iterator[str]:
         names = [f"checkpoint-{STEPS}/{WEIGHTS}", f"checkpoint-{STEPS}/{TENSORS}", "metrics.jsonl"]
         yield from differing(self._output, self._unbroken.folder / "unbroken", names)
-        yield from [f"{name} was not swept" for name in self._stages.now()]
-
-    def left(self) -> str:
-        return self._stages.left()
+        yield from [f"{name} was not swept" for name in self.stages.now()]
 
 
 def during_saves(lab: Lab) -> Iterator[Finding]:

@@ -35,6 +35,7 @@ class Finding:
         lost: in how many of them something was lost, let in or wrong.
         passed: None where the machine forbids the experiment.
         note: what was done, with the figures that matter; why it was left out.
+        experiment: that found it, by its name.
     """
 
     fault: str
@@ -42,6 +43,7 @@ class Finding:
     lost: int
     passed: bool | None
     note: str
+    experiment: str = ""
 
 
 class Process:
@@ -83,6 +85,10 @@ class Process:
                 if mark in environ.read_bytes().split(b"\0"):
                     found.append(int(environ.parent.name))
         return found
+
+    def children(self) -> list[int]:
+        """The processes that it has itself started and that do not lie dead, by /proc."""
+        return [pid for pid in self.members() if _parent_of(pid) == self.pid]
 
     def wait_until(
         self, happened: Callable[[], object], patience_s: float = PATIENCE_S, pause_s: float = 0.002
@@ -130,6 +136,14 @@ class Process:
             raise TimeoutError(f"still running after {patience_s:g} s; it said:\n{self.said[-2000:]}") from error
 
 
+def _parent_of(pid: int) -> int:
+    """0 for one that has ended."""
+    with contextlib.suppress(OSError):
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+        return int(parent) if state != "Z" else 0
+    return 0
+
+
 class Lab:
     """A folder to work in and the commands to try.
 
@@ -143,6 +157,7 @@ class Lab:
         self.folder, self.share, self.lanes = folder.resolve(), share, lanes
         self.folder.mkdir(parents=True, exist_ok=True)
         self._logs = count()  # threads may start processes side by side
+        self._started: list[Process] = []
 
     def tries(self, full: int) -> int:
         """How often to try what the full lab tries so often."""
@@ -204,12 +219,21 @@ class Lab:
         argv = [sys.executable, command] if command.endswith(".py") else [*argv, command]
         log = self.folder / f"log-{next(self._logs):04d}-{os.getpid()}.txt"
         environment = _environment() | dict(environment or {})
-        return Process([*argv, *map(str, operands), *as_flags(settings)], log, environment, self.folder)
+        process = Process([*argv, *map(str, operands), *as_flags(settings)], log, environment, self.folder)
+        self._started.append(process)
+        return process
 
     def run(self, command: str, settings: Settings, **how: Any) -> tuple[int, str]:
         """Runs a command to its end: exit code and what it said. See `start`."""
         process = self.start(command, settings, **how)
         return process.wait(), process.said
+
+    def end(self) -> None:
+        """Kills what still runs of all that was started."""
+        for process in self._started:
+            if process.runs:
+                process.kill()
+        self._started.clear()
 
 
 def _launcher(processes: int, script: str) -> list[str]:

@@ -20,9 +20,12 @@ from ip_adapter_trainer.data.address import KEY_BYTES
 from ip_adapter_trainer.data.shards import sums_of
 from ip_adapter_trainer.pocket import world
 from ip_adapter_trainer.train import checkpoint
+from ip_adapter_trainer.train.loop import MAX_BAD_STEPS
 from ip_adapter_trainer.train.tree import flatten
 
 EPOCH = ROWS // 2  # steps, at the lab's batch of two
+_EXIT_NOT_FINITE, _EXIT_LAUNCHER = 5, 1  # the launcher's, whatever became of what it launched
+_AT_STEPS, _AT_A_SAVE = f"error: gradients were not finite for {MAX_BAD_STEPS} steps in a row", "and are not saved"
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Seen:
     not_finite: int  # of them
     named: tuple[int, ...]  # rows named with each step that was skipped
     last: int  # the newest checkpoint that reads well; 0: none
+    said: str
 
     def __str__(self) -> str:
         skipped = f"{len(self.named)} steps skipped, {sum(self.named)} rows named; " * bool(self.named)
@@ -62,6 +66,7 @@ def _seen(output: Path, code: int, said: str) -> Seen:
         sum(int((~tensor.isfinite()).sum()) for tensor in tensors),
         tuple(line.count("data.json, element ") for line in skipped),
         last,
+        said,
     )
 
 
@@ -107,8 +112,8 @@ def _inf_in_a_set(lab: Lab, place: Path) -> Iterator[Finding]:
     first = _trained(lab, output, prepared_dir=folder, max_train_steps=2)
     seen = _trained(lab, output, prepared_dir=bad, max_train_steps=20, resume_from_checkpoint="latest")
     again = _trained(lab, output, prepared_dir=folder, max_train_steps=20, resume_from_checkpoint="latest")
-    good = (first.code, seen.code, again.code) == (0, 5, 0) and seen.named == (2,) * 5 and again.last == 20
-    good = good and not again.not_finite
+    good = (first.code, seen.code, again.code) == (0, _EXIT_NOT_FINITE, 0) and not again.not_finite
+    good = good and seen.named == (2,) * MAX_BAD_STEPS and again.last == 20
     note = f"{seen}; the checkpoint of step {seen.last} resumes with a good set to step {again.last}"
     yield Finding("a prepared set full of infinite latents", 1, int(not good), good, note)
 
@@ -158,8 +163,9 @@ def _huge_rates(lab: Lab, place: Path) -> Iterator[Finding]:
         seen = _trained(lab, output, processes, **length, **huge)
         kept = _trained(lab, output, processes, **(length | {"max_train_steps": seen.last + 1}), **normal)
         good = first.code == 0 and not seen.not_finite and seen.last == 2
-        good = good and (seen.code == 5 or (processes > 1 and seen.code != 0))  # some launchers make it 1
-        good = good and seen.named == ((2,) * 5 if "save_steps" in huge else ())
+        good = good and seen.code == (_EXIT_NOT_FINITE if processes == 1 else _EXIT_LAUNCHER)
+        good = good and (_AT_STEPS if "save_steps" in huge else _AT_A_SAVE) in seen.said
+        good = good and seen.named == ((2,) * MAX_BAD_STEPS if "save_steps" in huge else ())
         resumes = kept.code == 0 and kept.last == seen.last + 1
         note = f"{seen}; the checkpoint of step {seen.last} {'resumes' if resumes else 'does NOT resume'}"
         yield Finding(name, 1, int(not good or not resumes), good and resumes, note)

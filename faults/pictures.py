@@ -18,7 +18,7 @@ from faults.corpus.broken_pictures import Broken, broken
 from faults.corpus.files import encoded
 from faults.corpus.pictures import GROUND, GROUND_FLAG, Sound, sound
 from faults.corpus.rows import row
-from faults.lab import Finding, Lab
+from faults.lab import ROWS, Finding, Lab
 from faults.watch import seen
 from ip_adapter_trainer.images.decode import Limits, PictureFault, decode
 
@@ -125,6 +125,7 @@ def replaced(lab: Lab) -> Iterator[Finding]:
     note += f"run; a second and a resumed run: same rows, same bytes; listed: {dict(kinds)}" + _listed(wrong)
     yield Finding("broken pictures are replaced in order", len(pairs), len(wrong), not wrong, note)
     yield _over_the_limit(lab, folder)
+    yield _shared(lab, folder, len(hurt))
 
 
 def _over_the_limit(lab: Lab, folder: Path) -> Finding:
@@ -135,6 +136,21 @@ def _over_the_limit(lab: Lab, folder: Path) -> Finding:
     good = code == 3 and checked.exit_code == 3 and "--max_fault_rate" in said and "faults.jsonl" in said
     note = f"train: exit {code}, check: exit {checked.exit_code}, 2 of 24 rows being one too many"
     return Finding("more faulty rows than allowed", 2, 0 if good else 1, good, note)
+
+
+def _shared(lab: Lab, folder: Path, hurt: int) -> Finding:
+    """The same broken set in two processes, of which each meets a part of its rows in the first epoch."""
+    given = {"data_root_path": folder / "images", "train_batch_size": 1, "save_steps": 100}
+    least = {**given, "max_fault_rate": (hurt - 0.5) / ROWS, "max_train_steps": ROWS // 2}
+    code, said = lab.run("train", lab.training(folder / "least", **least), processes=2)
+    wrong = [] if code and f"error: {hurt} of {ROWS} rows are faulty" in said else [f"the limit: exit {code}"]
+    loose = {**given, "max_fault_rate": 0.5, "max_train_steps": 3 * ROWS // 2}
+    code, _ = lab.run("train", lab.training(folder / "loose", **loose), processes=2)
+    places = [json.loads(line)["where"] for line in (folder / "loose" / "faults.jsonl").read_text().splitlines()]
+    wrong += [] if code == 0 and len(places) == len(set(places)) == hurt else [f"{len(places)} lines, exit {code}"]
+    note = f"{hurt} of {ROWS} rows, one too many for both together: the run ends; where they are allowed, each is "
+    note += "listed once in three epochs" + _listed(wrong)
+    return Finding("faulty rows that two processes share", 2, len(wrong), not wrong, note)
 
 
 def _lay(folder: Path) -> Sequence[Sound | Broken]:

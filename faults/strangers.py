@@ -49,7 +49,7 @@ class Hosts:
         self.folder.mkdir(exist_ok=True)
         self._demand("train", lab.training(self.run, max_train_steps=2, save_steps=1))
         self._demand("export", {"output": self.adapter}, operands=[self.checkpoint])
-        self._demand("prepare", {**lab.inputs, "prepared_dir": self.set})
+        self._demand("prepare", {**lab.inputs, "prepared_dir": self.set, "prepare_text": True})
 
     def _demand(self, command: str, settings: dict[str, Any], **how: Any) -> None:
         code, said = self.lab.run(command, settings, **how)
@@ -59,6 +59,15 @@ class Hosts:
     def checkpoint(self) -> Path:
         """A good checkpoint."""
         return self.run / "checkpoint-2"
+
+    def copy(self) -> Path:
+        """A copy of the good checkpoint, to be damaged."""
+        return shutil.copytree(self.checkpoint, self.lab.place("copy") / self.checkpoint.name)
+
+    @property
+    def tables(self) -> list[str]:
+        """Of the good set: what is known of its pictures, their latents and features, and its captions."""
+        return sorted(folder.name for folder in self.set.iterdir() if folder.is_dir())
 
     def start(self, command: str, path: Path) -> tuple[int, str]:
         """Has a command read a file, or a folder, of its kind: exit code and what it said.
@@ -80,7 +89,8 @@ class Hosts:
             "evaluate --clip_model": ({**scored, **rows, "clip_model": path, "adapter": self.adapter}, []),
             "train": (lab.training(out, pretrained_ip_adapter_path=path, **short), []),
             "train --resume": (lab.training(out, resume_from_checkpoint=path, max_train_steps=3), []),
-            "train --prepared_dir": (lab.training(out, prepared_dir=path, **short), []),
+            "train in a run's folder": (lab.training(path, resume_from_checkpoint="latest", max_train_steps=3), []),
+            "train --prepared_dir": (lab.training(out, prepared_dir=path, prepare_text=True, **short), []),
             "train --config": ({"config": path}, []),
             "train on base": (lab.training(out, pretrained_model_name_or_path=path, **short), []),
             "train with encoder": (lab.training(out, image_encoder_path=path, **short), []),
@@ -93,8 +103,9 @@ class Hosts:
         """What a command reads without complaint."""
         here = self.lab.pocket
         own = {
-            "train --resume": self.checkpoint, "train --prepared_dir": self.set, "train on base": here / "base",
-            "train with encoder": here / "image_encoder", "evaluate --clip_model": here / "clip",
+            "train --resume": self.checkpoint, "train in a run's folder": self.run, "train --prepared_dir": self.set,
+            "train on base": here / "base", "train with encoder": here / "image_encoder",
+            "evaluate --clip_model": here / "clip",
         }  # fmt: skip
         return own.get(command, self.adapter)
 
@@ -106,6 +117,8 @@ class Hosts:
         """
         if command not in self._base_mb:
             path = self.good(command)
+            if command == "train in a run's folder":
+                path = shutil.copytree(path, self.lab.place("run") / "run")
             if command == "train --config":
                 path = self.lab.place("settings") / "good.yaml"
                 path.write_text(self.settings(path.parent / "out"))
@@ -143,7 +156,7 @@ class Tally:
         """The finding, with the memory at the worst."""
         worst_mb = max(0.0, self.worst_mb)
         note = f"{done}; {worst_mb:.0f} MB over a good file at the most (limit {LIMIT_MB:.0f}){self.first}"
-        return Finding(fault, self.tries, self.lost, not self.lost, note.replace("|", "/").replace("\n", " "))
+        return Finding(fault, self.tries, self.lost, not self.lost, note)
 
 
 def _try(hosts: Hosts, tally: Tally, marker: Path, command: str, case: Case) -> None:
@@ -160,7 +173,7 @@ def _try(hosts: Hosts, tally: Tally, marker: Path, command: str, case: Case) -> 
     else:
         over_mb = peak_mb(said) - hosts.base_mb(command)
         if code not in case.codes:
-            wrong.append(f"exit {code} ({said.strip().splitlines()[0][:150] if said.strip() else ''})")
+            wrong.append(f"exit {code} ({_cause(said)[:150]})")
         elif code and "to do:" not in said and "╭─" not in said:  # the box is that of the parser of flags
             wrong.append("no remedy")
         if over_mb > LIMIT_MB:
@@ -172,6 +185,12 @@ def _try(hosts: Hosts, tally: Tally, marker: Path, command: str, case: Case) -> 
         wrong.append("EXECUTED")
     tally.note(f"{command}: {case.name}", wrong, over_mb)
     shutil.rmtree(path.parent)
+
+
+def _cause(said: str) -> str:
+    """The line that tells an error, else the first one."""
+    lines = said.strip().splitlines() or [""]
+    return next((line for line in lines if line.startswith(("error: ", "bug: "))), lines[0])
 
 
 def _some(lab: Lab, cases: Iterable[tuple[str, Case]]) -> list[tuple[str, Case]]:
@@ -215,7 +234,9 @@ def pickled(lab: Lab) -> Iterator[Finding]:
     for command in ("train with encoder", "evaluate --clip_model"):
         cases += [(command, Case(title, damage, "clip")) for title, damage in models.encoders(payload, marker)]
         cases += [(command, Case(title, damage, "clip", (0, 2))) for title, damage in models.ignored(marker)]
-    cases.append(("train --prepared_dir", Case("a pickle for a shard", _every_shard(lambda _: payload), "set")))
+    for table in hosts.tables:
+        pickled = Case(f"pickles for the shards of {table}", _every_shard(table, lambda _: payload), "set")
+        cases.append(("train --prepared_dir", pickled))
     cases.append(
         ("train --prepared_dir", Case("a pickle beside", lambda f: (f / "i.pkl").write_bytes(raw), "set", (0,)))
     )
@@ -224,9 +245,9 @@ def pickled(lab: Lab) -> Iterator[Finding]:
     yield tally.finding("pickles in adapters, checkpoints, sets and models", "calls that would leave a mark; none may")
 
 
-def _every_shard(change: Callable[[bytes], bytes]) -> Write:
+def _every_shard(table: str, change: Callable[[bytes], bytes]) -> Write:
     def done(folder: Path) -> None:
-        for shard in folder.rglob("*.safetensors"):
+        for shard in (folder / table).rglob("*.safetensors"):
             shard.write_bytes(change(shard.read_bytes()))
 
     return done
@@ -245,8 +266,9 @@ def forged(lab: Lab) -> Iterator[Finding]:
         cases.append((ADAPTER[number % 2 * 3], Case(name, _bytes(content), "a.safetensors", (0, 2))))
     cases += [("train --resume", Case(t, d, "checkpoint-2")) for t, d in documents.checkpoints(b"\x80\x02N.")]
     cases += [("train on base", Case(t, d, "base")) for t, d in models.pipelines(b"\x80\x02N.", marker)]
-    for name, change in _shards():
-        cases.append(("train --prepared_dir", Case(name, _every_shard(change), "set")))
+    for table in hosts.tables:  # one alone each time, or the first that is opened would stand before the others
+        for name, change in _shards():
+            cases.append(("train --prepared_dir", Case(f"{table}: {name}", _every_shard(table, change), "set")))
     for command, case in _some(lab, cases):
         _try(hosts, tally, marker, command, case)
     yield tally.finding("forged and oversized files", "refused with exit 2 and a remedy")
@@ -280,3 +302,12 @@ def configs(lab: Lab) -> Iterator[Finding]:
     if (lab.folder / "never").exists():
         tally.note("the output folder", ["a refused run wrote it"], 0.0)
     yield tally.finding("hostile settings files", "YAML tags, aliases, nesting, huge numbers, flags in lists")
+
+
+def fault_lists(lab: Lab) -> Iterator[Finding]:
+    """Runs that are resumed where the list of their faults is not what a run writes."""
+    hosts, tally, marker = Hosts(lab), Tally(), lab.place("lists") / "executed"
+    cases = [Case(title, damage, "run", (0, 2)) for title, damage in documents.fault_lists()]
+    for command, case in _some(lab, (("train in a run's folder", case) for case in cases)):
+        _try(hosts, tally, marker, command, case)
+    yield tally.finding("a damaged list of faults at resume", "the run goes on, or is refused with exit 2 and a remedy")

@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,24 +77,37 @@ def lost_workers(lab: Lab) -> Iterator[Finding]:
 
 def _at_random(undisturbed: _Undisturbed, number: signal.Signals) -> Finding:
     word, wanted = _KINDS[number], undisturbed.lab.tries(20)
-    rng, blows, runs, replaced, faults = random.Random(f"{SEED}-{word}"), 0, 0, 0, list[str]()
-    while blows < wanted:
+    rng, runs, replaced, faults = random.Random(f"{SEED}-{word}"), 0, 0, list[str]()
+    while replaced < wanted and runs < 2 * wanted:  # a run may end without missing the worker that was struck last
         process, output = undisturbed.again(f"{word}-{runs}")
-        while blows < wanted and _comes(process, rng):
-            blows += _strike(rng.choice(_workers(process) or [0]), number)
+        while replaced + _replacements(process) < wanted and _comes(process, rng):
+            if not _is_felt(process, rng.choice(process.children() or [0]), number):
+                break
         faults += undisturbed.faults(process, output)
-        runs, replaced = runs + 1, replaced + process.said.count(_REPLACED)
+        runs, replaced = runs + 1, replaced + _replacements(process)
         process.kill()
-    note = (
-        f"workers were replaced {replaced} times in {runs} runs of {STEPS} steps; runs with other bytes: {len(faults)}"
-    )
-    note += f"; the first: {faults[0]}" if faults else ""
-    return Finding(f"a data worker {word}", blows, len(faults), not faults and replaced > 0, note)
+    note = f"workers were struck and replaced {replaced} times in {runs} runs of {STEPS} steps; runs with other bytes: "
+    note += f"{len(faults)}" + (f"; the first: {faults[0]}" if faults else "")
+    return Finding(f"a data worker {word}", replaced, len(faults), not faults and replaced >= wanted, note)
+
+
+def _is_felt(process: Process, worker: int, number: signal.Signals) -> bool:
+    """Strikes a worker and waits until it is replaced; False if the run ends without it, or hangs."""
+    before, end = _replacements(process), time.monotonic() + _PATIENCE_S
+    if not _strike(worker, number):
+        return True  # it had ended by itself, or there is none
+    process.wait_until(lambda: _replacements(process) > before or time.monotonic() >= end, pause_s=0.05)
+    return _replacements(process) > before
+
+
+def _replacements(process: Process) -> int:
+    """How often a run's workers were, so far."""
+    return process.said.count(_REPLACED)
 
 
 def _comes(process: Process, rng: random.Random) -> bool:
     """Waits for workers and a random moment of their lives; False if the run ended before."""
-    if not process.wait_until(partial(_workers, process), pause_s=0.05):
+    if not process.wait_until(process.children, pause_s=0.05):
         return False
     end = time.monotonic() + rng.uniform(0, _GAP_S)
     return process.wait_until(lambda: time.monotonic() >= end)
@@ -106,10 +118,10 @@ def _again_and_again(undisturbed: _Undisturbed) -> Finding:
     for run in range(tries):
         number = list(_KINDS)[run % len(_KINDS)]
         process, _ = undisturbed.again(f"always-{run}")
-        process.wait_until(partial(_workers, process))
+        process.wait_until(process.children)
         began = time.monotonic()
         while process.runs:
-            for worker in _workers(process):
+            for worker in process.children():
                 _strike(worker, number)
             time.sleep(0.05)
         longest_s = max(longest_s, time.monotonic() - began)
@@ -133,15 +145,15 @@ def lost_workers_of_prepare(lab: Lab) -> Iterator[Finding]:
     whole, rng, faults, replaced = rows_of(place / "calm"), random.Random(SEED), list[str](), 0
     for run in range(tries):
         process = lab.start("prepare", {**settings, "prepared_dir": place / f"set-{run}"})
-        process.wait_until(partial(_workers, process))
+        process.wait_until(process.children)
         time.sleep(rng.uniform(0, _READING_S))
-        _strike(rng.choice(_workers(process) or [0]), list(_KINDS)[run % len(_KINDS)])
+        _strike(rng.choice(process.children() or [0]), list(_KINDS)[run % len(_KINDS)])
         faults += _prepared_otherwise(process, place / f"set-{run}", whole)
-        replaced += process.said.count(_REPLACED)
+        replaced += _replacements(process)
         process.kill()
     note = f"workers replaced {replaced} times in {tries} runs; sets with other rows, and runs that hang: {len(faults)}"
     note += f"; the first: {faults[0]}" if faults else ""
-    yield Finding("a data worker of prepare dies or hangs", tries, len(faults), not faults and replaced > 0, note)
+    yield Finding("a data worker of prepare dies or hangs", replaced, len(faults), not faults and replaced > 0, note)
 
 
 def _prepared_otherwise(process: Process, folder: Path, whole: Rows) -> Iterator[str]:
@@ -160,16 +172,3 @@ def _strike(pid: int, number: signal.Signals) -> bool:
             os.kill(pid, number)
             return True
     return False
-
-
-def _workers(process: Process) -> list[int]:
-    """The processes that the run itself has started and that do not lie dead, by /proc."""
-    return [pid for pid in process.members() if pid != process.pid and _parent_of(pid) == process.pid]
-
-
-def _parent_of(pid: int) -> int:
-    """0 for one that has ended."""
-    with contextlib.suppress(OSError):
-        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
-        return int(parent) if state != "Z" else 0
-    return 0

@@ -1,4 +1,4 @@
-"""What the trainer writes: hashes that are verified, no pickles but one, no secrets, no markup of strangers."""
+"""What the trainer writes: hashes that are verified, no pickles but two, no secrets, no markup of strangers."""
 
 from __future__ import annotations
 
@@ -19,25 +19,46 @@ TOKEN, PASSWORD, OTHER = "hf_" + "fauLtLab7" * 4, "open-sesame-42", "a-key-of-no
 MARKUP = "<script>alert(1)</script>"
 NAME = "<img src=x onerror=alert(1)>.png"
 SCREEN = "\x1b[2J\x1b]0;owned\x07"  # wipes a terminal and renames its window
+_ASKED_FOR = "asked-for.bin"
+_PICKLES = (documents.WEIGHTS, _ASKED_FOR)
 _PLAIN = {".json", ".jsonl", ".yaml", ".yml", ".png", ".safetensors"}
 
 
 def flips(lab: Lab) -> Iterator[Finding]:
-    """One bit of each file of a checkpoint, at random places; a resumed run finds every one."""
-    hosts, rng, lost, tries = Hosts(lab), random.Random(0), 0, 0
-    for name in documents.FILES:
-        for _ in range(lab.tries(6)):
-            folder = lab.place("flip") / "checkpoint-2"
-            shutil.copytree(hosts.checkpoint, folder)
-            content = bytearray((folder / name).read_bytes())
-            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-            (folder / name).write_bytes(content)
-            code, said = hosts.start("train --resume", folder)
-            tries += 1
-            lost += code != 2 or "the checkpoint is damaged" not in said
-            shutil.rmtree(folder.parent)
+    """One bit of each file of a checkpoint, which a resumed run finds; one digit of its card, which `export` finds."""
+    hosts = Hosts(lab)
+    yield _flipped_bits(hosts, lab.tries(6))
+    yield _changed_digits(hosts, lab.tries(6))
+
+
+def _flipped_bits(hosts: Hosts, each: int) -> Finding:
+    rng, lost = random.Random(0), 0
+    for name in documents.FILES * each:
+        folder = hosts.copy()
+        content = bytearray((folder / name).read_bytes())
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        (folder / name).write_bytes(content)
+        lost += not _found_damaged(hosts, "train --resume", folder)
     note = f"one bit in each of {', '.join(documents.FILES)}; refused with exit 2"
-    yield Finding("hashes are verified on resume", tries, lost, not lost, note)
+    return Finding("hashes are verified on resume", each * len(documents.FILES), lost, not lost, note)
+
+
+def _changed_digits(hosts: Hosts, tries: int) -> Finding:
+    rng, lost = random.Random(0), 0
+    for _ in range(tries):
+        folder = hosts.copy()
+        text = (folder / documents.CARD).read_text()
+        at = rng.choice([place for place, letter in enumerate(text) if letter.isdigit()])
+        (folder / documents.CARD).write_text(f"{text[:at]}{(int(text[at]) + 1) % 10}{text[at + 1 :]}")
+        lost += not _found_damaged(hosts, "export", folder)
+    note = f"one digit of {documents.CARD}; refused with exit 2"
+    return Finding("hashes are verified on export", tries, lost, not lost, note)
+
+
+def _found_damaged(hosts: Hosts, command: str, folder: Path) -> bool:
+    code, said = hosts.start(command, folder)
+    shutil.rmtree(folder)
+    return code == 2 and "the checkpoint is damaged" in said
 
 
 def everything(lab: Lab, folder: Path, **more: Any) -> dict[str, tuple[int, str]]:
@@ -69,23 +90,27 @@ def everything(lab: Lab, folder: Path, **more: Any) -> dict[str, tuple[int, str]
 
 
 def own_pickles(lab: Lab) -> Iterator[Finding]:
-    """Looks for pickles in every file that every command writes."""
+    """Looks for pickles in every file that every command writes, one of them asked for."""
     folder = lab.place("written")
-    failed = {command for command, (code, _) in everything(lab, folder).items() if code}
+    ended = everything(lab, folder)
+    ended["export to .bin"] = lab.run("export", {"output": folder / _ASKED_FOR}, operands=[folder / "run"])
+    failed = {command for command, (code, _) in ended.items() if code}
     files = [path for path in folder.rglob("*") if path.is_file()]
     wrong = [path.name for path in files if not _is_plain(path)]
-    tables = [path for path in files if path.name == documents.WEIGHTS]
+    tables = [path for path in files if path.name in _PICKLES]
     for table in tables:
         demand_table(table, is_archive=True)
-    note = f"{len(files)} files of train, prepare, export, generate and evaluate; {len(tables)} pytorch_model.bin"
-    note += f", which name tensors alone{_told(wrong + sorted(failed))}"
-    yield Finding("no pickle is written but pytorch_model.bin", len(files), len(wrong), not wrong and not failed, note)
+    note = f"{len(files)} files of train, prepare, export, generate and evaluate; {len(tables)} of them, "
+    note += f"{', '.join(sorted({path.name for path in tables}))}, are pickles, which name tensors alone"
+    note += _told(wrong + sorted(failed))
+    fault = "no pickle is written but pytorch_model.bin and an adapter exported as .bin"
+    yield Finding(fault, len(files), len(wrong), not wrong and not failed, note)
 
 
 def _is_plain(path: Path) -> bool:
-    """Whether a file is of a kind that cannot hold a pickle, and begins like one of it."""
+    """Whether a file is of a kind that cannot hold a pickle, and begins like one of it; or may be a pickle."""
     head = path.read_bytes()[:2]
-    if path.name == documents.WEIGHTS:
+    if path.name in _PICKLES:
         return zipfile.is_zipfile(path)
     if path.name.startswith("events.out.tfevents"):  # of TensorBoard, protocol buffers
         return not zipfile.is_zipfile(path) and head[:1] != b"\x80"

@@ -101,6 +101,7 @@ def _shapes() -> Iterator[Broken]:
 def _bombs() -> Iterator[Broken]:
     pixels: tuple[FaultKind, ...] = ("too_many_pixels",)
     yield Broken("PNG of 12 KB for 100 million pixels", ".png", _one_bit_png(10_000), pixels, bomb=True)
+    yield Broken("PNG of 8 KB for 64 million pixels", ".png", _one_bit_png(8_000), pixels, bomb=True)
     yield Broken("PNG that claims 8.6 billion pixels", ".png", png_claiming(2**31 - 1, 4, b""), pixels, bomb=True)
     text = b"".join(chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2**20 - 1))) for _ in range(60))
     yield Broken("PNG with 60 MB of packed text", ".png", png_claiming(W, H, b"", extra=text), ("damaged",), bomb=True)

@@ -1,8 +1,9 @@
-"""Hostile YAML settings, and checkpoints whose hashes are true and whose state is not."""
+"""Hostile YAML settings, lists of faults, and checkpoints whose hashes are true and whose state is not."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ip_adapter_trainer.core.checkpoints import MANIFEST, sha256_of
+from ip_adapter_trainer.data.faults import FILE_NAME as FAULTS
 
 WEIGHTS, TENSORS, STATE, CARD = "pytorch_model.bin", "training_state.safetensors", "training_state.json", "adapter.json"
 FILES = (WEIGHTS, TENSORS, STATE, CARD, MANIFEST)
@@ -121,6 +123,25 @@ def checkpoints(payload: bytes) -> Iterator[tuple[str, Damage]]:
         _signed(lambda f: _weights(f, lambda t: torch.zeros(1).expand(10**6, 10**6))),
     )
     yield "weights in nested tables", _signed(lambda f: torch.save({"a": {"b": {"c": torch.zeros(1)}}}, f / WEIGHTS))
+
+
+def fault_lists() -> Iterator[tuple[str, Damage]]:
+    """What is put in the place of the list of a run's faults, in its folder."""
+    good = {"kind": "truncated", "what": "x", "where": "data.json, element 1", "remedy": "y"}
+    for name, content in (
+        ("a byte of no UTF-8", b"\x80\n"),
+        ("NUL", bytes(100)),
+        ("a list for a kind", json.dumps({**good, "kind": []}).encode()),
+        ("an object for a place", json.dumps({**good, "where": {}}).encode()),
+        ("a number for what it is", json.dumps({**good, "what": 1}).encode()),
+        ("other keys", b'{"__class__": "os.system"}'),
+        ("no object", b"[1]\n1\nnull"),
+        ("nested 100,000 deep", b"[" * 100_000),
+        ("objects nested 100,000 deep", b'{"kind":' * 100_000),
+        ("a number of 5,000 digits", json.dumps(good).encode()[:-1] + b', "n": ' + b"9" * 5000 + b"}"),
+    ):
+        yield name, partial(write_into, FAULTS, content)
+    yield "a pipe that nobody writes", lambda f: os.mkfifo(f / FAULTS)
 
 
 def _signed(damage: Damage) -> Damage:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from faults import files
-from faults.chains import Stages, Victim, attack, differing
+from faults.chains import Pace, Stages, Victim, attack, differing
 from faults.lab import Lab, Process
 from ip_adapter_trainer.data.index import PICTURES
 
@@ -38,12 +38,15 @@ class _Writer(Victim):
     """Writes a file under another name first, or carelessly under its own; waits in the middle for its kills."""
 
     def __init__(self, folder: Path, *, careful: bool = True, kills: int = KILLS, text: str = WHOLE) -> None:
+        super().__init__(Stages(folder))
         self._folder, self._file, self._kills, self._text = folder, folder / "file", kills, text
-        self._written = folder / ".file.staged" if careful else self._file
+        self._careful, self._written = careful, self._file
         self._begun = folder / "file.begun"
 
     def start(self) -> Process:
         self._begun.unlink(missing_ok=True)
+        if self._careful:
+            self._written = self._folder / f".file.{self._kills}.staged"
         waits_s, self._kills = (60 if self._kills else 0), self._kills - 1
         what = map(str, [self._file, self._written, self._text, waits_s])
         return Process([sys.executable, "-c", WRITER, *what], self._folder / "log.txt", os.environ, self._folder)
@@ -59,8 +62,16 @@ class _Writer(Victim):
         if self._file.read_text() != WHOLE:
             yield "another file"
 
-    def left(self) -> str:
-        return Stages(self._folder).left()
+
+class _KilledWhileWriting(_Writer):
+    """Is killed as soon as it writes."""
+
+    def moment(self, process: Process, rng: random.Random) -> bool:
+        return Pace(life_s=0, write_s=0).moment_of_writing(process, rng, self.stages, most=1)
+
+    def after_kill(self) -> Iterator[str]:
+        if not self._written.exists():
+            yield "killed before it wrote"
 
 
 def test_kills_of_a_careful_writer_lose_nothing(tmp_path: Path) -> None:
@@ -70,10 +81,17 @@ def test_kills_of_a_careful_writer_lose_nothing(tmp_path: Path) -> None:
 
 
 def test_every_kill_of_a_careless_writer_is_a_loss(tmp_path: Path) -> None:
+    (tmp_path / ".older.staged").touch()  # which none of these kills left
     tally = attack(Lab(tmp_path), KILLS, lambda: _Writer(tmp_path, careful=False))
     finding = tally.finding("kills", "lost")
     assert tally.faults == ["half a file"] * KILLS and tally.left == {"": KILLS}
     assert finding.passed is False and finding.lost == KILLS and finding.note.endswith("the first: half a file")
+
+
+def test_what_an_earlier_command_left_is_no_writing_that_has_begun(tmp_path: Path) -> None:
+    (tmp_path / ".older.staged").touch()
+    tally = attack(Lab(tmp_path), KILLS, lambda: _KilledWhileWriting(tmp_path))
+    assert tally.faults == [] and tally.left == {"half written": KILLS}
 
 
 def test_an_end_that_is_another_is_a_loss(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionM
 
 from ip_adapter_trainer.config import parse
 from ip_adapter_trainer.core.errors import DataProblem, Problem, StorageProblem
+from ip_adapter_trainer.data import shards
 from ip_adapter_trainer.prepare import run as running
 from ip_adapter_trainer.prepare.config import PrepareConfig, command
 from ip_adapter_trainer.prepare.run import Report, prepare
@@ -238,25 +239,25 @@ import sys, time
 from ip_adapter_trainer import cli
 from ip_adapter_trainer.data import shards
 from ip_adapter_trainer.prepare.encode import Encoding
-shards._SEAL_S = 0.0
+shards._SEAL_S = float(sys.argv[1])
 honest = Encoding._encode
-Encoding._encode = lambda self, *a: (honest(self, *a), time.sleep(0.3))[0]
-raise SystemExit(cli.guarded(cli._prepare, sys.argv[1:]))
+Encoding._encode = lambda self, *a: (honest(self, *a), print("encoded", flush=True), time.sleep(0.3))[0]
+raise SystemExit(cli.guarded(cli._prepare, sys.argv[2:]))
 """
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["KILL", "TERM", "INT"]
+    ("number", "code", "seal_s"),
+    [(signal.SIGKILL, -9, 0.0), (signal.SIGTERM, 143, shards._SEAL_S), (signal.SIGINT, 130, shards._SEAL_S)],
+    ids=["KILL", "TERM", "INT"],
 )
 def test_broken_off_it_goes_on_where_it_was(
-    go: Callable, flags: Callable, tmp_path: Path, number: signal.Signals, code: int
+    go: Callable, flags: Callable, tmp_path: Path, number: signal.Signals, code: int, seal_s: float
 ) -> None:
     go(prepared_dir=tmp_path / "whole")
-    process = subprocess.Popen([sys.executable, "-c", SLOWLY, *flags()], env=environment(), stderr=subprocess.DEVNULL)
-    end = time.monotonic() + 120
-    while not list((tmp_path / "set").glob("moments/*/[!.]*.safetensors")):
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.02)
+    argv = [sys.executable, "-c", SLOWLY, str(seal_s), *flags()]
+    process = subprocess.Popen(argv, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None and process.stdout.readline() == b"encoded\n"
     process.send_signal(number)
     assert process.wait(timeout=60) == code
     assert 0 < (again := go()).encoded < 16

@@ -45,7 +45,7 @@ bench-gpu-techniques: $(STAMP)
 
 # Real runs, killed, stopped, filled up and fed with hostile files, into faults/report.json (about an hour).
 faults: $(STAMP)
-	$(BIN)/python -m faults
+	$(BIN)/python -m faults --lanes 2
 
 # Mutated files for the readers of our own formats, guided by coverage where atheris is installed (minutes).
 fuzz: $(STAMP)

@@ -90,12 +90,27 @@ class Budget:
     denoiser: int
     texts: int  # text encoders
     encoders: int  # VAE and image encoder, which rows that were encoded beforehand make needless
+    decoder: int  # the half of the VAE that stays
     trained: int  # weights that are trained, as a number
     step: int  # peak of a forward and backward pass beyond all of these
+    encode: int  # peak of encoding one picture beyond the encoders
+    draw: int  # peak of drawing one picture, guided, and of decoding it
 
     def total(self, moments: float, *, texts: bool = True) -> float:
         """The peak with so many bytes of optimizer moments for each trained weight, with or without text encoders."""
-        return self.denoiser + texts * self.texts + self.trained * (MASTER + moments) + self.step
+        return self._kept(moments) + texts * self.texts + self.step
+
+    @property
+    def encoding(self) -> int:
+        """The peak of preparing, which is over before the denoiser is there."""
+        return self.texts + self.encoders + self.encode
+
+    def drawing(self, moments: float) -> float:
+        """The peak of a validation's grid, one picture at once, while the text encoders rest on the host."""
+        return self._kept(moments) + self.decoder + self.draw
+
+    def _kept(self, moments: float) -> float:
+        return self.denoiser + self.trained * (MASTER + moments)
 
 
 def budget(
@@ -119,14 +134,38 @@ def budget(
         plain = LeanConfig(lean_attention=False, channels_last="off")
         with model.attached(), lean(model, plain), LiveBytes() as live:
             step(model, size, side_px, images)
+        draw = _drawing(model, size, side_px)
         texts = [part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part]
         return Budget(
             bytes_of(pipeline.unet),
             sum(map(bytes_of, texts)),
             bytes_of(pipeline.vae) + bytes_of(encoder.model),
+            bytes_of(pipeline.vae.decoder),
             sum(p.numel() for p in trained),
             live.peak,
+            _encoding(model, side_px),
+            draw,
         )
+
+
+@torch.no_grad()
+def _encoding(model: Model, side_px: int) -> int:
+    """Peak bytes of one picture's way through the encoders."""
+    _lay_channels_last(model.family.autoencoder)
+    with LiveBytes() as live:
+        model.family.encode_moments(torch.randn(1, 3, side_px, side_px))
+        model.features(torch.randn(1, 3, model.encoder.side_px, model.encoder.side_px))
+    return live.peak
+
+
+@torch.no_grad()
+def _drawing(model: Model, size: Size, side_px: int) -> int:
+    """Peak bytes of a guided step of one picture, with prompts and without, and of decoding it."""
+    latents = torch.randn(1, *model.family.latent_shape(side_px, side_px), dtype=model.dtype)
+    with model.attached(), LiveBytes() as live:
+        predicted(model, size, side_px, images=2)
+        model.family.autoencoder.decode(latents)
+    return live.peak
 
 
 def _lay_channels_last(net: nn.Module) -> None:
@@ -140,6 +179,12 @@ def _lay_channels_last(net: nn.Module) -> None:
 
 def step(model: Model, size: Size, side_px: int, images: int) -> None:
     """Forward and backward over an encoded batch."""
+    prediction = predicted(model, size, side_px, images)
+    (prediction.float() - torch.randn_like(prediction).float()).square().mean().backward()
+
+
+def predicted(model: Model, size: Size, side_px: int, images: int) -> Tensor:
+    """The denoiser's output over an encoded batch."""
     config, dtype = model.family.denoiser.config, model.dtype
     noisy = torch.randn(images, *model.family.latent_shape(side_px, side_px), dtype=dtype)
     features = torch.randn(images, size.image["projection_dim"], dtype=dtype)
@@ -149,16 +194,15 @@ def step(model: Model, size: Size, side_px: int, images: int) -> None:
         pooled = torch.randn(images, size.texts[1]["projection_dim"], dtype=dtype)
         extra = {"text_embeds": pooled, "time_ids": torch.randn(images, 6, dtype=dtype)}
     timesteps = torch.zeros(images, dtype=torch.long)
-    prediction = model.predict(noisy, timesteps, TextCondition(context, extra), model.project(features))
-    (prediction.float() - torch.randn_like(prediction).float()).square().mean().backward()
+    return model.predict(noisy, timesteps, TextCondition(context, extra), model.project(features))
 
 
 def table(names: list[str], layers: tuple[str, ...]) -> list[str]:
     """Markdown lines: every storage of every size, activations kept and recomputed, moments of 32 and 8 bits, in GB."""
     lines = [
         "| one image, GB | frozen denoiser | activations | denoiser | text | adapter, gradients | step "
-        "| total, Adam 32-bit | 8-bit | 8-bit, captions prepared | VAE, image encoder |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| total, Adam 32-bit | 8-bit | 8-bit, captions prepared | encoding before | drawing, 8-bit |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in names:
         for storage in STORAGES:
@@ -168,7 +212,8 @@ def table(names: list[str], layers: tuple[str, ...]) -> list[str]:
                 how = "recomputed" if recompute else "kept"
                 numbers = (
                     found.denoiser, found.texts, found.trained * MASTER, found.step, found.total(MOMENTS),
-                    found.total(MOMENTS_8BIT), found.total(MOMENTS_8BIT, texts=False), found.encoders,
+                    found.total(MOMENTS_8BIT), found.total(MOMENTS_8BIT, texts=False), found.encoding,
+                    found.drawing(MOMENTS_8BIT),
                 )  # fmt: skip
                 kept = "bf16" if storage == "none" else storage
                 lines.append(f"| {label} | {kept} | {how} | " + " | ".join(f"{n / GB:.2f}" for n in numbers) + " |")

@@ -14,7 +14,7 @@ from ip_adapter_trainer.core.signals import ECHO_S
 
 LIMIT_S = 10.0
 AT_ONCE_S = 1.0
-_MICRO_BATCHES = 1000  # of a step, so that it does not end by itself
+_IMAGES = 10_000  # of a micro batch, for which a first signal waits
 
 
 def insisting(lab: Lab) -> Iterator[Finding]:
@@ -27,7 +27,7 @@ def _second_signal(lab: Lab) -> Finding:
     tries, lost, longest_s = 0, 0, 0.0
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) * lab.tries(2):
         output = lab.place("insist") / "out"
-        process = lab.start("train", lab.training(output, gradient_accumulation_steps=_MICRO_BATCHES))
+        process = lab.start("train", lab.training(output, train_batch_size=_IMAGES))
         process.wait_until((output / "config.yaml").exists)
         time.sleep(2)
         process.send(number)
@@ -37,7 +37,7 @@ def _second_signal(lab: Lab) -> Finding:
         code, took_s = process.wait(), time.monotonic() - began
         tries, longest_s = tries + 1, max(longest_s, took_s)
         lost += not (stayed and code == 128 + number and took_s <= AT_ONCE_S)
-    note = f"SIGTERM, SIGINT, SIGUSR1 twice in a step of {_MICRO_BATCHES} micro batches: gone {longest_s:.1f} s "
+    note = f"SIGTERM, SIGINT, SIGUSR1 twice in a micro batch of {_IMAGES:,} images: gone {longest_s:.1f} s "
     note += f"after the second at the longest (limit {AT_ONCE_S:.0f}), exit 143, 130, 138"
     return Finding("a second signal", tries, lost, not lost, note)
 

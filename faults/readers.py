@@ -16,7 +16,9 @@ from ip_adapter_trainer.adapters import AdapterCard, read_adapter, write_adapter
 from ip_adapter_trainer.config import check_keys, compose
 from ip_adapter_trainer.core.checkpoints import MANIFEST, verified
 from ip_adapter_trainer.core.settings import read_yaml
+from ip_adapter_trainer.core.types import Fault
 from ip_adapter_trainer.data.config import CheckConfig
+from ip_adapter_trainer.data.faults import FILE_NAME, FaultLog
 from ip_adapter_trainer.data.index import PICTURES, PictureIndex, Record, name_key
 from ip_adapter_trainer.data.manifest import read_manifest
 from ip_adapter_trainer.data.shards import Table, TableWriter
@@ -65,6 +67,7 @@ def targets(folder: Path) -> dict[str, Target]:
         "rows.json": Target(_rows(folder / "rows.json"), rows.encode(), tree),
         "rows.jsonl": Target(_rows(folder / "rows.jsonl"), lines.encode(), only),
         "rows.csv": Target(_rows(folder / "rows.csv"), csv.encode(), only),
+        FILE_NAME: _faults(folder),
     }
 
 
@@ -164,6 +167,19 @@ def _settings(path: Path) -> Read:
         check_keys(read_yaml(str(path)), compose("base", "sd"), str(path))
 
     return read
+
+
+def _faults(folder: Path) -> Target:
+    path = folder / FILE_NAME
+    FaultLog(folder, 100, 1.0).add(
+        Fault("damaged", "it is broken", f"rows.json, element {n}", "mend it") for n in (1, 2)
+    )
+
+    def read(content: bytes) -> None:
+        path.write_bytes(content)
+        FaultLog(folder, 100, 1.0).add([Fault("changed", "it is another", "rows.json, element 3", "mend it")])
+
+    return Target(read, path.read_bytes(), (mutate.of_bytes,))
 
 
 def _rows(path: Path) -> Read:

@@ -24,6 +24,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LIMIT_S = 10.0
 _MANY_ROWS = 400  # for phases that have to last
 _ENDLESS = 100_000
+_MICRO_BATCHES = 200  # of a step that takes longer than a stop may
 _LAUNCHERS = 1  # exit code, whatever became of what it launched
 _FIRST_FAILURE = re.compile(r"failed \(exitcode: (-?\d+)\)")  # of a launched process, as its launcher tells it
 _OTHER_CAUSES = ("error: ", "bug: ", " before stopping")  # what is said where no signal ends a run
@@ -116,6 +117,7 @@ def phases(lab: Lab) -> list[Phase]:
     """All of them."""
     endless: Settings = {"max_train_steps": _ENDLESS, "save_steps": _ENDLESS}
     losses = {**endless, "validation_steps": 2, "num_validation_images": 24}
+    long = {**endless, "gradient_accumulation_steps": _MICRO_BATCHES}
     grids = {**endless, "validation_steps": 2, "num_validation_images": 2, "grid_rows": 8, "grid_steps": 400}
     first = {**endless, **_many(lab), "prepare": "auto", "encode_batch_size": 1}
     preparing = _Preparing(lab, {**lab.inputs, **_many(lab), "encode_batch_size": 1})
@@ -125,6 +127,7 @@ def phases(lab: Lab) -> list[Phase]:
     return [
         Phase("loading", "train", endless, lambda o, p: True, 3.0, "nothing to save yet", None),
         Phase("steps", "train", endless, lambda o, p: _lines(o) >= 3, 0.1, *step),
+        Phase("a long step", "train", long, lambda o, p: _lines(o) >= 1, 0.5, "the step before it is saved", _unsaved),
         Phase("saving", "train", {**endless, "save_steps": 1}, lambda o, p: any(o.glob(".checkpoint-*")), 0.0, *step),
         Phase("validation", "train", losses, lambda o, p: _lines(o) >= 2, 0.2, *step),
         Phase("grids", "train", grids, partial(_says, "validation loss"), 0.3, *step),

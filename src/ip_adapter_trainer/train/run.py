@@ -117,11 +117,18 @@ def _make_trainer(config: TrainConfig, runtime: Runtime, stopping: Stopping) -> 
         model.release_encoders(texts=config.prepare_text)
     model.place(runtime.device)  # last: encoders that are let go of need no room beside it
     where = f"{runtime.world} x {runtime.device.type}"
-    say(f"on {where}, frozen weights {runtime.precision}, predicting {process.prediction}")
+    say(f"on {where}, frozen weights {_precision(config, runtime)}, predicting {process.prediction}")
     if config.low_memory:
         chosen = {name: getattr(config, name) for name in model.family.small_cards[config.low_memory]}
         say(f"low_memory {config.low_memory}: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
     return Trainer(config, runtime, model, source, Step(model, process, config.seed, runtime.device), plan, marks)
+
+
+def _precision(config: TrainConfig, runtime: Runtime) -> str:
+    """The frozen weights' precision, for people; with a hint where nobody chose one."""
+    if runtime.precision != "no":
+        return runtime.precision
+    return "fp32" if config.mixed_precision else "fp32 (--mixed_precision bf16 halves them)"
 
 
 def _demand_own_folder(config: TrainConfig) -> None:

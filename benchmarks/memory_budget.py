@@ -1,6 +1,6 @@
 """What a training step needs in memory, counted on fake tensors: real sizes, no weights, no GPU.
 
-    python -m benchmarks.memory_budget [--sizes sd15,sdxl] [--layers all]
+    python -m benchmarks.memory_budget [--sizes sd15,sdxl] [--layers all] [--stock_layers]
 
 A step runs whole, forward and backward, by the package's own model and layers, one image in bf16, base adapter, rows
 encoded beforehand. Every storage that an operation makes is counted from its first use to its last, so that the peak
@@ -114,7 +114,14 @@ class Budget:
 
 
 def budget(
-    size: Size, side_px: int, storage: Storage, *, recompute: bool, layers: tuple[str, ...] = ("all",), images: int = 1
+    size: Size,
+    side_px: int,
+    storage: Storage,
+    *,
+    recompute: bool,
+    layers: tuple[str, ...] = ("all",),
+    images: int = 1,
+    lean_layers: bool = True,
 ) -> Budget:
     """Counts a step at some size."""
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -131,7 +138,7 @@ def budget(
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
         _lay_channels_last(pipeline.unet)
-        plain = LeanConfig(lean_attention=False, channels_last="off")
+        plain = LeanConfig(lean_layers=lean_layers, lean_attention=False, channels_last="off")
         with model.attached(), lean(model, plain), LiveBytes() as live:
             step(model, size, side_px, images)
         draw = _drawing(model, size, side_px)
@@ -197,7 +204,7 @@ def predicted(model: Model, size: Size, side_px: int, images: int) -> Tensor:
     return model.predict(noisy, timesteps, TextCondition(context, extra), model.project(features))
 
 
-def table(names: list[str], layers: tuple[str, ...]) -> list[str]:
+def table(names: list[str], **how: Any) -> list[str]:
     """Markdown lines: every storage of every size, activations kept and recomputed, moments of 32 and 8 bits, in GB."""
     lines = [
         "| one image, GB | frozen denoiser | activations | denoiser | text | adapter, gradients | step "
@@ -207,16 +214,16 @@ def table(names: list[str], layers: tuple[str, ...]) -> list[str]:
     for name in names:
         for storage in STORAGES:
             for recompute in (False, True):
-                found = budget(SIZES[name], SIDES_PX[name], storage, recompute=recompute, layers=layers)
+                found = budget(SIZES[name], SIDES_PX[name], storage, recompute=recompute, **how)
                 label = f"{name}, {SIDES_PX[name]} px"
-                how = "recomputed" if recompute else "kept"
+                activations = "recomputed" if recompute else "kept"
                 numbers = (
                     found.denoiser, found.texts, found.trained * MASTER, found.step, found.total(MOMENTS),
                     found.total(MOMENTS_8BIT), found.total(MOMENTS_8BIT, texts=False), found.encoding,
                     found.drawing(MOMENTS_8BIT),
                 )  # fmt: skip
                 kept = "bf16" if storage == "none" else storage
-                lines.append(f"| {label} | {kept} | {how} | " + " | ".join(f"{n / GB:.2f}" for n in numbers) + " |")
+                lines.append(f"| {label} | {kept} | {activations} | " + " | ".join(f"{n / GB:.2f}" for n in numbers) + " |")
     return lines
 
 
@@ -225,8 +232,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="sd15,sdxl", help="names out of benchmarks/sizes.py")
     parser.add_argument("--layers", default="all", help="layers that carry an adapter, as --adapter_layers")
+    parser.add_argument("--stock_layers", action="store_true", help="without lean layers")
     given = parser.parse_args()
-    print("\n".join(table(given.sizes.split(","), tuple(given.layers.split(",")))))
+    how = {"layers": tuple(given.layers.split(",")), "lean_layers": not given.stock_layers}
+    print("\n".join(table(given.sizes.split(","), **how)))
 
 
 if __name__ == "__main__":

@@ -222,8 +222,8 @@ def table(names: list[str], **how: Any) -> list[str]:
                     found.total(MOMENTS_8BIT), found.total(MOMENTS_8BIT, texts=False), found.encoding,
                     found.drawing(MOMENTS_8BIT),
                 )  # fmt: skip
-                kept = "bf16" if storage == "none" else storage
-                lines.append(f"| {label} | {kept} | {activations} | " + " | ".join(f"{n / GB:.2f}" for n in numbers) + " |")
+                cells = [label, "bf16" if storage == "none" else storage, activations]
+                lines.append("| " + " | ".join((*cells, *(f"{n / GB:.2f}" for n in numbers))) + " |")
     return lines
 
 

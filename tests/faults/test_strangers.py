@@ -30,6 +30,7 @@ from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.shown import redacted
 from ip_adapter_trainer.core.types import Fault
+from ip_adapter_trainer.data.faults import FILE_NAME
 from ip_adapter_trainer.encoders import ClipImageEncoder
 from ip_adapter_trainer.evaluate.clip import ClipScorer
 from ip_adapter_trainer.families import FAMILIES, family_of
@@ -169,7 +170,7 @@ def test_no_encoder_of_a_stranger_is_loaded(encoder_folder: Path, tmp_path: Path
 
 NAMES = [
     "adapter.safetensors", "unsigned adapter.safetensors", "adapter.bin", "adapter.json", "shard", "config.yaml",
-    "rows.json", "rows.jsonl", "rows.csv", *documents.FILES[:3], documents.MANIFEST,
+    "rows.json", "rows.jsonl", "rows.csv", FILE_NAME, *documents.FILES[:3], documents.MANIFEST,
 ]  # fmt: skip
 
 

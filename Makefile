@@ -43,7 +43,7 @@ bench-gpu: $(STAMP)
 bench-gpu-techniques: $(STAMP)
 	$(BIN)/python -m benchmarks.bench --sizes sd15 --device cuda --parts techniques --minutes 9 --out bench/gpu-techniques
 
-# Real runs, killed, stopped, filled up and fed with hostile files, into faults/report.json (about an hour).
+# Real runs, killed, stopped, filled up and fed with hostile files, into faults/report.json (one and a half hours).
 faults: $(STAMP)
 	$(BIN)/python -m faults --lanes 2
 

@@ -100,7 +100,7 @@ def test_whoever_waits_for_a_value_can_be_stopped() -> None:
         if time.monotonic() > asked:
             raise Stopped(143)
 
-    pool = replace(_pool(_Endless(), workers=2), timeout_s=300, poll=poll)
+    pool = replace(_pool(_Endless(), workers=2), timeout_s=5, poll=poll)  # else lost four times in 20 s
     with pytest.raises(Stopped):
         next(pool.values())
     assert time.monotonic() < asked + 3

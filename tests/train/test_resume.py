@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from ip_adapter_trainer.core.checkpoints import newest, verified
-from ip_adapter_trainer.core.errors import NotFiniteProblem, Problem
+from ip_adapter_trainer.core.checkpoints import all_checkpoints, newest, verified
+from ip_adapter_trainer.core.errors import NotFiniteProblem, Problem, Stopped
+from ip_adapter_trainer.core.launch import Runtime
 from ip_adapter_trainer.core.types import Batch
 from ip_adapter_trainer.train import checkpoint
 from ip_adapter_trainer.train.config import PUBLISHED
@@ -122,6 +123,32 @@ def test_a_step_that_one_process_breaks_off_is_taken_by_none(flags: Callable, tm
     whole = tmp_path / "whole"
     finish(launched(flags(whole, **LONG)))
     assert_same_run(whole, output, 2)
+
+
+def test_a_step_that_another_process_broke_off_is_not_taken(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where this process had all its micro batches before it could hear of it."""
+    told = iter([0, 0, 2])
+    with monkeypatch.context() as patched:
+        patched.setattr(Runtime, "highest", lambda self, number: max(number, next(told)))
+        with pytest.raises(Stopped):
+            run(tmp_path / "out", use_ema=True, save_steps=9)
+    assert [folder.name for folder in all_checkpoints(tmp_path / "out")] == ["checkpoint-2"]
+    run(tmp_path / "out", use_ema=True, save_steps=9, resume_from_checkpoint="latest")
+    assert_same_run(run(tmp_path / "whole", use_ema=True, save_steps=9), tmp_path / "out", 4)
+
+
+def _tell_highest(rank: int, address: str, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    runtime = Runtime(None, rank, 2, torch.device("cpu"), "no")
+    numbers = [(0, 0), (0, 2), (1, 0)]
+    (Path(folder) / str(rank)).write_text(str([runtime.highest(pair[rank]) for pair in numbers]))
+
+
+def test_processes_hear_the_highest_of_their_numbers(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_tell_highest, (f"file://{tmp_path}/meet", str(tmp_path)), nprocs=2)
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["[0, 2, 1]"] * 2
 
 
 def test_a_signal_before_the_first_step_is_done_leaves_no_checkpoint(flags: Callable, tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from ip_adapter_trainer.core.checkpoints import all_checkpoints, newest, verified
 from ip_adapter_trainer.core.errors import NotFiniteProblem, Problem, Stopped
@@ -139,16 +141,29 @@ def test_a_step_that_another_process_broke_off_is_not_taken(
     assert_same_run(run(tmp_path / "whole", use_ema=True, save_steps=9), tmp_path / "out", 4)
 
 
-def _tell_highest(rank: int, address: str, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    runtime = Runtime(None, rank, 2, torch.device("cpu"), "no")
-    numbers = [(0, 0), (0, 2), (1, 0)]
-    (Path(folder) / str(rank)).write_text(str([runtime.highest(pair[rank]) for pair in numbers]))
+def _meet(rank: int, address: str, folder: str) -> None:
+    """Tells what two processes heard, and whether they are still a group after a run, after a stop, after an error."""
+    group = torch.distributed
+    told = []
+    for ending in (None, Stopped(143), RuntimeError("of one process alone")):
+        group.init_process_group("gloo", init_method=f"{address}/{type(ending).__name__}", rank=rank, world_size=2)
+        with suppress(Stopped, RuntimeError):
+            hosts = group.new_group(backend="gloo")
+            with Runtime(Accelerator(cpu=True), rank, 2, torch.device("cpu"), "no", hosts=hosts) as runtime:
+                told.append([runtime.highest(pair[rank]) for pair in [(0, 0), (0, 2), (1, 0)]])
+                if ending:
+                    raise ending
+        told.append(group.is_initialized())
+    group.destroy_process_group()
+    (Path(folder) / str(rank)).write_text(str(told))
 
 
-def test_processes_hear_the_highest_of_their_numbers(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_tell_highest, (f"file://{tmp_path}/meet", str(tmp_path)), nprocs=2)
-    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["[0, 2, 1]"] * 2
+def test_processes_hear_the_highest_of_their_numbers_and_leave(tmp_path: Path) -> None:
+    """After an error, which may be of one alone, the group of devices is kept: its way out waits for the others."""
+    torch.multiprocessing.spawn(_meet, (f"file://{tmp_path}", str(tmp_path)), nprocs=2)
+    heard = [0, 2, 1]
+    told = str([heard, False, heard, False, heard, True])
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == [told] * 2
 
 
 def test_a_signal_before_the_first_step_is_done_leaves_no_checkpoint(flags: Callable, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from ip_adapter_trainer.core.errors import Problem, first_line
+from ip_adapter_trainer.core.errors import Problem, Stopped, first_line
 from ip_adapter_trainer.core.precision import dtype_of, on_device
 from ip_adapter_trainer.core.staging import lock, sweep
 from ip_adapter_trainer.core.storage import told_as_storage
@@ -18,7 +18,13 @@ from ip_adapter_trainer.core.storage import told_as_storage
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process runs and with whom."""
+    """Where this process runs and with whom.
+
+    Usage::
+
+        with start(...) as runtime:  # the group is left at the end
+            runtime.barrier()
+    """
 
     accelerator: Any
     rank: int
@@ -79,6 +85,19 @@ class Runtime:
         """
         if self.total(int(problem is not None)):
             raise problem or Problem("the first process found a problem and stopped")
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Leaves the groups: one of their threads that met the interpreter's end would abort the process.
+
+        The way out of a group of devices is a collective, and of most errors the others know nothing: then it is kept.
+        """
+        if self.world == 1:
+            return
+        together = error is None or isinstance(error, Stopped)
+        self.accelerator.state.destroy_process_group(None if together or self.hosts is None else self.hosts)
 
 
 def _accelerator(report_to: str, output_dir: str, logging_dir: str) -> Any:

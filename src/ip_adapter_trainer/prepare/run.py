@@ -67,15 +67,17 @@ def prepare(config: PrepareConfig) -> Report:
         Stopped: asked to stop, after what was encoded has been written.
     """
     demand_preparable(config)
-    with StopSignal() as signal:
-        folder = Path(config.prepared_dir)
-        runtime = start(
+    folder = Path(config.prepared_dir)
+    with (
+        StopSignal() as signal,
+        start(
             mixed_precision=config.mixed_precision,
             local_rank=config.local_rank,
             report_to="none",
             output_dir=str(folder),
             logging_dir="",
-        )
+        ) as runtime,
+    ):
         manifest = read_manifest(config)
         parts = ("autoencoder", "text") if config.prepare_text else ("autoencoder",)
         family = load_family(config, runtime.dtype, runtime.device, parts=parts)

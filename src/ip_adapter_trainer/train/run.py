@@ -75,14 +75,16 @@ def train(config: TrainConfig, write_resolved: WriteResolved) -> None:
         Problem: bad input, before any file is written.
         Stopped: asked to stop, after saving.
     """
-    with StopSignal() as signal:
-        runtime = start(
+    with (
+        StopSignal() as signal,
+        start(
             mixed_precision=config.mixed_precision,
             local_rank=config.local_rank,
             report_to=config.report_to,
             output_dir=config.output_dir,
             logging_dir=config.logging_dir,
-        )
+        ) as runtime,
+    ):
         _demand_own_folder(config)
         stopping = Stopping(signal, runtime)
         trainer = _make_trainer(config, runtime, stopping)

@@ -122,4 +122,3 @@ class Track:
         self._lines.add("")
         self._bar.close()
         self._trackers.close()
-        self._runtime.accelerator.end_training()

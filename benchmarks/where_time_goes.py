@@ -35,10 +35,10 @@ def kind_of(operation: str) -> str:
     return next((kind for kind, parts in KINDS.items() if any(part in operation for part in parts)), REST)
 
 
-def step_times(size_name: str, side_px: int, images: int) -> Counter[str]:
-    """Seconds of one step's forward and backward pass in bf16 on a CPU, by kind of operation."""
+def step_times(size_name: str, side_px: int, images: int, precision: str) -> Counter[str]:
+    """Seconds of one step's forward and backward pass on a CPU, by kind of operation."""
     size, cpu = SIZES[size_name], torch.device("cpu")
-    ours = OurStep(size, build(size, cpu), projector_weights(size, cpu), "bf16", cpu)
+    ours = OurStep(size, build(size, cpu), projector_weights(size, cpu), precision, cpu)
     batch = make_batch(size, side_px, images, cpu)
     batch = replace(batch, picture=ours.encode(batch))
     ours.release_encoders()
@@ -64,15 +64,17 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="sd15")
     parser.add_argument("--side_px", type=int, default=256)
     parser.add_argument("--images", type=int, default=1)
+    parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="bf16")
     args = parser.parse_args()
     quiet_loading()
     _, counted = limits.count(args.size, args.side_px)
-    spent, roof = step_times(args.size, args.side_px, args.images), limits.roof("cpu")
+    spent, roof = step_times(args.size, args.side_px, args.images, args.mixed_precision), limits.roof("cpu")
     print("| kind of operation | s a step | share |\n|---|---|---|")
     for kind, seconds in spent.most_common():
         print(f"| {kind} | {seconds:.3f} | {seconds / spent.total():.1%} |")
+    print(f"| all | {spent.total():.3f} | |")
     rate = (counted.total - counted.attention) * args.images / spent["products and convolutions"]
-    print(f"\nproducts and convolutions at {rate / 1e9:,.0f} GFLOP/s; the roof is {roof / 1e9:,.0f}")
+    print(f"\nproducts and convolutions at {rate / 1e9:,.0f} GFLOP/s; the roof in bf16 is {roof / 1e9:,.0f}")
 
 
 if __name__ == "__main__":

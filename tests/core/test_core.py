@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from ip_adapter_trainer.core.errors import Problem, did_you_mean, told_as_not_loaded
 from ip_adapter_trainer.core.launch import Runtime
+from ip_adapter_trainer.core.precision import on_device
 from ip_adapter_trainer.core.registry import Registry
 from ip_adapter_trainer.core.rng import key, stream
 from ip_adapter_trainer.core.shown import one_line
@@ -55,6 +56,17 @@ def test_the_processes_of_a_machine_share_without_gap_or_overlap(count: int, pro
     portions = [runtime.portion(count) for runtime in runtimes]
     assert [number for portion in portions for number in portion] == list(range(count))
     assert max(map(len, portions)) - min(map(len, portions)) <= 1
+
+
+@pytest.mark.parametrize("able, emulates", [({"avx512_f": True, "amx_bf16": False}, True), ({"amx_bf16": True}, False)])
+def test_a_cpu_that_emulates_bf16_is_told_of(
+    able: dict[str, bool], emulates: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert [on_device(name, "cpu") for name in ("no", "bf16")] == ["no", "bf16"]
+    assert capsys.readouterr().err.count("emulates bf16") == emulates
+    on_device("bf16", "cuda")
+    assert not capsys.readouterr().err
 
 
 def test_unknown_names_get_a_hint() -> None:

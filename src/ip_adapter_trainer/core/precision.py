@@ -11,10 +11,13 @@ if TYPE_CHECKING:
     import torch
 
 NAMES = ("no", "fp16", "bf16")
+_BF16_ARITHMETIC = ("amx_bf16", "avx512_bf16", "bf16")  # of Intel and AMD, and of ARM, by PyTorch's names
 
 
 def on_device(name: str, device_type: str) -> str:
     """The precision that a device can compute in: fp16 does not run on a CPU and becomes bf16 there, which is told.
+
+    A CPU that emulates bf16 is told of as well: frozen weights are half as large there, but a step takes longer.
 
     Raises:
         Problem: an unknown name.
@@ -23,8 +26,18 @@ def on_device(name: str, device_type: str) -> str:
         raise Problem(f"unknown precision {name!r}", where="--mixed_precision", remedy=did_you_mean(name, NAMES))
     if name == "fp16" and device_type == "cpu":
         say("fp16 does not run on a CPU: bf16 instead")
-        return "bf16"
+        name = "bf16"
+    if name == "bf16" and device_type == "cpu" and not _computes_bf16():
+        say("this CPU emulates bf16: fp32 is faster where its memory is enough (--mixed_precision no)")
     return name
+
+
+def _computes_bf16() -> bool:
+    """Whether the CPU has instructions for it, as far as PyTorch tells; its older releases do not."""
+    import torch
+
+    tell = getattr(torch.cpu, "get_capabilities", None)
+    return tell is None or any(tell().get(name) for name in _BF16_ARITHMETIC)
 
 
 def dtype_of(name: str) -> torch.dtype:

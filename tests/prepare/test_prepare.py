@@ -19,6 +19,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionM
 
 from ip_adapter_trainer.config import parse
 from ip_adapter_trainer.core.errors import DataProblem, Problem, StorageProblem
+from ip_adapter_trainer.core.launch import Runtime
 from ip_adapter_trainer.data import shards
 from ip_adapter_trainer.prepare import run as running
 from ip_adapter_trainer.prepare.config import PrepareConfig, command
@@ -264,6 +265,13 @@ def test_broken_off_it_goes_on_where_it_was(
     assert again.read <= 8 and go().encoded == 0
     assert content(tmp_path / "set") == content(tmp_path / "whole")
     assert not list((tmp_path / "set").rglob(".*.staged*"))
+
+
+def test_preparing_leaves_its_group(go: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[object] = []
+    monkeypatch.setattr(Runtime, "__exit__", lambda *ending: left.append(ending[1]))
+    go()
+    assert left == [None]
 
 
 def test_two_processes_give_the_same_set(go: Callable, flags: Callable, tmp_path: Path) -> None:

@@ -166,6 +166,13 @@ def test_processes_hear_the_highest_of_their_numbers_and_leave(tmp_path: Path) -
     assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == [told] * 2
 
 
+def test_training_leaves_its_group(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[object] = []
+    monkeypatch.setattr(Runtime, "__exit__", lambda *ending: left.append(ending[1]))
+    run(tmp_path / "out", max_train_steps=1)
+    assert left == [None]
+
+
 def test_a_signal_before_the_first_step_is_done_leaves_no_checkpoint(flags: Callable, tmp_path: Path) -> None:
     output = tmp_path / "out"
     process = start(flags(output, **LONG | {"gradient_accumulation_steps": 10_000}))

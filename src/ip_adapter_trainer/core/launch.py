@@ -97,7 +97,7 @@ class Runtime:
         if self.world == 1:
             return
         together = error is None or isinstance(error, Stopped)
-        self.accelerator.state.destroy_process_group(None if together or self.hosts is None else self.hosts)
+        self.accelerator.state.destroy_process_group(None if together else self.hosts)
 
 
 def _accelerator(report_to: str, output_dir: str, logging_dir: str) -> Any:

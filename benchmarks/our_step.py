@@ -135,7 +135,7 @@ class OurStep:
         self.model.adapter.image_proj_model.load_state_dict(weights)
         if self.settings.get("gradient_checkpointing"):
             self.model.checkpoint_activations()
-        process = NoiseProcess(nets.pipeline.scheduler.config, ObjectiveConfig(timestep_density="uniform"))
+        process = NoiseProcess(nets.pipeline.scheduler, ObjectiveConfig(timestep_density="uniform"))
         self.loss = Step(self.model, process, SEED, device)
         self._made: Recipe | None = None
 

@@ -144,7 +144,7 @@ class Measure:
         return Mark(step, run.seconds(step), gap.mean, gap.standard_error, loss, scores)
 
     def _with(self, checkpoint: Path) -> Model:
-        from ip_adapter_trainer.loading import load_model, read_adapter_into
+        from ip_adapter_trainer.loading.adapter import load_model, read_adapter_into
 
         if self._model is None:
             base, encoder = (str(self.laid.folder / name) for name in ("base", "image_encoder"))
@@ -154,7 +154,7 @@ class Measure:
 
     def _gap(self, model: Model) -> tuple[Gap, float]:
         """Timesteps lie evenly over all that the base model has, however the run drew them."""
-        process = NoiseProcess(model.family.pipeline.scheduler.config, ObjectiveConfig())
+        process = NoiseProcess(model.family.pipeline.scheduler, ObjectiveConfig())
         report = validation_losses(model, process, self._batches, seed=self.laid.seed)
         return report.gaps[SHUFFLED], report.losses["right"]
 

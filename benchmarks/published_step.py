@@ -125,7 +125,7 @@ class PublishedStep:
             projector = ImageProjection(feature_dim, context_dim)
             self.model = PublishedModel(self.pipeline.unet, projector)
         projector.load_state_dict(weights)
-        self.process = NoiseProcess(self.pipeline.scheduler.config, ObjectiveConfig(timestep_density="uniform"))
+        self.process = NoiseProcess(self.pipeline.scheduler, ObjectiveConfig(timestep_density="uniform"))
         self.optimizer = torch.optim.AdamW(self.model.trained().values(), lr=1e-4, weight_decay=1e-2)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ip_adapter_trainer.pocket import lay
 from tests import tiny
 
 torch.set_num_threads(1)
@@ -30,3 +31,11 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tiny.Base
 def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny CLIP image encoder."""
     return tiny.make_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="session")
+def rows_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`data.json` and `images/` with twelve rows, each with its own prompt image."""
+    folder = tmp_path_factory.mktemp("rows")
+    lay.write_pairs(folder, lay.training_pairs(0, 12))
+    return folder

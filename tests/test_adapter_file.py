@@ -20,7 +20,7 @@ from ip_adapter_trainer.adapters import AdapterCard, AdapterFile, read_adapter, 
 from ip_adapter_trainer.card import card_of
 from ip_adapter_trainer.core.checkpoints import MANIFEST
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
-from ip_adapter_trainer.loading import load_model, read_adapter_into
+from ip_adapter_trainer.loading.adapter import load_model, read_adapter_into
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.train import checkpoint
 from tests.published import Trained
@@ -269,7 +269,7 @@ def model(base_folder: Callable, encoder_folder: Path) -> Model:
 
 
 def save_checkpoint(model: Model, base: Path, output: Path, step: int) -> Path:
-    card = card_of(model, base=str(base), step=step, images_seen=2 * step)
+    card = card_of(model, base=str(base), step=step, images_seen=2 * step, loaded_with={})
     output.mkdir(exist_ok=True)
     return checkpoint.write(output, checkpoint.take(step, model.adapter.state_dict(), card, {}))
 
@@ -398,7 +398,7 @@ def test_rescued_layers_must_be_the_base_models_own(
 
 
 def test_a_card_comes_back_from_json_and_from_metadata(model: Model) -> None:
-    card = card_of(model, base="b", step=3, images_seen=6)
+    card = card_of(model, base="b", step=3, images_seen=6, loaded_with={})
     assert AdapterCard.from_json(card.to_json(), "x") == card
     assert AdapterCard.from_metadata(card.to_metadata(), "x") == card
     assert all(isinstance(value, str) for value in card.to_metadata().values())
@@ -408,10 +408,10 @@ def test_a_card_comes_back_from_json_and_from_metadata(model: Model) -> None:
 
 
 def test_a_card_that_cannot_be_understood_is_refused(model: Model) -> None:
-    content = json.loads(card_of(model, base="b", step=3, images_seen=6).to_json())
+    content = json.loads(card_of(model, base="b", step=3, images_seen=6, loaded_with={}).to_json())
     for change, what in (
         ({"stepp": 1}, "unknown key 'stepp'"),
-        ({"format_version": 2}, "has format 2, this package knows 1"),
+        ({"format_version": 3}, "has format 3, this package knows 2"),
         ({"step": "many"}, "step: "),
         ({"feature": "last"}, "feature: "),
     ):
@@ -421,8 +421,8 @@ def test_a_card_that_cannot_be_understood_is_refused(model: Model) -> None:
     for text in ("{", "[]", "3"):
         with pytest.raises(Problem, match="cannot be read"):
             AdapterCard.from_json(text, "adapter.json")
-    metadata = {"package": "ip_adapter_trainer", "format_version": "2"}
-    with pytest.raises(Problem, match="has format 2"):
+    metadata = {"package": "ip_adapter_trainer", "format_version": "3"}
+    with pytest.raises(Problem, match="has format 3"):
         AdapterCard.from_metadata(metadata, "a")
 
 

@@ -22,7 +22,7 @@ from ip_adapter_trainer.adapters import read_adapter, write_adapter
 from ip_adapter_trainer.card import card_of
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.export import TOLERANCE, ExportConfig, Exported, export
-from ip_adapter_trainer.loading import load_model
+from ip_adapter_trainer.loading.adapter import load_model
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.train import checkpoint
 from tests import tiny
@@ -48,7 +48,7 @@ def trained(base: Path, encoder: Path, variant: str) -> Model:
 
 def save(model: Model, base: Path, output: Path, step: int = 50) -> Path:
     output.mkdir(exist_ok=True)
-    card = card_of(model, base=str(base), step=step, images_seen=8 * step)
+    card = card_of(model, base=str(base), step=step, images_seen=8 * step, loaded_with={})
     return checkpoint.write(output, checkpoint.take(step, model.adapter.state_dict(), card, {}))
 
 

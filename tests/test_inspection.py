@@ -126,7 +126,7 @@ def test_guesses_say_how_certain_they_are() -> None:
 def run_folder(base_folder: Callable, encoder_folder: Path, tmp_path: Path) -> Path:
     """A run with one checkpoint of a tiny Plus adapter."""
     model = build(base_folder("sd1"), encoder_folder, "plus")
-    card = card_of(model, base="a/base", step=1234, images_seen=9)
+    card = card_of(model, base="a/base", step=1234, images_seen=9, loaded_with={})
     checkpoint.write(tmp_path, checkpoint.take(1234, model.adapter.state_dict(), card, {}))
     return tmp_path
 

@@ -11,8 +11,9 @@ import torch
 from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.types import Geometry, TextCondition
-from ip_adapter_trainer.encoders import ClipImageEncoder
-from ip_adapter_trainer.families import FAMILIES, family_of
+from ip_adapter_trainer.encoders import FEATURES
+from ip_adapter_trainer.loading.base import load_base
+from ip_adapter_trainer.loading.encoder import load_encoder
 from ip_adapter_trainer.model import Model
 from tests import tiny
 
@@ -20,10 +21,9 @@ GEOMETRY = Geometry((32, 32), (0, 0), (32, 32))
 
 
 def build(base: Path, encoder: Path, variant: str) -> Model:
-    entry = FAMILIES[family_of(str(base))]
-    family = entry.load(str(base), entry.Config(), dtype=torch.float32, device="cpu")
+    family = load_base(str(base), dtype=torch.float32, device="cpu")
     kind = VARIANTS[variant]
-    return Model(family, ClipImageEncoder.load(str(encoder), dtype=torch.float32), kind, kind.Config())
+    return Model(family, load_encoder(str(encoder), kinds=FEATURES, dtype=torch.float32), kind, kind.Config())
 
 
 @pytest.fixture(params=[(b, v) for b in tiny.BASES for v in ("base", "plus", "full")], ids="-".join)

@@ -9,6 +9,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    EulerDiscreteScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -23,9 +24,10 @@ from transformers import (
 
 from ip_adapter_trainer.pocket import models
 
-Base = Literal["sd1", "sd2v", "sdxl"]
-BASES: tuple[Base, ...] = ("sd1", "sd2v", "sdxl")
-CONTEXT_DIM = {"sd1": 64, "sd2v": 128, "sdxl": 128}
+Base = Literal["sd1", "sd2v", "sdxl", "sdxlv"]
+BASES: tuple[Base, ...] = ("sd1", "sd2v", "sdxl", "sdxlv")
+UNETS: tuple[Base, ...] = BASES[:3]  # where only the denoiser matters
+CONTEXT_DIM = {"sd1": 64, "sd2v": 128, "sdxl": 128, "sdxlv": 160}
 
 
 def _vae() -> AutoencoderKL:
@@ -50,13 +52,13 @@ def _unet(kind: Base) -> UNet2DConditionModel:
         "sample_size": 8, "block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8,
         "cross_attention_dim": CONTEXT_DIM[kind],
     }  # fmt: skip
-    if kind == "sdxl":
+    if kind in ("sdxl", "sdxlv"):
         return UNet2DConditionModel(
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             transformer_layers_per_block=(1, 2), attention_head_dim=(2, 4), use_linear_projection=True,
             addition_embed_type="text_time", addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=64 + 6 * 8, **shared,
+            projection_class_embeddings_input_dim=CONTEXT_DIM[kind] - 64 + 6 * 8, **shared,
         )  # fmt: skip
     return UNet2DConditionModel(
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -64,24 +66,36 @@ def _unet(kind: Base) -> UNet2DConditionModel:
     )  # fmt: skip
 
 
-def make_base(folder: Path, kind: Base = "sd1", seed: int = 0) -> Path:
-    """Writes a pipeline folder; `sd2v` predicts v, `sdxl` has two text encoders and micro-conditioning."""
-    torch.manual_seed(seed)
-    scheduler = DDIMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False,
-        steps_offset=1, prediction_type="v_prediction" if kind == "sd2v" else "epsilon",
+def _scheduler(kind: Base) -> Any:
+    betas: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    if kind == "sdxlv":
+        return EulerDiscreteScheduler(
+            prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", **betas
+        )
+    return DDIMScheduler(
+        clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+        prediction_type="v_prediction" if kind == "sd2v" else "epsilon", **betas,
     )  # fmt: skip
+
+
+def make_base(folder: Path, kind: Base = "sd1", seed: int = 0) -> Path:
+    """Writes a pipeline folder.
+
+    `sd2v` predicts v; `sdxl` has two text encoders and micro-conditioning; `sdxlv` too, and predicts v down to a
+    terminal SNR of zero, as NoobAI does.
+    """
+    torch.manual_seed(seed)
     parts: dict[str, Any] = {
         "vae": _vae(),
         "unet": _unet(kind),
-        "scheduler": scheduler,
+        "scheduler": _scheduler(kind),
         "tokenizer": models.tokenizer(),
     }
-    if kind == "sdxl":
+    if kind in ("sdxl", "sdxlv"):
         parts |= {
             "tokenizer_2": models.tokenizer(),
             "text_encoder": _text(64, False),
-            "text_encoder_2": _text(64, True),
+            "text_encoder_2": _text(CONTEXT_DIM[kind] - 64, True),
         }
         StableDiffusionXLPipeline(**parts).save_pretrained(folder)
     else:
@@ -98,4 +112,13 @@ def make_encoder(folder: Path, *, hidden: int = 48, projection: int = 40, side_p
         num_attention_heads=4, image_size=side_px, patch_size=8,
     )  # fmt: skip
     CLIPVisionModelWithProjection(config).save_pretrained(folder)
+    return folder
+
+
+def make_scorer(folder: Path) -> Path:
+    """Writes a random CLIP with both towers, its tokenizer and its preprocessing."""
+    torch.manual_seed(3)
+    models.clip().save_pretrained(folder)
+    models.tokenizer().save_pretrained(folder)
+    models.image_processor().save_pretrained(folder)
     return folder

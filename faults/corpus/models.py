@@ -41,7 +41,7 @@ def pipelines(payload: bytes, marker: Path) -> Iterator[tuple[str, Damage]]:
     yield "index nested 100,000 deep", lambda f: (f / "model_index.json").write_text("[" * 100_000)
     yield "index of a list", lambda f: (f / "model_index.json").write_text("[]")
     yield "index of 100 MB", lambda f: (f / "model_index.json").write_text("{" + " " * 10**8 + "}")
-    yield "index of a class that is a path", _json("model_index.json", _class_name="../../os.system")
+    yield "index of a UNet whose class is a path", _json("model_index.json", unet=["diffusers", "../../os.system"])
 
 
 def encoders(payload: bytes, marker: Path) -> Iterator[tuple[str, Damage]]:

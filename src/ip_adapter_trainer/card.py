@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from ip_adapter_trainer.adapters import VARIANTS, AdapterCard
 from ip_adapter_trainer.model import Model
@@ -16,8 +18,18 @@ def package_version() -> str:
         return "unknown"
 
 
-def card_of(model: Model, *, base: str, step: int | None, images_seen: int | None) -> AdapterCard:
-    """Describes a model's adapter after `step` optimizer steps over `images_seen` images, None where not known."""
+def card_of(
+    model: Model, *, base: str, step: int | None, images_seen: int | None, loaded_with: Mapping[str, Any]
+) -> AdapterCard:
+    """Return the description of a model's adapter.
+
+    Args:
+        model: with its frozen models.
+        base: the base model's name.
+        step: optimizer steps; None: not known.
+        images_seen: by them; None: not known.
+        loaded_with: see `loading.config.loaded_with`.
+    """
     kind = model.variant.feature
     return AdapterCard(
         variant=VARIANTS.name_of(model.variant),
@@ -32,4 +44,5 @@ def card_of(model: Model, *, base: str, step: int | None, images_seen: int | Non
         step=step,
         images_seen=images_seen,
         package_version=package_version(),
+        loaded_with=dict(loaded_with),
     )

@@ -20,11 +20,14 @@ from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.core.errors import Problem, did_you_mean
 from ip_adapter_trainer.core.settings import Alias, Part, as_flags, read_yaml
 from ip_adapter_trainer.core.staging import staged_file
-from ip_adapter_trainer.families import FAMILIES, family_of
+from ip_adapter_trainer.families import FAMILIES
+from ip_adapter_trainer.loading.base import family_of
+from ip_adapter_trainer.loading.config import BaseConfig
 from ip_adapter_trainer.train.config import TrainConfig
 
 P = TypeVar("P", bound=Part)
 RESOLVED = "config.yaml"
+_OF_BASE = ("base_config", "revision")  # what tells, beside its name, where a base model lies
 
 
 def compose(variant: str, family: str) -> type[TrainConfig]:
@@ -94,7 +97,7 @@ def parse_train(
         defaults: values in place of the settings' own defaults, for scripts that do something of their own.
     """
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("config", "variant", "family", "low_memory", "pretrained_model_name_or_path"):
+    for name in ("config", "variant", "family", "low_memory", "pretrained_model_name_or_path", *_OF_BASE):
         peek.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name)
     known, flags = peek.parse_known_args(list(argv))
     beneath = read_yaml(known.config) if known.config else {}
@@ -103,7 +106,9 @@ def parse_train(
     chosen = {"variant": own.get("variant", "base"), "family": "auto"} | beneath | given
     base = chosen.get("pretrained_model_name_or_path")
     asks_help = "-h" in flags or "--help" in flags
-    family = chosen["family"] if asks_help or not base else family_of(str(base), str(chosen["family"]))
+    _demand_variant(str(chosen["variant"]))  # before the hub is asked for anything
+    where = BaseConfig(**{name: chosen[name] for name in _OF_BASE if name in chosen})
+    family = chosen["family"] if asks_help or not base else family_of(str(base), str(chosen["family"]), where)
     kind = compose(str(chosen["variant"]), str(family))
     if known.config:
         check_keys(beneath, kind, known.config)
@@ -111,6 +116,18 @@ def parse_train(
     chosen = card | chosen if "low_memory" in beneath and "low_memory" not in given else chosen | card
     # What a file says comes first, so that a flag given on the command line has the last word.
     return parse(kind, [*as_flags(chosen), *flags], prog=prog, defaults=own)
+
+
+def _demand_variant(name: str) -> None:
+    """Demands a variant of the adapter; diffusers' scripts call the kind of weight files so.
+
+    Raises:
+        Problem: there is none of this name.
+    """
+    if name not in VARIANTS:
+        remedy = did_you_mean(name, VARIANTS)
+        remedy += f"; for weight files *.{name}.safetensors give --weights_variant {name}"
+        raise Problem(f"no adapter variant {name!r}", where="--variant", remedy=remedy)
 
 
 def _small_card(family: str, memory: object) -> dict[str, Any]:

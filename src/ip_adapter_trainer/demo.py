@@ -121,7 +121,7 @@ def _draw(model: Model, pairs: list[Pair], references: list[Image], config: Demo
 def _load(adapter: Path, folder: Path) -> Model:
     import torch
 
-    from ip_adapter_trainer.loading import load_model
+    from ip_adapter_trainer.loading.adapter import load_model
 
     return load_model(
         str(adapter), str(folder / "base"), str(folder / "image_encoder"), dtype=torch.float32, device="cpu"

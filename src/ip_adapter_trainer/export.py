@@ -23,11 +23,13 @@ from ip_adapter_trainer.adapters import (
 )
 from ip_adapter_trainer.card import card_of, package_version
 from ip_adapter_trainer.core.errors import Problem, StorageProblem, first_line
+from ip_adapter_trainer.core.log import silent_diffusers
 from ip_adapter_trainer.core.rng import stream
-from ip_adapter_trainer.core.settings import Part, alias
+from ip_adapter_trainer.core.settings import alias
 from ip_adapter_trainer.core.staging import staged_file, sweep_stages
 from ip_adapter_trainer.core.types import Geometry, TextCondition
-from ip_adapter_trainer.loading import build_model
+from ip_adapter_trainer.loading.adapter import build_model, remembered_by
+from ip_adapter_trainer.loading.config import BaseConfig, loaded_with
 
 if TYPE_CHECKING:
     from ip_adapter_trainer.adapters import AdapterCard
@@ -38,7 +40,7 @@ TOLERANCE = 1e-5  # largest difference over largest output, in fp32
 PROBE_PX = 128  # side of the picture whose latents are denoised: every layer takes part, and it takes seconds
 
 
-class ExportConfig(Part):
+class ExportConfig(BaseConfig):
     """Turn a checkpoint into an adapter file, verified by reloading it."""
 
     source: Annotated[str, tyro.conf.Positional] = Field(
@@ -46,7 +48,8 @@ class ExportConfig(Part):
     )
     output: Annotated[str, alias("-o")] = Field(description="File to write: .safetensors or .bin.")
     pretrained_model_name_or_path: str | None = Field(
-        None, description="Base model to verify on: folder or hub id; None: the one that the checkpoint names."
+        None,
+        description="Base model to verify on: folder, hub id or .safetensors file; None: the one the checkpoint names.",
     )
     image_encoder_path: str | None = Field(
         None, description="Image encoder to verify with: folder or hub id; None: the one that the checkpoint names."
@@ -89,10 +92,11 @@ def export(config: ExportConfig) -> Exported:
     if unreadable:
         remedy = "such an adapter cannot be used or verified; train one with the default settings"
         raise Problem(f"diffusers {unreadable}", where=str(file.path), remedy=remedy)
-    model = build_model(file, config.pretrained_model_name_or_path, config.image_encoder_path, torch.float32, "cpu")
+    base, encoder = config.pretrained_model_name_or_path, config.image_encoder_path
+    model = build_model(file, base, encoder, torch.float32, "cpu", config)
     tables = _rounded(model.adapter.published(), config.dtype)
     model.adapter.load_published(tables, str(file.path))
-    card = _card(model, file, config.pretrained_model_name_or_path)
+    card = _card(model, file, config)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         sweep_stages(out)
@@ -137,12 +141,14 @@ def _rounded(tables: dict[str, dict[str, Tensor]], dtype: str) -> dict[str, dict
     return rounded
 
 
-def _card(model: Model, file: AdapterFile, base: str | None) -> AdapterCard:
+def _card(model: Model, file: AdapterFile, config: ExportConfig) -> AdapterCard:
     """The source's own card with the models verified on; else one of what is known."""
+    base = config.pretrained_model_name_or_path
+    how = remembered_by(file, base, config.image_encoder_path) | loaded_with(config)
     if file.card is None:
         assert base is not None, "loading demands it"
-        return card_of(model, base=base, step=file.step, images_seen=None)
-    named = {"image_encoder_path": model.encoder.name, "package_version": package_version()}
+        return card_of(model, base=base, step=file.step, images_seen=None, loaded_with=how)
+    named = {"image_encoder_path": model.encoder.name, "package_version": package_version(), "loaded_with": how}
     return file.card.model_copy(update=named | ({"pretrained_model_name_or_path": base} if base else {}))
 
 
@@ -223,18 +229,16 @@ class _Probe:
 
     def reloaded(self, model: Model, file: Path) -> Tensor:
         """The denoiser's output with diffusers' layers, its projector and its own "no picture"."""
-        from diffusers.utils import logging
-
         pipeline = model.family.pipeline
         pipeline.register_modules(image_encoder=model.encoder.model)
-        logged = logging.get_verbosity()
-        logging.set_verbosity_error()  # loading an adapter warns of casts that change nothing here
         try:
-            pipeline.load_ip_adapter(str(file.parent), subfolder="", weight_name=file.name, image_encoder_folder=None)
+            with silent_diffusers():
+                pipeline.load_ip_adapter(
+                    str(file.parent), subfolder="", weight_name=file.name, image_encoder_folder=None
+                )
             pipeline.set_ip_adapter_scale(1.0)
             embeds = pipeline.prepare_ip_adapter_image_embeds(self.pixels, None, pipeline.device, 1, True)
             condition: dict[str, Any] = {**self.text.extra, "image_embeds": embeds}
             return model.family.predict(self.noisy, self.timesteps, TextCondition(self.text.context, condition))
         finally:
             pipeline.unload_ip_adapter()
-            logging.set_verbosity(logged)

@@ -23,13 +23,13 @@ ALONE = {"timestep_uniform_share": 0.0}
 DRAW = """
 from ip_adapter_trainer.diffusion import NoiseProcess, ObjectiveConfig
 from diffusers import DDIMScheduler
-process = NoiseProcess(DDIMScheduler().config, ObjectiveConfig(timestep_density={density!r}))
+process = NoiseProcess(DDIMScheduler(), ObjectiveConfig(timestep_density={density!r}))
 print(process.draw(7, [5, 900, 123456789], (1, 1, 1))[1].tolist())
 """
 
 
 def timesteps(indices: Any = range(COUNT), seed: int = 0, **config: Any) -> np.ndarray:
-    process = NoiseProcess(DDIMScheduler().config, ObjectiveConfig(**config))
+    process = NoiseProcess(DDIMScheduler(), ObjectiveConfig(**config))
     return process.draw(seed, indices, (1, 1, 1))[1].numpy()
 
 

@@ -15,7 +15,7 @@ from ip_adapter_trainer.diffusion import NoiseProcess, ObjectiveConfig
 
 def process(scheduler: dict[str, Any] | None = None, **config: Any) -> NoiseProcess:
     made = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, **(scheduler or {}))
-    return NoiseProcess(made.config, ObjectiveConfig(**config))
+    return NoiseProcess(made, ObjectiveConfig(**config))
 
 
 def draws(p: NoiseProcess, count: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -27,9 +27,6 @@ def draws(p: NoiseProcess, count: int = 3) -> tuple[torch.Tensor, torch.Tensor, 
 def test_the_prediction_type_is_the_schedulers_own() -> None:
     assert process().prediction == "epsilon"
     assert process({"prediction_type": "v_prediction"}).prediction == "v_prediction"
-    assert process({"prediction_type": "v_prediction"}, prediction_type="epsilon").prediction == "epsilon"
-    with pytest.raises(Problem, match="did you mean 'epsilon'"):
-        process(prediction_type="epsilom")
 
 
 def test_noisy_latents_and_velocity_follow_their_equations() -> None:
@@ -39,7 +36,7 @@ def test_noisy_latents_and_velocity_follow_their_equations() -> None:
     torch.testing.assert_close(p.add_noise(latents, noise, t), a.sqrt() * latents + (1 - a).sqrt() * noise)
     torch.testing.assert_close(p.target(latents, noise, t), a.sqrt() * noise - (1 - a).sqrt() * latents)
     assert torch.equal(process().target(latents, noise, t), noise)
-    assert torch.equal(process(prediction_type="sample").target(latents, noise, t), latents)
+    assert torch.equal(process({"prediction_type": "sample"}).target(latents, noise, t), latents)
 
 
 def test_a_perfect_v_predictor_recovers_the_latents() -> None:
@@ -52,7 +49,7 @@ def test_a_perfect_v_predictor_recovers_the_latents() -> None:
 
 @pytest.mark.parametrize(("prediction", "implied"), [("epsilon", 0.0), ("v_prediction", 1.0)])
 def test_min_snr_weighs_the_error_in_x_alike_for_every_prediction(prediction: str, implied: float) -> None:
-    p = process(prediction_type=prediction, snr_gamma=5.0)
+    p = process({"prediction_type": prediction}, snr_gamma=5.0)
     t = torch.tensor([5, 200, 600, 990])
     snr = compute_snr(p.scheduler, t)
     torch.testing.assert_close(p.weights(t), snr.clamp(max=5) / (snr + implied))

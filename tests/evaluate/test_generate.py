@@ -49,8 +49,9 @@ def settings(folder: Path, **changes: object) -> GenerateConfig:
 def test_pictures_are_the_sampled_ones_and_tell_how_they_were_made(
     sd1: Model, asked: list[tuple[object, ...]], tmp_path: Path
 ) -> None:
-    files = generate(settings(tmp_path, image_encoder_path="encoder"))
-    assert asked == [("some/adapter.safetensors", None, "encoder", torch.float32, torch.device("cpu"))]
+    config = settings(tmp_path, image_encoder_path="encoder")
+    files = generate(config)
+    assert asked == [("some/adapter.safetensors", None, "encoder", torch.float32, torch.device("cpu"), config)]
     assert [file.name for file in files] == ["0001-5.png", "0002-6.png", "0003-7.png"]
     tokens = image_tokens(sd1, [[picture(1), picture(2)]])
     expected = sample(sd1, tokens, ["a star, ☂"] * 2, [5, 6], Sampling(32, 32, steps=2))

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from ip_adapter_trainer.core.errors import Stopped
 from ip_adapter_trainer.diffusion.objective import NoiseProcess, ObjectiveConfig
@@ -80,7 +81,7 @@ def overfit(model: Model, known: NoiseProcess, numbers: list[int], steps: int) -
 def test_an_adapter_that_knows_its_rows_shows_the_gap(sd1: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sd1.family, "encode_moments", colours)
     numbers = [0, 1, 2, 3, 4, 5]
-    known = NoiseProcess(sd1.family.pipeline.scheduler.config, ObjectiveConfig(prediction_type="sample"))
+    known = NoiseProcess(DDIMScheduler(prediction_type="sample"), ObjectiveConfig())
     fresh = validation_losses(sd1, known, [batch(sd1, numbers)], seed=0)
     overfit(sd1, known, numbers, steps=40)
     learned = validation_losses(sd1, known, [batch(sd1, numbers)], seed=0)

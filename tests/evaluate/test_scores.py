@@ -20,19 +20,13 @@ from ip_adapter_trainer.evaluate.report import Evaluation, Measure
 from ip_adapter_trainer.evaluate.sample import Sampling
 from ip_adapter_trainer.evaluate.scores import Plan, evaluate, score
 from ip_adapter_trainer.model import Model
-from ip_adapter_trainer.pocket import models
+from tests import tiny
 from tests.evaluate.things import CAPTIONS, picture
 
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random CLIP with both towers, its tokenizer and its preprocessing."""
-    torch.manual_seed(3)
-    folder = tmp_path_factory.mktemp("clip")
-    models.clip().save_pretrained(folder)
-    models.tokenizer().save_pretrained(folder)
-    models.image_processor().save_pretrained(folder)
-    return folder
+    return tiny.make_scorer(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture

@@ -40,4 +40,4 @@ def batch(model: Model, numbers: list[int]) -> Batch:
 
 def process(model: Model) -> NoiseProcess:
     """The base model's own noise process."""
-    return NoiseProcess(model.family.pipeline.scheduler.config, ObjectiveConfig())
+    return NoiseProcess(model.family.pipeline.scheduler, ObjectiveConfig())

@@ -9,6 +9,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +32,11 @@ from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.shown import redacted
 from ip_adapter_trainer.core.types import Fault
 from ip_adapter_trainer.data.faults import FILE_NAME
-from ip_adapter_trainer.encoders import ClipImageEncoder
+from ip_adapter_trainer.encoders import FEATURES
 from ip_adapter_trainer.evaluate.clip import ClipScorer
-from ip_adapter_trainer.families import FAMILIES, family_of
 from ip_adapter_trainer.inspection import examine
+from ip_adapter_trainer.loading.base import load_base
+from ip_adapter_trainer.loading.encoder import load_encoder
 from ip_adapter_trainer.train import checkpoint, restored
 
 TOKEN = "hf_" + "a1B2" * 9
@@ -133,11 +135,6 @@ def test_no_settings_of_a_stranger_are_taken(
     assert not taken
 
 
-def load_base(path: str) -> None:
-    family = FAMILIES[family_of(path)]
-    family.load(path, family.Config(), dtype=torch.float32, device="cpu")
-
-
 def test_no_base_model_of_a_stranger_is_loaded(
     base_folder: Callable, tmp_path: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,7 +145,7 @@ def test_no_base_model_of_a_stranger_is_loaded(
         folder = tmp_path / "lib" / "base"
         shutil.copytree(base_folder("sd1"), folder)
         damage(folder)
-        if not refused(lambda folder=folder: load_base(str(folder))):
+        if not refused(lambda folder=folder: load_base(str(folder), dtype=torch.float32, device="cpu")):
             taken.append(name)
         shutil.rmtree(folder.parent)
     assert not taken
@@ -160,10 +157,11 @@ def test_no_encoder_of_a_stranger_is_loaded(encoder_folder: Path, tmp_path: Path
         folder = tmp_path / "lib" / "encoder"
         shutil.copytree(encoder_folder, folder)
         damage(folder)
-        for load in (ClipImageEncoder.load, ClipScorer.load):
-            argument = {"dtype": torch.float32} if load == ClipImageEncoder.load else {"device": torch.device("cpu")}
-            if not refused(lambda load=load, argument=argument, folder=folder: load(str(folder), **argument)):
-                taken.append(f"{load.__qualname__}: {name}")
+        loads: dict[str, Callable[[], object]] = {
+            "encoder": partial(load_encoder, str(folder), kinds=FEATURES, dtype=torch.float32),
+            "scorer": partial(ClipScorer.load, str(folder), torch.device("cpu")),
+        }
+        taken += [f"{what}: {name}" for what, load in loads.items() if not refused(load)]
         shutil.rmtree(folder.parent)
     assert not taken
 

@@ -42,7 +42,7 @@ def gradients(model: Model) -> tuple[torch.Tensor, torch.Tensor, int]:
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("layout", ["off", "on"], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("base", tiny.BASES)
+@pytest.mark.parametrize("base", tiny.UNETS)
 def test_gradients_are_the_stock_ones(
     base: tiny.Base, layout: str, recompute: bool, base_folder: Callable, encoder_folder: Path
 ) -> None:

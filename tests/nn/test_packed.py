@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.encoders import ClipImageEncoder
-from ip_adapter_trainer.families import FAMILIES, Family, family_of
+from ip_adapter_trainer.encoders import FEATURES
+from ip_adapter_trainer.families import Family
+from ip_adapter_trainer.loading.base import load_base
+from ip_adapter_trainer.loading.encoder import load_encoder
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.nn.packed import PackedConv2d, PackedLinear, Storage, expanded, pack, packed_weights
 from ip_adapter_trainer.train.config import LeanConfig
@@ -30,15 +32,14 @@ PLAIN = LeanConfig(lean_layers=False, lean_attention=False, channels_last="off")
 
 
 def load(folder: Path, storage: Storage, dtype: torch.dtype = torch.float32) -> Family:
-    entry = FAMILIES[family_of(str(folder))]
-    return entry.load(str(folder), entry.Config(), dtype=dtype, device="cpu", storage=storage)
+    return load_base(str(folder), dtype=dtype, device="cpu", storage=storage)
 
 
 def build(folder: Path, encoder: Path, storage: Storage) -> Model:
     kind = VARIANTS["base"]
     torch.manual_seed(0)
     family = load(folder, storage)
-    return Model(family, ClipImageEncoder.load(str(encoder), dtype=torch.float32), kind, kind.Config())
+    return Model(family, load_encoder(str(encoder), kinds=FEATURES, dtype=torch.float32), kind, kind.Config())
 
 
 def found(model: Model, config: LeanConfig = PLAIN) -> tuple[Tensor, Tensor]:
@@ -56,7 +57,7 @@ def layers(net: nn.Module) -> Iterator[PackedLinear | PackedConv2d]:
     return (layer for layer in net.modules() if isinstance(layer, PackedLinear | PackedConv2d))
 
 
-@pytest.mark.parametrize("base", tiny.BASES)
+@pytest.mark.parametrize("base", tiny.UNETS)
 @pytest.mark.parametrize(
     ("storage", "output", "gradient"), [("int8", 0.02, 0.03), pytest.param("nf4", 0.2, 0.3, marks=NEEDS_BNB)]
 )
@@ -101,7 +102,7 @@ def test_lean_layers_layout_and_recomputation_change_nothing(
 
 
 @pytest.mark.parametrize(("storage", "bits"), [("int8", 8), pytest.param("nf4", 4.5, marks=NEEDS_BNB)])
-@pytest.mark.parametrize("base", tiny.BASES)
+@pytest.mark.parametrize("base", tiny.UNETS)
 def test_codes_take_the_bytes_that_they_should(
     base: tiny.Base, storage: Storage, bits: float, base_folder: Callable
 ) -> None:

@@ -8,18 +8,9 @@ from pathlib import Path
 import pytest
 
 from ip_adapter_trainer.config import parse_train, write_resolved
-from ip_adapter_trainer.pocket import lay
 from ip_adapter_trainer.train.run import train
 
 Run = Callable[..., Path]
-
-
-@pytest.fixture(scope="session")
-def rows_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`data.json` and `images/` with twelve rows, each with its own prompt image."""
-    folder = tmp_path_factory.mktemp("rows")
-    lay.write_pairs(folder, lay.training_pairs(0, 12))
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.export import ExportConfig, export
-from ip_adapter_trainer.loading import load_model
+from ip_adapter_trainer.loading.adapter import load_model
 from ip_adapter_trainer.train import checkpoint
 from tests.train.test_resume import assert_same_run
 

@@ -63,7 +63,7 @@ def batch_of(model: Any, encoded: str) -> Batch:
 
 @pytest.mark.parametrize("encoded", ["pixels", "prepared", "prepared_text"])
 @pytest.mark.parametrize("variant", ["base", "plus"])
-@pytest.mark.parametrize("base", tiny.BASES)
+@pytest.mark.parametrize("base", tiny.UNETS)
 def test_a_step_reads_nothing_from_the_device(
     base: tiny.Base, variant: str, encoded: str, base_folder: Callable, encoder_folder: Path
 ) -> None:
@@ -71,7 +71,7 @@ def test_a_step_reads_nothing_from_the_device(
     model.family.pipeline.to(META)
     model.encoder.model.to(META)
     model.adapter.to(META)
-    step = Step(model, NoiseProcess(model.family.pipeline.scheduler.config, ObjectiveConfig(snr_gamma=5.0)), 0, META)
+    step = Step(model, NoiseProcess(model.family.pipeline.scheduler, ObjectiveConfig(snr_gamma=5.0)), 0, META)
     gradients = Gradients([p for p in model.adapter.parameters() if p.requires_grad])
     batch = batch_of(model, encoded)
     with model.attached(), lean(model, LeanConfig()):

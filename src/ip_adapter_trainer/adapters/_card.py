@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from ip_adapter_trainer.core.documents import json_of, read_text
 from ip_adapter_trainer.core.errors import Problem, did_you_mean
 from ip_adapter_trainer.core.settings import Part
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: without `loaded_with`, as cards that need none are written still
 CARD = "adapter.json"
 PACKAGE = "ip_adapter_trainer"
 _MAX_BYTES = 2**20  # ours have 600
@@ -22,7 +22,7 @@ _MAX_BYTES = 2**20  # ours have 600
 class AdapterCard(Part):
     """Everything needed to build the model around the weights again."""
 
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
     variant: str
     variant_config: dict[str, Any]
     family: str
@@ -35,10 +35,18 @@ class AdapterCard(Part):
     step: int | None  # None: converted from a file that does not say
     images_seen: int | None
     package_version: str
+    loaded_with: dict[str, Any] = Field(default_factory=dict)  # how its frozen models are, but for the defaults
+
+    def _content(self) -> dict[str, Any]:
+        content = self.model_dump()
+        if self.loaded_with:
+            return content | {"format_version": FORMAT_VERSION}
+        del content["loaded_with"]
+        return content
 
     def to_json(self) -> str:
         """The card as text for `adapter.json`."""
-        return json.dumps(self.model_dump(), indent=1) + "\n"
+        return json.dumps(self._content(), indent=1) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> AdapterCard:
@@ -73,7 +81,7 @@ class AdapterCard(Part):
 
     def to_metadata(self) -> dict[str, str]:
         """The card as a .safetensors header's strings; what is not known is left out."""
-        fields = {key: value for key, value in self.model_dump().items() if value is not None}
+        fields = {key: value for key, value in self._content().items() if value is not None}
         texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in fields.items()}
         return {"package": PACKAGE, **texts}
 
@@ -89,10 +97,11 @@ class AdapterCard(Part):
         numbers = {"step": None, "images_seen": None}
         content = numbers | {key: metadata[key] for key in cls.model_fields if key in metadata}
         _check_version(content.get("format_version"), where)
-        try:
-            content["variant_config"] = json_of(content.get("variant_config") or "{}")
-        except ValueError as error:
-            raise _unreadable(f"variant_config is no JSON ({error})", where) from error
+        for name in ("variant_config", "loaded_with"):
+            try:
+                content[name] = json_of(content.get(name) or "{}")
+            except ValueError as error:
+                raise _unreadable(f"{name} is no JSON ({error})", where) from error
         return cls._of(content, where)
 
     @classmethod

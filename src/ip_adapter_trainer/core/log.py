@@ -54,6 +54,19 @@ def quiet_loading() -> None:
         handler.addFilter(_is_no_advice)
 
 
+@contextmanager
+def silent_diffusers() -> Iterator[None]:
+    """Lets diffusers tell of errors only, for a while: its warnings about weights and casts are judged elsewhere."""
+    from diffusers.utils import logging as diffusers_logging
+
+    own = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(own)
+
+
 def _is_no_advice(record: logging.LogRecord) -> bool:
     """Image processors fall back to Pillow without torchvision, which is what this package was measured with."""
     return "requires torchvision" not in record.getMessage()

@@ -9,11 +9,11 @@ Written on diffusers' `DDPMScheduler` and `compute_snr`. With x the latents, e t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from ip_adapter_trainer.core.errors import Problem, did_you_mean
+from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.rng import stream
 from ip_adapter_trainer.core.settings import Part, Resume
 from ip_adapter_trainer.diffusion import density
@@ -25,19 +25,17 @@ if TYPE_CHECKING:
     from numpy.random import Generator
     from torch import Tensor
 
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
-
 
 class ObjectiveConfig(Part):
-    """What is predicted and how errors are weighed."""
+    """What is noised and how errors are weighed."""
 
     resume = Resume(
-        must_match="prediction_type noise_offset snr_gamma min_timestep max_timestep timestep_density logit_mean "
-        "logit_std timestep_shift timestep_uniform_share"
+        must_match="latents noise_offset snr_gamma min_timestep max_timestep timestep_density logit_mean logit_std "
+        "timestep_shift timestep_uniform_share"
     )
 
-    prediction_type: str = Field(
-        "auto", description="epsilon, v_prediction or sample; auto: as the scheduler's config says."
+    latents: Literal["sample", "mean"] = Field(
+        "sample", description="Latents of a picture: drawn from the VAE's posterior, or its mean."
     )
     noise_offset: float = Field(0.0, ge=0, description="Weight of a constant per image and channel added to the noise.")
     snr_gamma: float | None = Field(
@@ -63,19 +61,25 @@ class ObjectiveConfig(Part):
 
 
 class NoiseProcess:
-    """The base model's own noise process, read from its scheduler's config."""
+    """The base model's own noise process, of its scheduler's betas.
 
-    def __init__(self, scheduler_config: Any, config: ObjectiveConfig) -> None:
+    Attributes:
+        prediction: what the denoiser predicts, one of `schedulers.PREDICTIONS`.
+    """
+
+    def __init__(self, scheduler: Any, config: ObjectiveConfig) -> None:
         from diffusers import DDPMScheduler
 
-        self.config = config
-        self.scheduler: Any = DDPMScheduler.from_config(scheduler_config)
-        self.prediction = config.prediction_type
-        if self.prediction == "auto":
-            self.prediction = str(self.scheduler.config.prediction_type)
-        if self.prediction not in PREDICTIONS:
-            what, remedy = f"unknown prediction type {self.prediction!r}", did_you_mean(self.prediction, PREDICTIONS)
-            raise Problem(what, where="--prediction_type", remedy=remedy)
+        self.config, own = config, scheduler.config
+        self.prediction: str = own.get("prediction_type", "epsilon")
+        # Betas as the class itself makes them, defaults included; DDPM's scheduler rescales them as the paper does.
+        betas = type(scheduler).from_config({**own, "rescale_betas_zero_snr": False}).betas
+        self.scheduler: Any = DDPMScheduler(
+            num_train_timesteps=len(betas),
+            trained_betas=betas.tolist(),
+            prediction_type=self.prediction,
+            rescale_betas_zero_snr=bool(own.get("rescale_betas_zero_snr")),
+        )
         self.drawn = config.min_timestep, config.max_timestep or self.num_timesteps  # first, and the one after the last
         if not self.drawn[0] < self.drawn[1] <= self.num_timesteps:
             what = f"no timesteps from {self.drawn[0]} to {self.drawn[1]}: the base model has {self.num_timesteps}"
@@ -116,6 +120,12 @@ class NoiseProcess:
         if config.timestep_density == "shifted":
             return density.shifted(rng, config.timestep_shift)
         return density.cubic(rng)
+
+    def posterior(self, normal: Tensor) -> Tensor:
+        """Noise [B, C, h, w] by which latents are drawn from the VAE's posterior: none where its mean is trained on."""
+        import torch
+
+        return normal if self.config.latents == "sample" else torch.zeros_like(normal)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t of latents, noise [B, C, h, w] and timesteps [B]."""

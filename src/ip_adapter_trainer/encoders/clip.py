@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -17,8 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ip_adapter_trainer.core.classes import classes_changed
-from ip_adapter_trainer.core.errors import told_as_not_loaded
-from ip_adapter_trainer.core.log import quiet_loading
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -99,6 +96,7 @@ class ClipImageEncoder:
     """A frozen `CLIPVisionModelWithProjection` of any size.
 
     Attributes:
+        name: folder or hub id that it came from.
         side_px: input side S of the encoder.
         preprocess: RGB picture to [3, S, S].
     """
@@ -109,24 +107,6 @@ class ClipImageEncoder:
         self.preprocess = ClipPreprocess(self.side_px)
         self._null: dict[FeatureKind, Tensor] = {}
         self._is_released = False
-
-    @classmethod
-    def load(cls, path: str, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> ClipImageEncoder:
-        """Loads a folder or hub id; a folder that holds the encoder under `image_encoder/` will do.
-
-        Raises:
-            Problem: nothing there, or not a CLIP vision model.
-        """
-        from transformers import CLIPVisionModelWithProjection
-
-        quiet_loading()
-        folder = Path(path)
-        inner = folder / "image_encoder"
-        source = str(inner) if not (folder / "config.json").exists() and (inner / "config.json").exists() else path
-        remedy = "give a folder or hub id of a CLIPVisionModelWithProjection"
-        with told_as_not_loaded("the image encoder", path, remedy):
-            model = CLIPVisionModelWithProjection.from_pretrained(source, dtype=dtype, use_safetensors=True)
-        return cls(model.to(device), path)
 
     @property
     def config(self) -> Any:

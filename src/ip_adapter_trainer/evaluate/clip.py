@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ip_adapter_trainer.core.errors import told_as_not_loaded
+from ip_adapter_trainer.loading.encoder import load_scorer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -19,7 +19,7 @@ class ClipScorer:
     """A frozen `CLIPModel` in fp32 with its own tokenizer and preprocessing."""
 
     def __init__(self, model: Any, tokenizer: Any, processor: Any) -> None:
-        self._model, self._tokenizer, self._processor = model.eval().requires_grad_(False), tokenizer, processor
+        self._model, self._tokenizer, self._processor = model, tokenizer, processor
 
     @classmethod
     def load(cls, path: str, device: torch.device) -> ClipScorer:
@@ -28,14 +28,7 @@ class ClipScorer:
         Raises:
             Problem: no CLIP model, tokenizer and preprocessing there.
         """
-        from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        remedy = "give --clip_model a folder or hub id of a CLIPModel with its tokenizer and preprocessor"
-        with told_as_not_loaded("the CLIP model that scores", path, remedy):
-            model: Any = CLIPModel.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
-            tokenizer, processor = CLIPTokenizer.from_pretrained(path), CLIPImageProcessorPil.from_pretrained(path)
+        model, tokenizer, processor = load_scorer(path)
         return cls(model.to(device), tokenizer, processor)
 
     @torch.no_grad()

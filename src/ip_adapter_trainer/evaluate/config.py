@@ -8,6 +8,8 @@ from pydantic import Field
 
 from ip_adapter_trainer.core.settings import Part, Resume, alias
 from ip_adapter_trainer.data.config import ReadConfig
+from ip_adapter_trainer.diffusion.schedulers import NoiseConfig
+from ip_adapter_trainer.loading.config import BaseConfig
 
 Scheduler = Literal["auto", "ddim", "euler", "dpm++"]  # auto: the base model's own
 
@@ -41,12 +43,14 @@ class ValidationConfig(Part):
     )
 
 
-class DrawConfig(Part):
+class DrawConfig(NoiseConfig, BaseConfig):
     """Which adapter on which frozen models, and how it draws."""
 
     adapter: str = Field(description="Adapter file (.safetensors or .bin) or checkpoint folder.")
     pretrained_model_name_or_path: str | None = Field(
-        None, description="Base model: a diffusers pipeline folder or a hub id; None: the one the adapter names."
+        None,
+        description="Base model: a diffusers pipeline folder, a hub id or a checkpoint in one .safetensors file; None: "
+        "the one the adapter names.",
     )
     image_encoder_path: str | None = Field(
         None, description="Image encoder: folder or hub id; None: the one the adapter names."

@@ -151,7 +151,7 @@ def _errors(
     moments = model.moments_of(batch.picture)  # [B, 2C, h, w]
     shape = (moments.shape[1] // 2, *moments.shape[2:])
     posterior, noise, timesteps = _draw(process, batch, shape, seed)
-    latents = family.sample_latents(moments, posterior)
+    latents = family.sample_latents(moments, process.posterior(posterior))
     text = model.text_of(batch)
     for band in range(BANDS):
         t, e = timesteps[:, band].to(device), noise[:, band].to(device)

@@ -8,7 +8,7 @@ from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.precision import dtype_of, on_device
 from ip_adapter_trainer.evaluate.config import DrawConfig
 from ip_adapter_trainer.evaluate.sample import Sampling, native_size_px
-from ip_adapter_trainer.loading import load_model
+from ip_adapter_trainer.loading.adapter import load_model
 from ip_adapter_trainer.model import Model
 
 
@@ -44,7 +44,8 @@ def load(config: DrawConfig) -> Model:
     """
     device = choose_device(config.device)
     dtype = choose_dtype(config.mixed_precision, device)
-    return load_model(config.adapter, config.pretrained_model_name_or_path, config.image_encoder_path, dtype, device)
+    base, encoder = config.pretrained_model_name_or_path, config.image_encoder_path
+    return load_model(config.adapter, base, encoder, dtype, device, config)
 
 
 def sampling(config: DrawConfig, model: Model) -> Sampling:

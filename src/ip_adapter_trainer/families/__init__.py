@@ -1,5 +1,5 @@
-"""Base models: one file a family. A family loads frozen parts, encodes, names its attention sites and predicts."""
+"""Base models: one file a family. A family checks its parts, encodes, names its attention sites and predicts."""
 
-from ip_adapter_trainer.families._family import FAMILIES, PARTS, Family, PartName, family_of
+from ip_adapter_trainer.families._family import FAMILIES, PARTS, Family, PartName
 
-__all__ = ["FAMILIES", "PARTS", "Family", "PartName", "family_of"]
+__all__ = ["FAMILIES", "PARTS", "Family", "PartName"]

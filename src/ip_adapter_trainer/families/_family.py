@@ -1,18 +1,16 @@
-"""What a family is, the registry of all of them, and how one is recognised from its folder."""
+"""What a family is, and the registry of all of them."""
 
 from __future__ import annotations
 
-import re
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ip_adapter_trainer.core.documents import read_json
 from ip_adapter_trainer.core.errors import Problem, did_you_mean
 from ip_adapter_trainer.core.registry import Registry
 from ip_adapter_trainer.core.settings import Part
@@ -29,6 +27,8 @@ class Family(ABC):
     A subclass lives in a file of its own and registers a name. The training loop sees this interface only.
 
     Attributes:
+        components: names of the pipeline's components that each part needs.
+        classes: the classes that each component may be of, the first being that which it is loaded as.
         pipeline: the loaded diffusers pipeline, which also samples.
         denoiser: the frozen network that the adapter is attached to.
         context_dim: width of the tokens its cross-attention reads.
@@ -37,10 +37,13 @@ class Family(ABC):
     """
 
     Config: ClassVar[type[Part]]
+    components: ClassVar[Mapping[PartName, tuple[str, ...]]]
+    classes: ClassVar[Mapping[str, tuple[str, ...]]]
     pipeline: Any
     denoiser: Any
     context_dim: int
     layer_groups: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    clip_skip: int | None = None  # the text encoder's layer that is read, from its end; None: the last
     _text_rests = False
     small_cards: ClassVar[Mapping[int, Mapping[str, Any]]] = {}
     name: str
@@ -48,31 +51,50 @@ class Family(ABC):
     @classmethod
     @abstractmethod
     def matches(cls, model_index: Mapping[str, Any]) -> bool:
-        """Whether a pipeline with this `model_index.json` belongs to the family."""
+        """Return whether a pipeline with this `model_index.json` belongs to the family."""
 
     @classmethod
     @abstractmethod
-    def load(
-        cls,
-        path: str,
-        config: Part,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        parts: Sequence[PartName] = PARTS,
-        storage: Storage = "none",
-        packed_on: torch.device | str | None = None,
-    ) -> Family:
-        """Loads frozen parts from a pipeline folder or hub id; what needs another part must not be asked then.
+    def demand(cls, settings: Mapping[str, Mapping[str, Any]], clip_skip: int | None, where: str) -> None:
+        """Demand parts that can be trained on and that fit together, before any weights are read.
 
         Args:
-            path: of the pipeline.
+            settings: of each part that is to be loaded, by its name: the content of its config.json.
+            clip_skip: the text encoder's layer that is asked for, counted from its end.
+            where: the base model, for messages.
+
+        Raises:
+            Problem: they cannot be, or do not.
+        """
+
+    @classmethod
+    def kind_of(cls, component: str) -> Any:
+        """Return the class that a component of the pipeline is loaded as."""
+        name = cls.classes[component][0]
+        return getattr(importlib.import_module("transformers" if name.startswith("CLIP") else "diffusers"), name)
+
+    @classmethod
+    @abstractmethod
+    def assemble(cls, loaded: Mapping[str, Any], model_index: Mapping[str, Any], config: Part) -> Family:
+        """Return the family of loaded parts.
+
+        Args:
+            loaded: the pipeline's components by name.
+            model_index: the base model's own, for what it says of the pipeline.
             config: the family's own settings.
-            dtype: of the weights.
+        """
+
+    @abstractmethod
+    def settle(self, device: torch.device | str, storage: Storage, packed_on: torch.device | str) -> None:
+        """Pack the denoiser's weights and move all parts to a device.
+
+        Args:
             device: where the parts are kept.
-            parts: which to load.
             storage: how the denoiser keeps its weights.
-            packed_on: the device that packs them, one after another; `device` by default.
+            packed_on: the device that packs them, one after another.
+
+        Raises:
+            Problem: the storage's library is not installed.
         """
 
     @abstractmethod
@@ -195,51 +217,9 @@ class Family(ABC):
         """The denoiser's output [B, C, h, w] for noisy latents and timesteps [B]."""
 
 
-_MAX_INDEX_BYTES = 2**20
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-
 FAMILIES: Registry[Family] = Registry("families", "ip_adapter_trainer.families")
 
 
 def _whole(beginning: str) -> str:
     """Ends a name at a dot, so that `up_blocks.1` does not stand for `up_blocks.10`."""
     return f"{beginning}." if beginning and not beginning.endswith(".") else beginning
-
-
-def _model_index(path: str) -> dict[str, Any]:
-    local = Path(path)
-    if not local.exists() and not _HUB_ID.fullmatch(path):
-        raise Problem("no such folder", where=path, remedy="give a diffusers pipeline folder, or a hub id owner/name")
-    try:
-        file = local / "model_index.json" if local.exists() else _from_hub(path)
-        index: dict[str, Any] = read_json(file, _MAX_INDEX_BYTES)
-        if not isinstance(index, dict):
-            raise ValueError("no mapping")
-        return index
-    except Exception as error:
-        what = "cannot read model_index.json of the base model"
-        remedy = "give a diffusers pipeline folder, or a hub id while the hub can be reached"
-        raise Problem(what, where=f"{path} ({type(error).__name__})", remedy=remedy) from error
-
-
-def _from_hub(path: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    return Path(hf_hub_download(path, "model_index.json"))
-
-
-def family_of(path: str, name: str = "auto") -> str:
-    """The family of a pipeline folder or hub id; a name other than "auto" is only checked to exist.
-
-    Raises:
-        Problem: an unknown name, no pipeline there, or a pipeline of no known family.
-    """
-    if name != "auto":
-        FAMILIES[name]
-        return name
-    index = _model_index(path)
-    for candidate, entry in FAMILIES.items():
-        if entry.matches(index):
-            return candidate
-    found = str(index.get("_class_name"))
-    raise Problem(f"no family for a {found}", where=path, remedy=did_you_mean(found, FAMILIES))

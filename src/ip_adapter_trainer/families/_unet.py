@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
@@ -10,48 +11,17 @@ import torch
 from torch import Tensor
 
 from ip_adapter_trainer.core.devices import to_device
-from ip_adapter_trainer.core.errors import Problem, told_as_not_loaded
-from ip_adapter_trainer.core.log import quiet_loading
+from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.core.types import Site, TextCondition
-from ip_adapter_trainer.families._family import PARTS, Family, PartName
+from ip_adapter_trainer.families._family import Family
+from ip_adapter_trainer.families._fit import demand_unet
 from ip_adapter_trainer.nn.lean import lean_layers
 from ip_adapter_trainer.nn.packed import Storage, pack
 
 PROCESSOR = ".processor"
 # Not packed: both ends, the embeddings of time, which all layers read, and the text's K and V, which pairs start from.
 _SPARED = ("conv_in", "conv_out", "time_embedding", "add_embedding", "time_emb_proj", "attn2.to_k", "attn2.to_v")
-
-
-def load_pipeline(
-    cls: Any,
-    path: str,
-    *,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    storage: Storage = "none",
-    packed_on: torch.device | str | None = None,
-    **kwargs: Any,
-) -> Any:
-    """Loads a pipeline's frozen parts; see `Family.load`.
-
-    Raises:
-        Problem: a folder or hub id that diffusers cannot load, or a storage whose library is not installed.
-    """
-    quiet_loading()
-    remedy = "give a diffusers pipeline folder or a hub id, with weights in .safetensors files"
-    with told_as_not_loaded("the base model", path, remedy):
-        pipeline = cls.from_pretrained(path, dtype=dtype, use_safetensors=True, **kwargs)
-    for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.eval().requires_grad_(False)
-    if pipeline.unet is not None:
-        pack_denoiser(pipeline.unet, storage, packed_on or device)
-    pipeline.to(device)
-    if pipeline.vae is not None:
-        lay_out_autoencoder(pipeline.vae)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def lay_out_autoencoder(vae: Any) -> None:
@@ -72,58 +42,67 @@ def pack_denoiser(unet: torch.nn.Module, storage: Storage, device: torch.device 
     pack(unet, storage, device, lambda name: any(part in name for part in _SPARED))
 
 
-def _context_dim(unet: Any) -> int:
-    dim = unet.config.cross_attention_dim
-    if not isinstance(dim, int):
-        what = f"the UNet's cross_attention_dim is {dim}, one width for all blocks is needed"
-        raise Problem(what, where="unet/config.json", remedy="no adapter file could describe this model")
-    return dim
-
-
 class UNetFamily(Family):
     """A family whose denoiser is a `UNet2DConditionModel` and whose pictures live in an `AutoencoderKL`."""
 
     layer_groups = {"up": ("up_blocks",)}  # noqa: RUF012
-    components: ClassVar[Mapping[PartName, tuple[str, ...]]] = {
+    components = {  # noqa: RUF012
         "autoencoder": ("vae",), "denoiser": ("unet",), "text": ("tokenizer", "text_encoder"),
     }  # fmt: skip
+    classes = {  # noqa: RUF012
+        "vae": ("AutoencoderKL",),
+        "unet": ("UNet2DConditionModel",),
+        "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+        "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    }
 
     embeddings: ClassVar[tuple[str, ...]] = ("prompt_embeds", "negative_prompt_embeds")  # as its pipeline gives them
     pipeline_class: ClassVar[str]  # of diffusers
-    left_out: ClassVar[Mapping[str, Any]]  # arguments by which the pipeline loads without what training never needs
+    addition: ClassVar[str | None] = None  # what its UNet embeds beside the time
+    left_out: ClassVar[Mapping[str, Any]]  # arguments by which the pipeline is made without what training never needs
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
         self.denoiser = pipeline.unet
         if self.denoiser is not None:
-            self.context_dim = _context_dim(self.denoiser)
+            self.context_dim = int(self.denoiser.config.cross_attention_dim)
 
     @classmethod
     def matches(cls, model_index: Mapping[str, Any]) -> bool:
-        """See `Family.matches`."""
-        return model_index.get("_class_name") == cls.pipeline_class
+        """Return whether a pipeline has the family's parts, whatever it is for: a null part is told of later."""
+        entries = {name: entry for name, entry in model_index.items() if isinstance(entry, list) and len(entry) == 2}
+        has_second = "text_encoder_2" in entries
+        return has_second == ("text_encoder_2" in cls.classes) and all(
+            name in entries and (entries[name][1] is None or entries[name][1] in kinds)
+            for name, kinds in cls.classes.items()
+            if name in ("unet", "text_encoder", "text_encoder_2")
+        )
 
     @classmethod
-    def load(
-        cls,
-        path: str,
-        config: Part,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        parts: Sequence[PartName] = PARTS,
-        storage: Storage = "none",
-        packed_on: torch.device | str | None = None,
-    ) -> Self:
-        """See `Family.load`."""
+    def demand(cls, settings: Mapping[str, Mapping[str, Any]], clip_skip: int | None, where: str) -> None:
+        """See `Family.demand`: channels, conditions and widths."""
+        demand_unet(settings, cls.addition, where)
+
+    @classmethod
+    def assemble(cls, loaded: Mapping[str, Any], model_index: Mapping[str, Any], config: Part) -> Self:
+        """See `Family.assemble`."""
         import diffusers
 
-        absent = [name for part, names in cls.components.items() if part not in parts for name in names]
-        without: dict[str, Any] = {**cls.left_out, **dict.fromkeys(absent)}
         kind = getattr(diffusers, cls.pipeline_class)
-        return cls(
-            load_pipeline(kind, path, dtype=dtype, device=device, storage=storage, packed_on=packed_on, **without)
-        )
+        taken = inspect.signature(kind.__init__).parameters
+        said = {name: value for name, value in model_index.items() if name in taken and not isinstance(value, list)}
+        absent = dict.fromkeys(name for name in cls.classes if name not in loaded)
+        pipeline = kind(**{**said, **cls.left_out, **absent, **loaded})
+        pipeline.set_progress_bar_config(disable=True)
+        return cls(pipeline)
+
+    def settle(self, device: torch.device | str, storage: Storage, packed_on: torch.device | str) -> None:
+        """See `Family.settle`."""
+        if self.denoiser is not None:
+            pack_denoiser(self.denoiser, storage, packed_on)
+        self.pipeline.to(device)
+        if self.pipeline.vae is not None:
+            lay_out_autoencoder(self.pipeline.vae)
 
     def sites(self) -> list[Site]:
         """N counts every attention processor in module order (down, up, mid), so cross-attention has the odd ones."""
@@ -185,7 +164,8 @@ class UNetFamily(Family):
     def text_rules(self) -> str:
         """See `Family.text_rules`."""
         words = [(sorted(t.get_vocab().items()), t.model_max_length) for t in self._text("tokenizer")]
-        return json.dumps([words, self.pipeline.config.get("force_zeros_for_empty_prompt")])
+        rules: list[Any] = [words, self.pipeline.config.get("force_zeros_for_empty_prompt")]
+        return json.dumps(rules + ([self.clip_skip] if self.clip_skip else []))
 
     @property
     def autoencoder(self) -> Any:

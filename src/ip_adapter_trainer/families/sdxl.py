@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ip_adapter_trainer.core.devices import to_device
+from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.core.types import Geometry, TextCondition
 from ip_adapter_trainer.families._family import FAMILIES
@@ -26,7 +27,7 @@ class StableDiffusionXL(UNetFamily):
     Config = Part
     pipeline_class = "StableDiffusionXLPipeline"
     embeddings = (*UNetFamily.embeddings, "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    left_out = {"image_encoder": None, "add_watermarker": False}  # noqa: RUF012
+    left_out = {"image_encoder": None, "feature_extractor": None, "add_watermarker": False}  # noqa: RUF012
     name = "sdxl"
     layer_groups = {  # noqa: RUF012
         **UNetFamily.layer_groups,
@@ -42,12 +43,26 @@ class StableDiffusionXL(UNetFamily):
         **UNetFamily.components,
         "text": ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
     }
+    classes = {  # noqa: RUF012
+        **UNetFamily.classes,
+        "tokenizer_2": UNetFamily.classes["tokenizer"],
+        "text_encoder_2": ("CLIPTextModelWithProjection",),
+    }
+    addition = "text_time"
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
         vae = pipeline.vae
         if vae is not None and vae.dtype == torch.float16 and vae.config.force_upcast:
             vae.to(torch.float32)  # SDXL's own VAE overflows in fp16; the pipeline upcasts it likewise
+
+    @classmethod
+    def demand(cls, settings: Mapping[str, Mapping[str, Any]], clip_skip: int | None, where: str) -> None:
+        """See `Family.demand`."""
+        super().demand(settings, clip_skip, where)
+        if clip_skip is not None:
+            what = "SDXL reads the last layer but one of both text encoders, and no other, as in kohya's scripts"
+            raise Problem(what, where="--clip_skip", remedy="leave --clip_skip out")
 
     @torch.no_grad()
     def encode_captions(self, texts: Sequence[str]) -> dict[str, Tensor]:

@@ -10,14 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.core.launch import Runtime
-from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.data.config import CutConfig
 from ip_adapter_trainer.data.recipe import Recipe, TextRecipe
 from ip_adapter_trainer.data.shards import TableKind
+from ip_adapter_trainer.diffusion.schedulers import NoiseConfig
 from ip_adapter_trainer.encoders import ClipImageEncoder, FeatureKind
-from ip_adapter_trainer.families import FAMILIES, Family, family_of
+from ip_adapter_trainer.families import FAMILIES, Family
 from ip_adapter_trainer.images.ground import parse_colour
+from ip_adapter_trainer.loading.base import family_of, load_base
+from ip_adapter_trainer.loading.config import part_of
+from ip_adapter_trainer.loading.encoder import load_encoder
 from ip_adapter_trainer.nn.packed import Storage
 from ip_adapter_trainer.prepare.config import FrozenConfig
 
@@ -35,19 +39,18 @@ def load_frozen(config: FrozenConfig, runtime: Runtime, storage: Storage) -> tup
     Raises:
         Problem: something is missing or of an unknown kind.
     """
-    family = load_family(config, runtime.dtype, "cpu", storage=storage, packed_on=runtime.device)
-    return family, ClipImageEncoder.load(config.image_encoder_path, dtype=runtime.dtype)
+    noise = part_of(config, NoiseConfig).overrides()
+    family = load_family(config, runtime.dtype, "cpu", storage=storage, packed_on=runtime.device, noise=noise)
+    feature = VARIANTS[config.variant].feature
+    return family, load_encoder(config.image_encoder_path, config, kinds=(feature,), dtype=runtime.dtype)
 
 
 def load_family(config: FrozenConfig, dtype: torch.dtype, device: torch.device | str, **how: Any) -> Family:
-    """Parts of the base model, see `Family.load`; the family's own settings are taken from the run's."""
-    path = config.pretrained_model_name_or_path
-    entry = FAMILIES[family_of(path, config.family)]
-    return entry.load(path, _part(config, entry.Config), dtype=dtype, device=device, **how)
-
-
-def _part(config: Part, kind: type[Part]) -> Part:
-    return kind(**{name: getattr(config, name) for name in kind.model_fields if name in type(config).model_fields})
+    """Load parts of the base model, see `load_base`; the family's own settings are taken from the run's."""
+    name = config.pretrained_model_name_or_path
+    family = family_of(name, config.family, config)
+    own = part_of(config, FAMILIES[family].Config)
+    return load_base(name, config, family=family, own=own, dtype=dtype, device=device, **how)
 
 
 def identity(module: Any) -> str:

@@ -25,6 +25,7 @@ from ip_adapter_trainer.data.recipe import Recipe, drawn_anew
 from ip_adapter_trainer.encoders import FEATURES, ClipImageEncoder
 from ip_adapter_trainer.families import Family
 from ip_adapter_trainer.images.decode import PictureFault
+from ip_adapter_trainer.loading.encoder import load_encoder
 from ip_adapter_trainer.prepare.captions import encode_captions, missing_captions
 from ip_adapter_trainer.prepare.config import PrepareConfig
 from ip_adapter_trainer.prepare.encode import Encoding, encode_with
@@ -84,7 +85,7 @@ def prepare(config: PrepareConfig) -> Report:
         kinds = FEATURES if config.both_features else (VARIANTS[config.variant].feature,)
         report, stopping = Report(folder), Stopping(signal, runtime)
         for path in dict.fromkeys((config.image_encoder_path, *config.more_image_encoders)):
-            encoder = ClipImageEncoder.load(path, dtype=runtime.dtype, device=runtime.device)
+            encoder = load_encoder(path, config, kinds=kinds, dtype=runtime.dtype, device=runtime.device)
             recipe = recipe_of(config, family, encoder, kinds, text=config.prepare_text)
             job = Job(config, runtime, manifest, recipe, folder)
             report = report.followed_by(job.run(family, encoder, config.encode_batch_size, stopping))

@@ -20,6 +20,7 @@ from ip_adapter_trainer.core.launch import Runtime
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.stopping import Poll, Stopping
 from ip_adapter_trainer.core.types import Batch
+from ip_adapter_trainer.loading.config import loaded_with
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.train import checkpoint, guard, optim
 from ip_adapter_trainer.train.config import TrainConfig
@@ -174,7 +175,7 @@ class Trainer:
 
     def _snapshot(self, metrics_bytes: int) -> checkpoint.Snapshot:
         base, seen = self.config.pretrained_model_name_or_path, self.done * self.plan.images_per_step
-        card = card_of(self.model, base=base, step=self.done, images_seen=seen)
+        card = card_of(self.model, base=base, step=self.done, images_seen=seen, loaded_with=loaded_with(self.config))
         state = self._state(metrics_bytes)  # before the average takes the live weights' place
         with self.published_weights() as weights:
             return checkpoint.take(self.done, weights, card, state)

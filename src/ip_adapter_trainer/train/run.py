@@ -25,6 +25,7 @@ from ip_adapter_trainer.train.encoded import prepared_set
 from ip_adapter_trainer.train.loop import Trainer
 from ip_adapter_trainer.train.marks import marks_of
 from ip_adapter_trainer.train.plan import make_plan
+from ip_adapter_trainer.train.posterior import POSTERIOR_IMAGES, tell_of_posterior
 from ip_adapter_trainer.train.source import Source
 from ip_adapter_trainer.train.step import Step
 
@@ -42,7 +43,7 @@ def build_model(config: TrainConfig, runtime: Runtime) -> Model:
     if config.gradient_checkpointing:
         model.checkpoint_activations()
     if config.pretrained_ip_adapter_path:
-        from ip_adapter_trainer.loading import read_adapter_into
+        from ip_adapter_trainer.loading.adapter import read_adapter_into
 
         read_adapter_into(model, config.pretrained_ip_adapter_path)
         model.silence_others()
@@ -110,9 +111,7 @@ def _make_trainer(config: TrainConfig, runtime: Runtime, stopping: Stopping) -> 
     prepared = prepared_set(config, runtime, model, manifest, stopping)
     source = Source(config, runtime, manifest, model.encoder.preprocess, prepared)
     pipeline = model.family.pipeline
-    process = NoiseProcess(pipeline.scheduler.config, config.part(ObjectiveConfig))
-    # Grids must sample what is trained, where a flag overrules the scheduler's own prediction type.
-    pipeline.scheduler.register_to_config(prediction_type=process.prediction)
+    process = NoiseProcess(pipeline.scheduler, config.part(ObjectiveConfig))
     plan = make_plan(model, config, source.rows, source.images_per_step)
     say("\n".join(plan.lines()))
     if prepared:
@@ -120,6 +119,8 @@ def _make_trainer(config: TrainConfig, runtime: Runtime, stopping: Stopping) -> 
     model.place(runtime.device)  # last: encoders that are let go of need no room beside it
     where = f"{runtime.world} x {runtime.device.type}"
     say(f"on {where}, frozen weights {_precision(config, runtime)}, predicting {process.prediction}")
+    if config.latents == "sample" and not config.dry_run:
+        tell_of_posterior(model, source.fixed(POSTERIOR_IMAGES, config.validation_seed), runtime.device)
     if config.low_memory:
         chosen = {name: getattr(config, name) for name in model.family.small_cards[config.low_memory]}
         say(f"low_memory {config.low_memory}: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))

@@ -43,6 +43,6 @@ class Step:
         moments = model.moments_of(batch.picture)  # [B, 2C, h, w]
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         normal = [stream(self.seed, "posterior", i).standard_normal(shape, np.float32) for i in batch.index.tolist()]
-        latents = model.family.sample_latents(moments, torch.from_numpy(np.stack(normal)))
+        latents = model.family.sample_latents(moments, self.process.posterior(torch.from_numpy(np.stack(normal))))
         text = model.text_of(batch)
         return latents, text, model.features_of(batch.picture, batch.drop_image)

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ip_adapter_trainer.adapters import VARIANTS, AdapterFile, read_adapter
 from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.settings import Part
+from ip_adapter_trainer.diffusion.schedulers import NoiseConfig
 from ip_adapter_trainer.encoders import ClipImageEncoder
-from ip_adapter_trainer.families import FAMILIES, Family, family_of
+from ip_adapter_trainer.families import Family
+from ip_adapter_trainer.loading.base import load_base
+from ip_adapter_trainer.loading.config import BaseConfig, read_as
+from ip_adapter_trainer.loading.encoder import load_encoder
 from ip_adapter_trainer.model import Model
+
+# Of what a card remembers, that which belongs to the base model it names, and to no other.
+_OF_BASE = (
+    "weights_variant", "revision", "base_config", "pretrained_vae_model_name_or_path", "prediction_type",
+    "rescale_betas_zero_snr",
+)  # fmt: skip
 
 
 def load_model(
@@ -19,35 +31,55 @@ def load_model(
     image_encoder: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    how: Part | None = None,
 ) -> Model:
-    """An adapter on its frozen models, weights loaded strictly, not attached yet.
+    """Load an adapter on its frozen models, weights loaded strictly, not attached yet.
 
     Args:
         adapter: anything that `read_adapter` reads.
-        base: pipeline folder or hub id; None: the one that the file names.
+        base: pipeline folder, hub id or checkpoint in one file; None: the one that the file names.
         image_encoder: folder or hub id; None: the one that the file names.
         dtype: of the frozen models; the adapter's own weights are fp32.
         device: of everything.
+        how: settings that hold those of `BaseConfig` and `NoiseConfig`; what is not given is as the file remembers.
 
     Raises:
         Problem: unreadable, unnamed, or not made for this base and encoder.
     """
-    return build_model(read_adapter(adapter), base, image_encoder, dtype, device)
+    return build_model(read_adapter(adapter), base, image_encoder, dtype, device, how)
 
 
 def build_model(
-    file: AdapterFile, base: str | None, image_encoder: str | None, dtype: torch.dtype, device: torch.device | str
+    file: AdapterFile,
+    base: str | None,
+    image_encoder: str | None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    how: Part | None = None,
 ) -> Model:
     """See `load_model`; of a file that has been read already."""
     config = file.config()  # before the minutes of loading a base model
-    family = _load_family(file, base, dtype, device)
-    encoder = _load_encoder(file, image_encoder, dtype, device)
+    remembered = remembered_by(file, base, image_encoder)
+    chosen = read_as(BaseConfig, how or BaseConfig(), remembered, str(file.path))
+    noise = read_as(NoiseConfig, how or NoiseConfig(), remembered, str(file.path))
+    family = _load_family(file, base, chosen, noise, dtype, device)
+    encoder = _load_encoder(file, image_encoder, chosen, dtype, device)
     _check_widths(file, family, encoder)
     with torch.random.fork_rng():  # the first weights are drawn, and then replaced
         model = Model(family, encoder, file.variant, config)
     model.adapter.to(device)
     load_into(model, file)
     return model
+
+
+def remembered_by(file: AdapterFile, base: str | None, image_encoder: str | None) -> dict[str, Any]:
+    """Return how an adapter's card says that its frozen models are loaded, but for models that others replace."""
+    remembered = dict(file.card.loaded_with) if file.card else {}
+    if base:
+        remembered = {name: value for name, value in remembered.items() if name not in _OF_BASE}
+    if image_encoder:
+        remembered.pop("image_encoder_subfolder", None)
+    return remembered
 
 
 def read_adapter_into(model: Model, path: str | Path) -> AdapterFile:
@@ -72,25 +104,31 @@ def load_into(model: Model, file: AdapterFile) -> None:
     model.adapter.load_published(file.tables, str(file.path))
 
 
-def _load_family(file: AdapterFile, base: str | None, dtype: torch.dtype, device: torch.device | str) -> Family:
+def _load_family(
+    file: AdapterFile,
+    base: str | None,
+    config: BaseConfig,
+    noise: NoiseConfig,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Family:
     path = base or (file.card.pretrained_model_name_or_path if file.card else "")
     if not path:
         raise _unnamed("base model", "--pretrained_model_name_or_path", file)
     try:
-        entry = FAMILIES[family_of(path)]
-        return entry.load(path, entry.Config(), dtype=dtype, device=device)
+        return load_base(path, config, noise=noise.overrides(), dtype=dtype, device=device)
     except Problem as problem:
         raise problem if base else _moved(problem, "--pretrained_model_name_or_path", file) from problem
 
 
 def _load_encoder(
-    file: AdapterFile, image_encoder: str | None, dtype: torch.dtype, device: torch.device | str
+    file: AdapterFile, image_encoder: str | None, config: BaseConfig, dtype: torch.dtype, device: torch.device | str
 ) -> ClipImageEncoder:
     path = image_encoder or (file.card.image_encoder_path if file.card else "")
     if not path:
         raise _unnamed("image encoder", "--image_encoder_path", file)
     try:
-        return ClipImageEncoder.load(path, dtype=dtype, device=device)
+        return load_encoder(path, config, kinds=(file.variant.feature,), dtype=dtype, device=device)
     except Problem as problem:
         raise problem if image_encoder else _moved(problem, "--image_encoder_path", file) from problem
 
@@ -101,7 +139,8 @@ def _unnamed(part: str, flag: str, file: AdapterFile) -> Problem:
 
 def _moved(problem: Problem, flag: str, file: AdapterFile) -> Problem:
     """The same problem, of a path that the user never gave."""
-    return Problem(problem.what, where=f"{problem.where}, named by {file.path}", remedy=f"give another with {flag}")
+    remedy = f"{problem.remedy}; or give another with {flag}" if problem.remedy else f"give another with {flag}"
+    return Problem(problem.what, where=f"{problem.where}, named by {file.path}", remedy=remedy)
 
 
 def _check_widths(file: AdapterFile, family: Family, encoder: ClipImageEncoder) -> None:

@@ -1,0 +1,65 @@
+"""Whether a UNet can be trained on and its companions fit it, told by their settings before any weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ip_adapter_trainer.core.errors import Problem
+
+Settings = Mapping[str, Mapping[str, Any]]
+
+# Conditions that other pipelines feed their UNets and that no adapter file could describe.
+_FOREIGN = (
+    "class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type", "dual_cross_attention",
+    "only_cross_attention",
+)  # fmt: skip
+_REMEDY = "take a text-to-image base model of plain SD1.x, SD2.x or SDXL"
+_KINDS = {"9": " (inpainting)", "8": " (editing by instructions)", "7": " (upscaling)", "5": " (depth)"}
+
+
+def demand_unet(settings: Settings, addition: str | None, where: str) -> None:
+    """Demand a UNet of the plain kind that its VAE and text encoders fit.
+
+    Args:
+        settings: of the parts that are to be loaded.
+        addition: what the UNet embeds beside the time: its `addition_embed_type`.
+        where: the base model, for messages.
+
+    Raises:
+        Problem: it is of another kind, or something does not fit.
+    """
+    unet = settings.get("unet")
+    if unet is None:
+        return
+    fault = _channels(unet, settings.get("vae", {})) or _conditions(unet, addition) or _widths(unet, settings)
+    if fault:
+        raise Problem(fault, where=where, remedy=_REMEDY)
+
+
+def _channels(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> str:
+    read, made, latent = unet.get("in_channels", 4), unet.get("out_channels", 4), vae.get("latent_channels", 4)
+    if read != latent:
+        return f"this UNet reads {read} channels{_KINDS.get(str(read), '')}, the latents have {latent}"
+    return "" if made == latent else f"this UNet predicts {made} channels, the latents have {latent}"
+
+
+def _conditions(unet: Mapping[str, Any], addition: str | None) -> str:
+    for key in _FOREIGN:
+        value = unet.get(key)
+        if any(value) if isinstance(value, list) else value:
+            return f"this UNet wants more than text: {key} is {value!r}"
+    found = unet.get("addition_embed_type")
+    return "" if found == addition else f"this UNet's addition_embed_type is {found!r}, where {addition!r} is needed"
+
+
+def _widths(unet: Mapping[str, Any], settings: Settings) -> str:
+    dim = unet.get("cross_attention_dim", 1280)
+    if not isinstance(dim, int):
+        return f"the UNet's cross_attention_dim is {dim}, one width for all blocks is needed"
+    widths = [part.get("hidden_size", 512) for name, part in settings.items() if name.startswith("text_encoder")]
+    if not all(isinstance(width, int) for width in widths):
+        return f"the text encoder's hidden_size is no number: {widths}"
+    if widths and sum(widths) != dim:
+        return f"this UNet reads text of width {dim}, the text encoders give {' + '.join(map(str, widths))}"
+    return ""

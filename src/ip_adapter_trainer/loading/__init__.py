@@ -1,0 +1,1 @@
+"""Frozen models from folders, files and the hub: whole, or refused."""

@@ -1,0 +1,157 @@
+"""The image encoder, and the CLIP model that scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ip_adapter_trainer.core.errors import Problem, told_as_not_loaded
+from ip_adapter_trainer.encoders import ClipImageEncoder, FeatureKind
+from ip_adapter_trainer.loading.config import BaseConfig
+from ip_adapter_trainer.loading.hub import find, is_local
+from ip_adapter_trainer.loading.text import load_tokenizer
+from ip_adapter_trainer.loading.weights import SPARE, load_module, read_config, wanted_weights, weights_in
+
+_PART = "the image encoder"
+_SCORER = "the CLIP model that scores"
+_CONFIG = "config.json"
+_KINDS = ("clip", "clip_vision_model")
+# CLIP's half that reads.
+_SPARE = rf"{SPARE}|^(text_model|text_projection)\."
+_REMEDY = (
+    "give a folder or hub id of a CLIPVisionModelWithProjection, such as h94/IP-Adapter/models/image_encoder "
+    "(ViT-H/14) or laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+)
+
+
+def load_encoder(
+    name: str,
+    config: BaseConfig | None = None,
+    *,
+    kinds: Sequence[FeatureKind],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> ClipImageEncoder:
+    """Load an image encoder, whole but for what the features that are asked for do not read.
+
+    Args:
+        name: folder or hub id, either with the folder within it; one named `image_encoder` is found by itself.
+        config: which files of it.
+        kinds: the features that are going to be read.
+        dtype: of the weights.
+        device: where it is kept.
+
+    Raises:
+        Problem: nothing there, another kind of model, or one that is not whole.
+    """
+    from transformers import CLIPVisionModelWithProjection
+
+    config = config or BaseConfig()
+    folder = _folder_of(name, config)
+    settings = read_config(folder, _PART)
+    _demand_clip(settings, str(folder))
+    unread = None if "image_embeds" in kinds else _unread(settings)
+    files = weights_in(folder, config.weights_variant, _PART)
+    model = load_module(CLIPVisionModelWithProjection, files, _PART, dtype=dtype, spare=_SPARE, unread=unread)
+    return ClipImageEncoder(model.to(device), name)
+
+
+def _folder_of(name: str, config: BaseConfig) -> Path:
+    """Return the folder with the encoder's config.json.
+
+    Raises:
+        Problem: there is none; what is there is named.
+    """
+    repository, inner = _split(name, config.image_encoder_subfolder)
+    inners = [inner] if inner else ["", "image_encoder"]
+
+    def wanted(listed: Sequence[str]) -> list[str]:
+        """Return a repository's files of the encoder."""
+        found = next((i for i in inners if _within(i, _CONFIG) in listed), None)
+        if found is None:
+            raise _without_settings(name, [n.removesuffix(f"/{_CONFIG}") for n in listed if n.endswith(f"/{_CONFIG}")])
+        weights = wanted_weights(listed, found, config.weights_variant, _PART, name)
+        return [_within(found, _CONFIG), *weights]
+
+    path = find(repository, _PART, wanted)
+    if path.is_file():
+        what, remedy = (
+            "an image encoder is a folder, and this is a file",
+            f"put it beside its {_CONFIG}, and name the folder",
+        )
+        raise Problem(what, where=name, remedy=remedy)
+    for inner in inners:
+        if (path / inner / _CONFIG).is_file():
+            return path / inner
+    if any(path.glob("open_clip*")):
+        raise Problem(
+            f"{_PART} is in open_clip's own layout", where=str(path), remedy=f"take transformers' form: {_REMEDY}"
+        )
+    found = [*path.glob(f"*/{_CONFIG}"), *path.glob(f"*/*/{_CONFIG}")]
+    raise _without_settings(name, [file.parent.relative_to(path).as_posix() for file in found])
+
+
+def _without_settings(name: str, others: Sequence[str]) -> Problem:
+    what = f"{_PART} has no {_CONFIG}, the settings without which nothing can be loaded"
+    named = f"name the folder with --image_encoder_subfolder: {' or '.join(sorted(others)[:3])}"
+    return Problem(what, where=name, remedy=named if others else _REMEDY)
+
+
+def _within(folder: str, file: str) -> str:
+    return f"{folder.strip('/')}/{file}" if folder else file
+
+
+def _split(name: str, inner: str | None) -> tuple[str, str | None]:
+    """Return a folder or hub id and what lies within it: `owner/name/a/b` is the folder a/b of a repository."""
+    first, *rest = name.rstrip("/").split("/")
+    is_path = Path(name).expanduser().exists() or len(rest) < 2 or is_local(f"{first}/{rest[0]}")
+    if is_path:
+        return name, inner
+    return f"{first}/{rest[0]}", "/".join([*rest[1:], *([inner] if inner else [])])
+
+
+def _demand_clip(settings: dict[str, Any], where: str) -> None:
+    kind = settings.get("model_type")
+    if kind is not None and kind not in _KINDS:
+        names = settings.get("architectures") or [kind]
+        raise Problem(
+            f"{_PART} is a {names[0]} ({kind}), and a CLIP vision model is needed", where=where, remedy=_REMEDY
+        )
+
+
+def _unread(settings: dict[str, Any]) -> str:
+    """Return the pattern of weights that penultimate features do not read."""
+    vision = settings.get("vision_config") or settings
+    last = int(vision.get("num_hidden_layers", 12)) - 1
+    return rf"^(visual_projection|vision_model\.(post_layernorm|encoder\.layers\.{last}))\."
+
+
+def load_scorer(name: str) -> tuple[Any, Any, Any]:
+    """Load the CLIP model that scores, whole, in fp32, with its tokenizer and preprocessing.
+
+    Args:
+        name: folder or hub id.
+
+    Raises:
+        Problem: no CLIP model, tokenizer and preprocessing there, or not whole.
+    """
+    from transformers import CLIPImageProcessorPil, CLIPModel
+
+    def wanted(listed: Sequence[str]) -> list[str]:
+        """Return a repository's files of the model."""
+        small = [file for file in listed if "/" not in file and file.endswith((".json", ".txt"))]
+        return [*small, *wanted_weights(listed, "", None, _SCORER, name)]
+
+    folder = find(name, _SCORER, wanted)
+    remedy = "give --clip_model a folder or hub id of a CLIPModel with its tokenizer and preprocessor"
+    with told_as_not_loaded(_SCORER, name, remedy):
+        processor = CLIPImageProcessorPil.from_pretrained(str(folder))
+    settings = read_config(folder, _SCORER)
+    if settings.get("model_type", "clip") != "clip":
+        what = f"{_SCORER} is a {settings['model_type']}, and a CLIPModel with both halves is needed"
+        raise Problem(what, where=name, remedy=remedy)
+    model = load_module(CLIPModel, weights_in(folder, None, _SCORER), _SCORER, dtype=torch.float32)
+    return model, load_tokenizer(folder, model.config.text_config.to_dict(), f"{_SCORER}: its tokenizer"), processor

@@ -1,0 +1,188 @@
+"""A base model as it is found: a pipeline folder, a hub id or a checkpoint in one file; its weights not read yet."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ip_adapter_trainer.core.errors import Problem, did_you_mean
+from ip_adapter_trainer.core.log import say
+from ip_adapter_trainer.diffusion.schedulers import make_scheduler
+from ip_adapter_trainer.families import FAMILIES
+from ip_adapter_trainer.loading.config import BaseConfig
+from ip_adapter_trainer.loading.hub import MOVED, find
+from ip_adapter_trainer.loading.one_file import OneFile
+from ip_adapter_trainer.loading.weights import Weights, read_config, variants_in, wanted_weights, weights_in
+
+INDEX = "model_index.json"
+_PART = "the base model"
+_SMALL = re.compile(r"(?:[\w-]+/)?[\w.-]+\.(?:json|txt|model)")  # settings and tokenizers
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model on this machine.
+
+    Attributes:
+        name: as it was given.
+        config: which of its files.
+        folder: with model_index.json, settings and tokenizers.
+        file: the checkpoint with all weights; None: they lie in the folder.
+        index: the content of model_index.json.
+    """
+
+    name: str
+    config: BaseConfig
+    folder: Path
+    file: OneFile | None
+    index: Mapping[str, Any] = field(repr=False)
+
+    @classmethod
+    def open(cls, name: str, config: BaseConfig) -> Base:
+        """Find a base model and read what it is.
+
+        Raises:
+            Problem: nothing there, or nothing that is a base model.
+        """
+        path = find(name, _PART, _small, config.revision)
+        _demand_flags(name, path, config)
+        if path.is_file():
+            file = OneFile.open(path)
+            file.demand_whole(has_vae=config.pretrained_vae_model_name_or_path is None)
+            settings = find(
+                config.base_config or _copied(file.settings_repository()), "settings of the base model", _small
+            )
+            return cls(name, config, settings, file, _index(settings, str(settings)))
+        return cls(name, config, path, None, _index(path, name))
+
+    @property
+    def family(self) -> str:
+        """The name of the family.
+
+        Raises:
+            Problem: none that is known.
+        """
+        for name, entry in FAMILIES.items():
+            if entry.matches(self.index):
+                return name
+        found = str(self.index.get("_class_name"))
+        raise Problem(f"no family for a {found}", where=self.name, remedy=did_you_mean(found, FAMILIES))
+
+    def settings(self, part: str) -> dict[str, Any]:
+        """Return the settings of a part.
+
+        Raises:
+            Problem: there are none.
+        """
+        return read_config(self.folder / part, f"the base model's {part}")
+
+    def demand_classes(self, classes: Mapping[str, Sequence[str]]) -> None:
+        """Demand parts of given classes.
+
+        Raises:
+            Problem: one is null, not there, or something else.
+        """
+        for name, kinds in classes.items():
+            kind = self._class_of(name)
+            if kind is None:
+                what, remedy = f"the base model's {name} is null in {INDEX}", "take a base model that has one"
+                remedy += ", or give one with --pretrained_vae_model_name_or_path" if name == "vae" else ""
+                raise Problem(what, where=self.name, remedy=remedy)
+            if kind not in kinds:
+                what = f"the base model's {name} is {kind}, where {kinds[0]} is needed"
+                raise Problem(what, where=self.name, remedy="take a base model of plain SD1.x, SD2.x or SDXL parts")
+
+    def _class_of(self, name: str) -> str | None:
+        entry = self.index.get(name)
+        return entry[1] if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str) else None
+
+    def scheduler(self, noise: Mapping[str, Any] | None) -> Any:
+        """Return the scheduler; what a checkpoint says of itself goes before its settings, and `noise` before both.
+
+        Args:
+            noise: settings that the user overrules; None: the command draws no noise.
+
+        Raises:
+            Problem: another noise process than those that are known.
+        """
+        overrides = dict(noise or {})
+        if self.file is not None:
+            is_stated = noise is None or "prediction_type" in noise or self.config.base_config is not None
+            overrides = self.file.noise(is_stated=is_stated) | overrides
+        settings = read_config(self.folder / "scheduler", "the base model's scheduler", "scheduler_config.json")
+        return make_scheduler(str(self._class_of("scheduler")), settings, overrides, self.name)
+
+    def weights(self, parts: Sequence[str]) -> dict[str, Weights]:
+        """Return the weight files of parts, downloaded if need be, in one variant each; a line tells of odd ones.
+
+        Raises:
+            Problem: a part has none, or none has the variant that was asked for.
+        """
+        asked = self.config.weights_variant
+
+        def wanted(listed: Sequence[str]) -> list[str]:
+            """Return a repository's files of these parts."""
+            found = [wanted_weights(listed, part, asked, f"the base model's {part}", self.name) for part in parts]
+            return [*_small(listed), *(name for names in found for name in names)]
+
+        find(self.name, _PART, wanted, self.config.revision)
+        self._demand_variant(asked, parts)
+        files = {part: weights_in(self.folder / part, asked, f"the base model's {part}") for part in parts}
+        odd = {part: weights.variant for part, weights in files.items() if weights.variant not in (None, asked)}
+        if odd:
+            variants = " and ".join(sorted(map(str, set(odd.values()))))
+            say(f"the base model has {', '.join(odd)} as {variants} only (*.{variants}.safetensors): taking those")
+        return files
+
+    def _demand_variant(self, asked: str | None, parts: Sequence[str]) -> None:
+        folders = [self.folder / part for part in parts]
+        names = [path.name for folder in folders if folder.is_dir() for path in folder.iterdir()]
+        known = variants_in(names)
+        if asked and asked not in known:
+            others = [str(variant) for variant in known if variant]
+            remedy = did_you_mean(asked, others) if others else "leave it out: there are plain weights only"
+            raise Problem(f"the base model has no weights *.{asked}.safetensors", where=self.name, remedy=remedy)
+
+
+def _demand_flags(name: str, path: Path, config: BaseConfig) -> None:
+    """Demands that what is asked for has a meaning for what was found.
+
+    Raises:
+        Problem: a flag would do nothing.
+    """
+    is_here = Path(name).expanduser().exists()
+    for flag, value, is_meant, of in (
+        ("--base_config", config.base_config, path.is_file(), "a checkpoint in one file"),
+        ("--weights_variant", config.weights_variant, path.is_dir(), "a folder or hub id"),
+        ("--revision", config.revision, not is_here, "a hub id"),
+    ):
+        if value is not None and not is_meant:
+            raise Problem(f"{flag} is for a base model that is {of}", where=name, remedy=f"leave {flag} out")
+
+
+def _copied(repository: str) -> str:
+    """Return the hub id of a repository, or of its copy where it was taken down."""
+    return MOVED.get(repository, repository)
+
+
+def _small(names: Sequence[str]) -> list[str]:
+    return [name for name in names if _SMALL.fullmatch(name)]
+
+
+def _index(folder: Path, given: str) -> dict[str, Any]:
+    """Return the content of model_index.json.
+
+    Raises:
+        Problem: there is none; a pipeline folder or checkpoint nearby is named.
+    """
+    if (folder / INDEX).is_file():
+        return read_config(folder, "the base model", INDEX)
+    nearby = [folder.parent, *sorted(entry for entry in folder.iterdir() if entry.is_dir())]
+    found = [path for path in nearby if (path / INDEX).is_file()] + sorted(folder.glob("*.safetensors"))
+    remedy = (
+        f"did you mean {found[0]}?" if found else "give a diffusers pipeline folder, a hub id or a .safetensors file"
+    )
+    raise Problem(f"cannot read {INDEX} of the base model: there is none", where=given, remedy=remedy)

@@ -1,0 +1,176 @@
+"""Checkpoints in one file, in the layout of the original code, as civitai has them: told apart, checked, converted.
+
+The conversion is that of diffusers' `from_single_file`, which by itself leaves what a file lacks without storage and
+passes over what it does not know; here both are told. Settings and tokenizers come from a pipeline folder or the hub.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ip_adapter_trainer.core.errors import Problem, first_line, told_as_not_loaded
+from ip_adapter_trainer.core.log import say
+from ip_adapter_trainer.loading.weights import load_tensors, read_config, some
+
+# What the names of each part's weights begin with.
+_BEGINNINGS: Mapping[str, tuple[str, ...]] = {
+    "unet": ("model.diffusion_model.",),
+    "vae": ("first_stage_model.",),
+    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0."),
+    "text_encoder_2": ("conditioner.embedders.1.",),
+}
+_WORDS = {"unet": "a UNet", "vae": "a VAE", "text_encoder": "a text encoder", "text_encoder_2": "a second text encoder"}
+_EDM = ("edm_mean", "edm_vpred.sigma_max")  # Playground v2.5, CosXL
+_OPEN_CLIP = ("cond_stage_model.model.", "conditioner.embedders.1.model.")  # of SD2.x and SDXL
+_REMEDY = "take the whole checkpoint, or a diffusers pipeline folder"
+
+
+@dataclass(frozen=True)
+class OneFile:
+    """A checkpoint in one file.
+
+    Attributes:
+        path: of the file.
+        shapes: of all its tensors, by their names.
+        metadata: of its header.
+    """
+
+    path: Path
+    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
+    metadata: Mapping[str, str] = field(repr=False)
+
+    @classmethod
+    def open(cls, path: Path) -> OneFile:
+        """Read the header of a file.
+
+        Raises:
+            Problem: no .safetensors file, or a damaged one.
+        """
+        if path.suffix != ".safetensors":
+            what = f"a checkpoint in one file is read as .safetensors only, not {path.suffix or 'without a suffix'}"
+            raise Problem(what, where=str(path), remedy="take its .safetensors form: others can run code when loaded")
+        try:
+            with safe_open(path, "pt") as opened:
+                shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+                return cls(path, shapes, opened.metadata() or {})
+        except (SafetensorError, OSError) as error:
+            what = f"cannot read the checkpoint: {first_line(error)}"
+            raise Problem(what, where=str(path), remedy="copy or download the file again") from error
+
+    def has(self, part: str) -> bool:
+        """Return whether there are weights of a part."""
+        return any(key.startswith(_BEGINNINGS[part]) for key in self.shapes)
+
+    def demand_whole(self, *, has_vae: bool) -> None:
+        """Demand weights of every part, of a VAE where none is given beside the file.
+
+        Raises:
+            Problem: there are none of one of them; the file is said to be what it is.
+        """
+        is_xl = any(key.startswith("conditioner.") for key in self.shapes)
+        parts = ["unet", "text_encoder", *(["text_encoder_2"] if is_xl else []), *(["vae"] if has_vae else [])]
+        lacking = [part for part in parts if not self.has(part)]
+        if not lacking:
+            return
+        held = [words for part, words in _WORDS.items() if self.has(part)]
+        holds = f"{' and '.join(held)} only" if held else f"other weights: {some(list(self.shapes))}"
+        what = (
+            f"this file is no whole checkpoint: it lacks {' and '.join(_WORDS[p] for p in lacking)}, and holds {holds}"
+        )
+        beside = self.path.parent.parent
+        is_part = not held and (beside / "model_index.json").exists()
+        raise Problem(what, where=str(self.path), remedy=f"give the pipeline folder {beside}" if is_part else _REMEDY)
+
+    def settings_repository(self) -> str:
+        """Return the hub id that diffusers takes the settings of such a checkpoint from."""
+        from diffusers.loaders.single_file_utils import fetch_diffusers_config
+
+        meta = {name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()}
+        return str(fetch_diffusers_config(meta)["pretrained_model_name_or_path"])
+
+    def noise(self, *, is_stated: bool) -> dict[str, Any]:
+        """Return the scheduler settings that the file's own keys tell of; a line says so.
+
+        Args:
+            is_stated: a flag or settings of the user's say what is predicted.
+
+        Raises:
+            Problem: another noise process, or none that could be known.
+        """
+        if edm := [key for key in _EDM if key in self.shapes]:
+            what = f"the checkpoint was trained with EDM's noise (it has {edm[0]}), which is not trained here"
+            raise Problem(what, where=str(self.path), remedy="take another base model")
+        told: dict[str, Any] = {}
+        if "v_pred" in self.shapes or self.metadata.get("modelspec.prediction_type") == "v":
+            told["prediction_type"] = "v_prediction"
+        if "ztsnr" in self.shapes:
+            told["rescale_betas_zero_snr"] = True
+        if told:
+            say(f"{self.path.name} says of itself: {', '.join(f'{name} {value}' for name, value in told.items())}")
+        elif not is_stated and any(key.startswith(_OPEN_CLIP[0]) for key in self.shapes):
+            what = "nothing in this SD2.x checkpoint tells what it predicts: noise (512 px models) or v (768 px models)"
+            raise Problem(what, where=str(self.path), remedy="give --prediction_type epsilon or v_prediction")
+        return told
+
+    def module(self, kind: Any, part: str, settings: Path, dtype: torch.dtype, spare: str) -> Any:
+        """Load one part, converted, whole.
+
+        Args:
+            kind: its class.
+            part: its name.
+            settings: folder with its config.json.
+            dtype: of the weights.
+            spare: see `load_module`.
+
+        Raises:
+            Problem: weights are missing, left over or of another shape.
+        """
+        name, where = f"the checkpoint's {part}", str(self.path)
+        beginnings = _BEGINNINGS[part]
+        with told_as_not_loaded(name, where, _REMEDY), safe_open(self.path, "pt") as opened:
+            held = {key: opened.get_tensor(key) for key in self.shapes if key.startswith(beginnings)}
+        converted = _converted(held, part, read_config(settings, name), name, where)
+        if part == "unet" and len(converted) != len(held):  # one to one, and what is not known is passed over
+            what = f"{name} has {len(held)} weights, of which its settings know places for {len(converted)}"
+            raise Problem(what, where=where, remedy="give the --base_config of a model of its kind")
+        return load_tensors(kind, converted, settings, name, where, dtype=dtype, spare=spare)
+
+
+def _converted(
+    held: dict[str, Tensor], part: str, settings: Mapping[str, Any], name: str, where: str
+) -> dict[str, Tensor]:
+    """Return the weights of one part under the names of diffusers or transformers.
+
+    Raises:
+        Problem: one without which nothing can be converted is missing.
+    """
+    from diffusers.loaders import single_file_utils as convert
+
+    made: dict[str, Tensor]
+    try:
+        if part == "unet":
+            made = convert.convert_ldm_unet_checkpoint(held, settings)
+        elif part == "vae":
+            made = convert.convert_ldm_vae_checkpoint(held, settings)
+        elif prefix := next((prefix for prefix in _OPEN_CLIP if any(key.startswith(prefix) for key in held)), None):
+            made = convert.convert_open_clip_checkpoint(_OpenClip(settings), held, prefix=prefix)
+        else:
+            made = convert.convert_ldm_clip_checkpoint(held)
+    except KeyError as error:
+        raise Problem(f"{name} lacks {error.args[0]}", where=where, remedy=f"{_REMEDY}: none is made up") from error
+    return made
+
+
+class _OpenClip:
+    """What the conversion of OpenCLIP's weights asks of the model."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self.config = SimpleNamespace(hidden_size=settings.get("hidden_size", 512))

@@ -1,0 +1,58 @@
+"""Tokenizers: whole, and of the text encoder that they feed.
+
+transformers makes a tokenizer of any folder, of an empty one too; what it lacks is told by what it does with words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ip_adapter_trainer.core.errors import Problem, told_as_not_loaded
+
+_SPARE_WORDS = 0.01  # embeddings beyond the vocabulary: some models pad their number
+_SAMPLE = 32
+_REMEDY = "copy or download the folder again: tokenizer_config.json, and vocab.json with merges.txt or tokenizer.json"
+
+
+def load_tokenizer(folder: Path, encoder: Mapping[str, Any], part: str) -> Any:
+    """Load a CLIP tokenizer.
+
+    Args:
+        folder: of its files.
+        encoder: settings of the text encoder.
+        part: its name in messages.
+
+    Raises:
+        Problem: words or merges are missing, or they are another encoder's.
+    """
+    from transformers import CLIPTokenizer
+
+    with told_as_not_loaded(part, str(folder), _REMEDY):
+        if not folder.is_dir():
+            raise FileNotFoundError("no such folder")
+        tokenizer: Any = CLIPTokenizer.from_pretrained(str(folder))
+        fault = _fault(
+            tokenizer, int(encoder.get("vocab_size", 49408)), int(encoder.get("max_position_embeddings", 77))
+        )
+    if fault:
+        raise Problem(f"{part} {fault}", where=str(folder), remedy=_REMEDY)
+    return tokenizer
+
+
+def _fault(tokenizer: Any, words: int, positions: int) -> str:
+    """Return what is wrong with a tokenizer beside an encoder of so many words and positions; empty: nothing."""
+    found = len(tokenizer)
+    if not words * (1 - _SPARE_WORDS) <= found <= words:
+        return f"has {found:,} words, the text encoder {words:,}"
+    if tokenizer.model_max_length > positions:
+        told = f"{tokenizer.model_max_length:,}" if tokenizer.model_max_length < 10**6 else "any number of"
+        return f"reads texts of {told} tokens, the text encoder of {positions}"
+    vocabulary = tokenizer.get_vocab()
+    whole = sorted(word for word in vocabulary if re.fullmatch(r"[a-z]{3,}</w>", word))
+    sample = whole[:: max(1, len(whole) // _SAMPLE)]
+    one = [tokenizer(word.removesuffix("</w>"), add_special_tokens=False).input_ids for word in sample]
+    right = sum(ids == [vocabulary[word]] for ids, word in zip(one, sample, strict=True))
+    return "" if 2 * right >= len(sample) else "takes words apart into letters: its merges are missing"

@@ -1,0 +1,326 @@
+"""One frozen module from its folder, strictly: every weight there, none made up, none left over, in its own shape.
+
+diffusers and transformers fill what a file lacks with random numbers, or leave it without storage; both tell so in what
+they return beside the model, and that is judged here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ip_adapter_trainer.core.documents import read_json, read_text
+from ip_adapter_trainer.core.errors import Problem, first_line, told_as_not_loaded
+from ip_adapter_trainer.core.log import quiet_loading, say, silent_diffusers
+
+STEMS = ("diffusion_pytorch_model", "model")  # of weight files: diffusers' and transformers'
+_FILE = re.compile(
+    r"(?:diffusion_pytorch_)?model(?:\.([\w-]+?))?(?:-\d+-of-\d+)?\.safetensors(?:\.index(?:\.([\w-]+))?\.json)?"
+)
+_MAX_INDEX_BYTES, _MAX_CONFIG_BYTES = 2**24, 2**20
+# Parts of names that wrappers put in: torch.compile, DDP, FSDP, PEFT.
+_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# What lies beside the weights of a part without being read: the other half of CLIP, tables of positions.
+SPARE = r"(^|\.)(position_ids|logit_scale|logit_bias)$"
+_SHOWN = 3
+_REMEDY = "give a folder or hub id with config.json and weights in .safetensors files"
+
+
+class Weights(NamedTuple):
+    """The weight files of one part, in one variant."""
+
+    folder: Path
+    variant: str | None
+    files: tuple[Path, ...]
+
+    @property
+    def where(self) -> str:
+        """The file, or the folder of several, for messages."""
+        return str(self.files[0] if len(self.files) == 1 else self.folder)
+
+
+def some(names: Sequence[str], between: str = ", ") -> str:
+    """Return the first three names, and how many more there are."""
+    more = f"{between}and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return between.join(names[:_SHOWN]) + more
+
+
+def variants_in(names: Iterable[str]) -> set[str | None]:
+    """Return the variants of the weight files among names: None for plain ones, `fp16` for `model.fp16.safetensors`.
+
+    >>> sorted(variants_in(["config.json", "model.fp16.safetensors", "model.safetensors"]), key=str)
+    [None, 'fp16']
+    """
+    return {variant for variant, is_weights in map(_variant_of, names) if is_weights}
+
+
+def _variant_of(name: str) -> tuple[str | None, bool]:
+    """Return the variant that a file's name tells, and whether it is one of weights at all."""
+    match = _FILE.fullmatch(name)
+    return (match[1] or match[2], True) if match else (None, False)
+
+
+def choose_variant(variants: set[str | None], asked: str | None, part: str, where: str) -> str | None:
+    """Return the variant to load: the one asked for, else the plain one, else the one that there is.
+
+    Raises:
+        Problem: several that are not plain, and none was asked for; or no weights in .safetensors at all.
+    """
+    if asked in variants:
+        return asked
+    names = sorted(str(name) for name in variants)
+    if not names:
+        what = f"{part} has no weights in .safetensors files"
+        remedy = "take a copy that has them, or convert one that you trust: from_pretrained(...).save_pretrained(...)"
+        raise Problem(what, where=where, remedy=remedy)
+    if None in variants or len(names) == 1:
+        return None if None in variants else names[0]
+    if "fp16" not in names:
+        raise Problem(f"{part} has weights in {', '.join(names)}", where=where, remedy="choose with --weights_variant")
+    return "fp16"
+
+
+def wanted_weights(listed: Iterable[str], folder: str, asked: str | None, part: str, where: str) -> list[str]:
+    """Return the weight files of one part, in one variant, of all files of a repository.
+
+    Args:
+        listed: names, relative to the repository.
+        folder: the part's, relative too; empty: the repository itself.
+        asked: the variant that was asked for.
+        part: its name in messages.
+        where: the repository, for messages.
+    """
+    inside = [Path(name) for name in listed if Path(name).parent.as_posix() == (folder or ".")]
+    variant = choose_variant(variants_in(path.name for path in inside), asked, part, where)
+    return [path.as_posix() for path in inside if _variant_of(path.name) == (variant, True)]
+
+
+def weights_in(folder: Path, asked: str | None, part: str) -> Weights:
+    """Return a part's weight files; an absent folder has none.
+
+    Raises:
+        Problem: see `choose_variant`; or an index that names files elsewhere.
+    """
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    variant = choose_variant(variants_in(names), asked, part, str(folder))
+    infix = f".{variant}" if variant else ""
+    for stem in STEMS:
+        index = folder / f"{stem}.safetensors.index{infix}.json"
+        if index.is_file():
+            return Weights(folder, variant, _shards(index, part))
+        if (folder / f"{stem}{infix}.safetensors").is_file():
+            return Weights(folder, variant, (folder / f"{stem}{infix}.safetensors",))
+    what = f"{part} has pieces of weights without their index"
+    raise Problem(what, where=str(folder), remedy=f"copy or download the folder again, with its index{infix}.json")
+
+
+def _shards(index: Path, part: str) -> tuple[Path, ...]:
+    try:
+        names = sorted(set(read_json(index, _MAX_INDEX_BYTES)["weight_map"].values()))
+        files = tuple(index.parent / name for name in names if Path(name).name == name)
+        if len(files) != len(names) or not all(file.is_file() for file in files):
+            raise ValueError("it names files that are not beside it")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        what = f"{part} has an index of weights that cannot be used: {first_line(error)}"
+        raise Problem(what, where=str(index), remedy="copy or download the folder again") from error
+    return files
+
+
+def load_module(
+    kind: Any, weights: Weights, part: str, *, dtype: torch.dtype, spare: str = SPARE, unread: str | None = None
+) -> Any:
+    """Load one frozen module, whole.
+
+    Args:
+        kind: its class, of diffusers or transformers.
+        weights: its files, beside its config.json.
+        part: its name in messages, as "the base model's unet".
+        dtype: of the weights.
+        spare: pattern of names in the files that the module need not have a place for.
+        unread: pattern of the module's names that nothing reads, and that are zeros where the files lack them.
+
+    Raises:
+        Problem: anything missing, left over or of another shape, or no such module at all.
+    """
+    names = _names(weights, part)
+    if any(_unwrapped(name) != name for name in names):
+        tensors = {_unwrapped(key): value for file in weights.files for key, value in load_file(file).items()}
+        module = load_tensors(
+            kind, tensors, weights.folder, part, weights.where, dtype=dtype, spare=spare, unread=unread
+        )
+        say(f"{part}: its weights' names carry a wrapper's prefix ({names[0]}), which is left out")
+        return module
+    quiet_loading()
+    with silent_diffusers(), told_as_not_loaded(part, weights.where, _REMEDY):
+        model, info = kind.from_pretrained(
+            str(weights.folder), variant=weights.variant, dtype=dtype, use_safetensors=True,
+            ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+    return _judged(model, info, part, weights.where, spare, unread)
+
+
+def load_tensors(
+    kind: Any,
+    tensors: dict[str, Tensor],
+    settings: Path,
+    part: str,
+    where: str,
+    *,
+    dtype: torch.dtype,
+    spare: str = SPARE,
+    unread: str | None = None,
+) -> Any:
+    """Load one frozen module of tensors in memory, whole.
+
+    Args:
+        kind: its class.
+        tensors: by the names that the class's own files have.
+        settings: folder with its config.json.
+        part: its name in messages.
+        where: the tensors come from.
+        dtype: of the weights.
+        spare: see `load_module`.
+        unread: see `load_module`.
+
+    Raises:
+        Problem: see `load_module`.
+    """
+    quiet_loading()
+    with silent_diffusers(), told_as_not_loaded(part, where, _REMEDY):
+        if hasattr(kind, "load_config"):  # diffusers
+            with init_empty_weights():
+                empty = kind.from_config(kind.load_config(str(settings)))
+            model, info = _made(empty, tensors)
+            model.to(dtype)
+        else:
+            config = kind.config_class.from_pretrained(str(settings))
+            model, info = kind.from_pretrained(
+                None, config=config, state_dict=tensors, dtype=dtype, ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )  # fmt: skip
+    return _judged(model, info, part, where, spare, unread)
+
+
+def _made(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a module of diffusers with tensors loaded, and what its library would tell of it."""
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    both = [(name, tensor.shape, shapes[name]) for name, tensor in tensors.items() if name in shapes]
+    mismatched = [(name, found, own) for name, found, own in both if found != own]
+    others = {name: tensor for name, tensor in tensors.items() if name not in {name for name, *_ in mismatched}}
+    missing, unexpected = model.load_state_dict(others, strict=False, assign=True)
+    return model, {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched}
+
+
+def _judged(model: Any, info: dict[str, Any], part: str, where: str, spare: str, unread: str | None) -> Any:
+    """Return a module that is whole, frozen; raises a `Problem` of one that is not."""
+    lacking = _missing(model, info)
+    _judge(model, info, lacking, part, where, spare, unread)
+    if lacking:
+        say(f"{part} lacks {some(lacking)}, which nothing reads here")
+        _fill(model, lacking)
+    return model.eval().requires_grad_(False)
+
+
+def _names(weights: Weights, part: str) -> list[str]:
+    """Return the names of all weights, which must be numbers that are computed with.
+
+    Raises:
+        Problem: a damaged file, or codes of a quantized model.
+    """
+    names: list[str] = []
+    for file in weights.files:
+        try:
+            with safe_open(file, "pt") as opened:
+                keys = list(opened.keys())
+                coded = [key for key in keys if not _is_float(opened, key) and not re.search(SPARE, key)]
+        except (SafetensorError, OSError) as error:
+            what = f"cannot load {part}: {first_line(error)}"
+            raise Problem(what, where=str(file), remedy="the file is damaged: copy or download it again") from error
+        if coded:
+            what = f"{part} is quantized: {some(coded)} {'is' if len(coded) == 1 else 'are'} codes, not numbers"
+            remedy = "take the model as it was before; --quantize packs it here"
+            raise Problem(what, where=str(file), remedy=remedy)
+        names += keys
+    return names
+
+
+def _is_float(opened: Any, key: str) -> bool:
+    return str(opened.get_slice(key).get_dtype()).startswith(("F", "BF"))
+
+
+def _unwrapped(name: str) -> str:
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    if parts[0] == "base_model":
+        parts = parts[2:] if parts[1] == "model" else parts[1:]
+    return ".".join(parts)
+
+
+def _missing(model: nn.Module, info: dict[str, Any]) -> list[str]:
+    """Return the weights that the files lack, in the model's order: told by the library, or left without storage."""
+    mismatched = {name for name, *_ in info["mismatched_keys"]}
+    missing = set(info["missing_keys"])
+    return [n for n, t in _tensors(model) if (n in missing or t.is_meta) and n not in mismatched]
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _judge(
+    model: nn.Module,
+    info: dict[str, Any],
+    lacking: Sequence[str],
+    part: str,
+    where: str,
+    spare: str,
+    unread: str | None,
+) -> None:
+    """Raises a `Problem` where a module is not whole."""
+    total = len(model.state_dict())
+    needed = [name for name in lacking if not (unread and re.search(unread, name))]
+    if info["mismatched_keys"]:
+        told = [f"{n} is {list(found)}, expected {list(own)}" for n, found, own in sorted(info["mismatched_keys"])]
+        what = (
+            f"{part} has {len(told)} of {total} weights in other shapes than its config.json says: {some(told, '; ')}"
+        )
+        raise Problem(what, where=where, remedy="take the config.json that belongs to these weights, or another copy")
+    if needed:
+        what = f"{part} lacks {len(needed)} of {total} weights: {some(needed)}"
+        raise Problem(what, where=where, remedy="take another copy, whole: none is made up")
+    extra = [name for name in sorted(info["unexpected_keys"]) if not re.search(spare, name)]
+    if extra:
+        what = f"{part} has {len(extra)} weights that its config.json knows no place for: {some(extra)}"
+        raise Problem(what, where=where, remedy="take the config.json that belongs to these weights, or another copy")
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, names: Sequence[str]) -> None:
+    """Sets weights that nothing reads to zeros, so that the model is the same at every load."""
+    tensors = dict(_tensors(model))
+    for name in names:
+        tensors[name].zero_()
+
+
+def read_config(folder: Path, part: str, name: str = "config.json") -> dict[str, Any]:
+    """Return the settings of a part.
+
+    Raises:
+        Problem: no such file, or no settings in it.
+    """
+    try:
+        content = json.loads(read_text(folder / name, _MAX_CONFIG_BYTES))  # diffusers writes -Infinity into some
+        if not isinstance(content, dict):
+            raise ValueError("no mapping")
+    except (OSError, ValueError, RecursionError) as error:
+        what = f"cannot read the settings of {part}: {first_line(error)}"
+        raise Problem(what, where=str(folder / name), remedy="copy or download the folder again") from error
+    return content

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
@@ -98,6 +100,21 @@ def test_a_file_draws_in_diffusers_what_the_live_adapter_draws(
     assert float((ours - theirs).abs().max()) <= SAME
     assert float((ours - drawn(model.family.pipeline)).abs().max()) > 0.01, "the adapter must matter"
     read_strictly(model, file)
+
+
+def test_an_encoder_that_only_we_can_load_is_told(base_folder: Callable, encoder_folder: Path, tmp_path: Path) -> None:
+    """And one that cannot be loaded is vouched for by nobody, whatever the run was trained with."""
+    encoder = Path(shutil.copytree(encoder_folder, tmp_path / "encoder"))
+    base, weights = base_folder("sd1"), encoder / "model.safetensors"
+    good = load_file(weights)
+    save_file({f"module.{key}": value for key, value in good.items()}, weights)
+    source = str(save(trained(base, encoder, "plus"), base, tmp_path / "run"))
+    told = str(export(ExportConfig(source=source, output=str(tmp_path / "a.bin"))))
+    assert "carry a wrapper's prefix" in told
+    save_file({key: value for key, value in good.items() if "layers.0.mlp" not in key}, weights)
+    with pytest.raises(Problem, match="the image encoder lacks 4 of"):
+        export(ExportConfig(source=source, output=str(tmp_path / "b.bin")))
+    assert not (tmp_path / "b.bin").exists()
 
 
 def read_strictly(model: Model, file: Path) -> None:

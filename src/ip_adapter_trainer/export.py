@@ -68,12 +68,18 @@ class Exported:
     dtype: str
     difference: float  # of the denoiser's output, relative; see `verify`
     refusals: dict[Reader, str]  # why readers other than diffusers cannot take the file
+    is_encoder_mended: bool  # then other programs need a mended copy of it
 
     def __str__(self) -> str:
         size = f"{self.path.stat().st_size / 1e6:.1f} MB"
         lines = [f"{self.path}: {self.variant}, {self.parameters:,} parameters in {self.dtype}, {size}"]
         lines.append(f"reloaded by diffusers: differs from the live adapter by {self.difference:.1e} of the output")
         lines += [f"notice: {READERS[reader]} {why}" for reader, why in self.refusals.items()]
+        if self.is_encoder_mended:
+            lines.append(
+                "notice: names of the image encoder's weights carry a wrapper's prefix, for which diffusers and others "
+                "fill it with random numbers; give them a copy without it (docs/formats.md)"
+            )
         return "\n".join(lines)
 
 
@@ -114,6 +120,7 @@ def export(config: ExportConfig) -> Exported:
         dtype=config.dtype,
         difference=difference,
         refusals=refusals(written),
+        is_encoder_mended=model.encoder.is_mended,
     )
 
 

@@ -92,6 +92,13 @@ def test_a_unet_of_another_kind_is_refused_before_weights_are_read(base: Callabl
         load(str(folder))
 
 
+def test_text_encoders_that_changed_places_are_told(base: Callable) -> None:
+    folder = base("sdxlv")
+    change_json(folder / "text_encoder_2/config.json", projection_dim=64)
+    with pytest.raises(Problem, match="reads pooled text of width 96, its text_encoder_2 gives 64"):
+        load(str(folder))
+
+
 def test_an_inpainting_unet_is_refused_by_a_whole_command(
     base: Callable, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

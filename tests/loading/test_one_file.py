@@ -75,7 +75,7 @@ def test_what_is_no_whole_checkpoint_is_told(checkpoint: Callable, base: Callabl
         load(str(folder / "unet/diffusion_pytorch_model.safetensors"))
     assert str(folder) in refused.value.remedy
     (tmp_path / "old.ckpt").write_bytes(b"x")
-    for name, told in (("old.ckpt", r"read as \.safetensors only"), ("torn.safetensors", "cannot read the checkpoint")):
+    for name, told in (("old.ckpt", r"read as \.safetensors only"), ("torn.safetensors", "cannot load the checkpoint")):
         (tmp_path / name).write_bytes(b"x")
         with pytest.raises(Problem, match=told):
             load(str(tmp_path / name))

@@ -88,6 +88,9 @@ def test_a_part_that_is_not_whole_is_refused(loads: Callable, part: str) -> None
     file.write_bytes(good[: len(good) // 2])
     with pytest.raises(Problem, match="damaged"):
         load()
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(Problem, match="pointer of Git LFS"):
+        load()
     file.unlink()
     with pytest.raises(Problem, match=r"no weights in \.safetensors files"):
         load()

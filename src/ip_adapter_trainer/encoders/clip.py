@@ -97,12 +97,13 @@ class ClipImageEncoder:
 
     Attributes:
         name: folder or hub id that it came from.
+        is_mended: whether its weights have other names there, with which other programs do not find them.
         side_px: input side S of the encoder.
         preprocess: RGB picture to [3, S, S].
     """
 
-    def __init__(self, model: CLIPVisionModelWithProjection, name: str) -> None:
-        self.model, self.name = model.eval().requires_grad_(False), name
+    def __init__(self, model: CLIPVisionModelWithProjection, name: str, is_mended: bool = False) -> None:
+        self.model, self.name, self.is_mended = model.eval().requires_grad_(False), name, is_mended
         self.side_px = int(model.config.image_size)
         self.preprocess = ClipPreprocess(self.side_px)
         self._null: dict[FeatureKind, Tensor] = {}

@@ -62,4 +62,13 @@ def _widths(unet: Mapping[str, Any], settings: Settings) -> str:
         return f"the text encoder's hidden_size is no number: {widths}"
     if widths and sum(widths) != dim:
         return f"this UNet reads text of width {dim}, the text encoders give {' + '.join(map(str, widths))}"
-    return ""
+    return _pooled(unet, settings.get("text_encoder_2", {}))
+
+
+def _pooled(unet: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """SDXL reads the second text encoder's pooled text beside six numbers, so the two cannot change places."""
+    both, number = unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim")
+    if not second or not isinstance(both, int) or not isinstance(number, int):
+        return ""
+    read, made = both - 6 * number, second.get("projection_dim", 512)
+    return "" if read == made else f"this UNet reads pooled text of width {read}, its text_encoder_2 gives {made}"

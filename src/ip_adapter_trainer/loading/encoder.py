@@ -13,7 +13,7 @@ from ip_adapter_trainer.encoders import ClipImageEncoder, FeatureKind
 from ip_adapter_trainer.loading.config import BaseConfig
 from ip_adapter_trainer.loading.hub import find, is_local
 from ip_adapter_trainer.loading.text import load_tokenizer
-from ip_adapter_trainer.loading.weights import SPARE, load_module, read_config, wanted_weights, weights_in
+from ip_adapter_trainer.loading.weights import SPARE, is_wrapped, load_module, read_config, wanted_weights, weights_in
 
 _PART = "the image encoder"
 _SCORER = "the CLIP model that scores"
@@ -56,7 +56,7 @@ def load_encoder(
     unread = None if "image_embeds" in kinds else _unread(settings)
     files = weights_in(folder, config.weights_variant, _PART)
     model = load_module(CLIPVisionModelWithProjection, files, _PART, dtype=dtype, spare=_SPARE, unread=unread)
-    return ClipImageEncoder(model.to(device), name)
+    return ClipImageEncoder(model.to(device), name, is_mended=is_wrapped(files, _PART))
 
 
 def _folder_of(name: str, config: BaseConfig) -> Path:

@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ip_adapter_trainer.core.errors import Problem, first_line, told_as_not_loaded
+from ip_adapter_trainer.core.errors import Problem, told_as_not_loaded
 from ip_adapter_trainer.core.log import say
-from ip_adapter_trainer.loading.weights import load_tensors, read_config, some
+from ip_adapter_trainer.loading.weights import damaged, load_tensors, read_config, some
 
 # What the names of each part's weights begin with.
 _BEGINNINGS: Mapping[str, tuple[str, ...]] = {
@@ -62,8 +62,7 @@ class OneFile:
                 shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
                 return cls(path, shapes, opened.metadata() or {})
         except (SafetensorError, OSError) as error:
-            what = f"cannot read the checkpoint: {first_line(error)}"
-            raise Problem(what, where=str(path), remedy="copy or download the file again") from error
+            raise damaged(path, "the checkpoint", error) from error
 
     def has(self, part: str) -> bool:
         """Return whether there are weights of a part."""

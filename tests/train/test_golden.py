@@ -30,6 +30,8 @@ def measure(run: Callable[..., Path], folder: Path, kind: str, variant: str) -> 
     tables = read_adapter(folder / "adapter.safetensors").tables
     norms = {name: sum(float(t.double().pow(2).sum()) for t in table.values()) ** 0.5 for name, table in tables.items()}
     losses = [row["loss"] for row in rows if "lr" in row]
+    card = json.loads((output / "checkpoint-4" / "adapter.json").read_text())
+    assert (card["variant"], card["step"], card["images_seen"]) == (variant, 4, 8)
     return {"losses": losses, "validation": rows[-1]["validation/loss"], "norms": norms}
 
 

@@ -55,8 +55,18 @@ def load_encoder(
     _demand_clip(settings, str(folder))
     unread = None if "image_embeds" in kinds else _unread(settings)
     files = weights_in(folder, config.weights_variant, _PART)
-    model = load_module(CLIPVisionModelWithProjection, files, _PART, dtype=dtype, spare=_SPARE, unread=unread)
+    try:
+        model = load_module(CLIPVisionModelWithProjection, files, _PART, dtype=dtype, spare=_SPARE, unread=unread)
+    except Problem as problem:
+        raise _with_hint(problem) from problem
     return ClipImageEncoder(model.to(device), name, is_mended=is_wrapped(files, _PART))
+
+
+def _with_hint(problem: Problem) -> Problem:
+    """Return the same problem; of an encoder without projection, with what else could be done."""
+    if "visual_projection.weight" not in problem.what:
+        return problem
+    return Problem(problem.what, problem.where, f"{problem.remedy}; --variant plus and full read no projection")
 
 
 def _folder_of(name: str, config: BaseConfig) -> Path:

@@ -397,9 +397,11 @@ def test_rescued_layers_must_be_the_base_models_own(
         read_adapter(tmp_path)
 
 
-def test_a_card_comes_back_from_json_and_from_metadata(model: Model) -> None:
-    card = card_of(model, base="b", step=3, images_seen=6, loaded_with={})
+@pytest.mark.parametrize("loaded_with", [{}, {"clip_skip": 2, "revision": "a"}])
+def test_a_card_comes_back_from_json_and_from_metadata(model: Model, loaded_with: dict) -> None:
+    card = card_of(model, base="b", step=3, images_seen=6, loaded_with=loaded_with)
     assert AdapterCard.from_json(card.to_json(), "x") == card
+    assert json.loads(card.to_json())["format_version"] == (2 if loaded_with else 1), "older versions read those"
     assert AdapterCard.from_metadata(card.to_metadata(), "x") == card
     assert all(isinstance(value, str) for value in card.to_metadata().values())
     unknown = card.model_copy(update={"step": None, "images_seen": None})

@@ -126,7 +126,7 @@ def test_guesses_say_how_certain_they_are() -> None:
 def run_folder(base_folder: Callable, encoder_folder: Path, tmp_path: Path) -> Path:
     """A run with one checkpoint of a tiny Plus adapter."""
     model = build(base_folder("sd1"), encoder_folder, "plus")
-    card = card_of(model, base="a/base", step=1234, images_seen=9, loaded_with={})
+    card = card_of(model, base="a/base", step=1234, images_seen=9, loaded_with={"clip_skip": 2})
     checkpoint.write(tmp_path, checkpoint.take(1234, model.adapter.state_dict(), card, {}))
     return tmp_path
 
@@ -135,6 +135,7 @@ def test_a_checkpoint_is_told_as_text_and_as_json(run_folder: Path) -> None:
     text = inspect(InspectConfig(path=str(run_folder)))
     for part in ("training checkpoint", "plus", "unknown (4 layers, tokens 64 wide)", "1,234", "a/base", "float32"):
         assert part in text
+    assert "its frozen models were loaded with clip_skip 2" in text
     assert text.count("takes no training checkpoint; export it") == 3
     told = json.loads(inspect(parse(InspectConfig, [str(run_folder), "--json"], prog="inspect")))
     assert told["layers"] == [1, 3, 5, 7] and told["tokens"] == 16 and told["steps"] == 1234

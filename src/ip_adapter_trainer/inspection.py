@@ -145,6 +145,9 @@ def _remarks(file: AdapterFile, why: Mapping[Reader, str]) -> list[str]:
     """What a reader must be told that the file does not say."""
     facts, remarks = file.facts, []
     tokens = facts.get("num_tokens", "the number of the encoder's features (257 for ViT-H/14)")
+    if file.card and file.card.loaded_with:
+        how = ", ".join(f"{name} {value}" for name, value in file.card.loaded_with.items())
+        remarks.append(f"its frozen models were loaded with {_plain(how)}")
     if "original" not in why and tokens != 4:
         remarks.append(f"in the original code, give num_tokens={tokens}")
     name = _UNIFIED.get((VARIANTS.name_of(file.variant), facts["context_dim"], facts["feature_dim"]))

@@ -13,7 +13,7 @@ from ip_adapter_trainer.core.documents import json_of, read_text
 from ip_adapter_trainer.core.errors import Problem, did_you_mean
 from ip_adapter_trainer.core.settings import Part
 
-FORMAT_VERSION = 2  # 1: without `loaded_with`, as cards that need none are written still
+FORMAT_VERSION = 2
 CARD = "adapter.json"
 PACKAGE = "ip_adapter_trainer"
 _MAX_BYTES = 2**20  # ours have 600
@@ -22,7 +22,6 @@ _MAX_BYTES = 2**20  # ours have 600
 class AdapterCard(Part):
     """Everything needed to build the model around the weights again."""
 
-    format_version: int = 1
     variant: str
     variant_config: dict[str, Any]
     family: str
@@ -38,11 +37,12 @@ class AdapterCard(Part):
     loaded_with: dict[str, Any] = Field(default_factory=dict)  # how its frozen models are, but for the defaults
 
     def _content(self) -> dict[str, Any]:
+        """Everything that is written; cards that need no `loaded_with` are of the first version, which has none."""
         content = self.model_dump()
         if self.loaded_with:
-            return content | {"format_version": FORMAT_VERSION}
+            return {"format_version": FORMAT_VERSION, **content}
         del content["loaded_with"]
-        return content
+        return {"format_version": 1, **content}
 
     def to_json(self) -> str:
         """The card as text for `adapter.json`."""
@@ -74,7 +74,7 @@ class AdapterCard(Part):
             raise _unreadable(f"no JSON ({error})", where) from error
         if not isinstance(content, dict):
             raise _unreadable("no JSON object", where)
-        _check_version(content.get("format_version"), where)
+        _check_version(content.pop("format_version", 1), where)
         for key in content.keys() - cls.model_fields.keys():
             raise Problem(f"unknown key {key!r} in the card", where=where, remedy=did_you_mean(key, cls.model_fields))
         return cls._of(content, where)
@@ -96,7 +96,7 @@ class AdapterCard(Part):
             return None
         numbers = {"step": None, "images_seen": None}
         content = numbers | {key: metadata[key] for key in cls.model_fields if key in metadata}
-        _check_version(content.get("format_version"), where)
+        _check_version(metadata.get("format_version", "1"), where)
         for name in ("variant_config", "loaded_with"):
             try:
                 content[name] = json_of(content.get(name) or "{}")

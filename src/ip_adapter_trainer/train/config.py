@@ -141,9 +141,7 @@ class CheckpointConfig(Part):
     save_steps: Annotated[int, alias("checkpointing_steps")] = Field(
         2000, ge=1, description="Optimizer steps between checkpoints; one is always written at the end and on a stop."
     )
-    checkpoints_total_limit: int | None = Field(
-        None, ge=1, description="Keep this many; the last good one always stays."
-    )
+    checkpoints_total_limit: int | None = Field(None, ge=1, description="Keep this many whole ones.")
     resume_from_checkpoint: Annotated[str | None, alias("resume")] = Field(
         None, description="'latest' (start afresh if there is none) or the path of a checkpoint-N folder."
     )

@@ -5,7 +5,7 @@ A `checkpoint-N/` folder, N optimizer steps, holds::
     pytorch_model.bin          what to use: the adapter under its published training keys (the average, with EMA)
     adapter.json               what it is: variant, base model, encoder, steps
     training_state.safetensors optimizer moments; with EMA also the live weights
-    training_state.json        step, schedule, resolved settings, length of metrics.jsonl
+    training_state.json        step, resolved settings
     manifest.json              SHA-256 and size of each of these, written last
 """
 
@@ -154,15 +154,15 @@ def demand_whole(folder: Path) -> None:
         raise Problem("the checkpoint is damaged", where=str(folder), remedy="resume from an older one, or from latest")
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """What a checkpoint remembers of its run, tensors left out: for a look before anything large is loaded.
+def read_settings(folder: Path) -> tuple[int, dict[str, Any]]:
+    """Step, and what a checkpoint remembers of its run but tensors: for a look before anything large is loaded.
 
     Raises:
         Problem: it is no run's.
     """
-    state: dict[str, Any] = _read_state(folder)[1]
-    demand_settings(state, folder / STATE)
-    return state
+    step, state = _read_state(folder)
+    demand_settings(step, state, folder / STATE)
+    return step, state
 
 
 def _read_state(folder: Path) -> tuple[Any, Any]:

@@ -30,7 +30,9 @@ class ModelConfig(FrozenConfig):
     )
 
     pretrained_ip_adapter_path: str | None = Field(
-        None, description="Adapter file (.bin or .safetensors) or checkpoint to start from; every shape is checked."
+        None,
+        description="Adapter file (.bin or .safetensors) or checkpoint to start from; every shape is checked. "
+        "Not read on resuming.",
     )
     adapter_layers: tuple[str, ...] = Field(
         ("all",),
@@ -141,9 +143,13 @@ class CheckpointConfig(Part):
     save_steps: Annotated[int, alias("checkpointing_steps")] = Field(
         2000, ge=1, description="Optimizer steps between checkpoints; one is always written at the end and on a stop."
     )
-    checkpoints_total_limit: int | None = Field(None, ge=1, description="Keep this many whole ones.")
+    checkpoints_total_limit: int | None = Field(
+        None, ge=1, description="Keep this many whole ones; those in set-aside folders are not counted and stay."
+    )
     resume_from_checkpoint: Annotated[str | None, alias("resume")] = Field(
-        None, description="'latest' (start afresh if there is none) or the path of a checkpoint-N folder."
+        None,
+        description="'latest' (start afresh if there is none), the path of a checkpoint-N folder, or its name in "
+        "output_dir. Checkpoints there that do not lead to it are set aside, not removed.",
     )
     accept_changed: tuple[str, ...] = Field(
         (),

@@ -58,16 +58,15 @@ class _State(_Settings):
     scaler: dict[str, Any]
     bad_steps: _Count = 0
     validated: Annotated[int, Field(ge=-1)]
-    metrics_bytes: _Count
 
 
-def demand_settings(state: object, where: Path) -> None:
+def demand_settings(step: object, state: object, where: Path) -> None:
     """Demands that what a state tells of its run is of the kinds that a run writes.
 
     Raises:
         Problem: something is missing or of another kind.
     """
-    _demand(_Settings, state, where)
+    _demand(_Settings, step, state, where)
 
 
 def demand_state(step: object, state: object, where: Path) -> None:
@@ -76,18 +75,18 @@ def demand_state(step: object, state: object, where: Path) -> None:
     Raises:
         Problem: one that is missing or of another kind.
     """
-    _demand(_State, state, where)
-    if type(step) is not int or not 0 <= step < 2**62:
-        raise Problem("the checkpoint's state is no run's: step", where=str(where), remedy=_REMEDY)
+    _demand(_State, step, state, where)
 
 
-def _demand(kind: type[BaseModel], state: object, where: Path) -> None:
+def _demand(kind: type[BaseModel], step: object, state: object, where: Path) -> None:
     try:
         kind.model_validate(state)
     except ValidationError as error:
         first = error.errors()[0]
         what = f"the checkpoint's state is no run's: {'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise Problem(what, where=str(where), remedy=_REMEDY) from error
+    if type(step) is not int or not 0 <= step < 2**62:
+        raise Problem("the checkpoint's state is no run's: step", where=str(where), remedy=_REMEDY)
 
 
 def demand_fits(

@@ -112,6 +112,8 @@ def checkpoints(payload: bytes) -> Iterator[tuple[str, Damage]]:
     yield "a step of 10^30", _state(lambda s: s.update(step=10**30))
     yield "a negative step", _state(lambda s: s.update(step=-5))
     yield "a step of text", _state(lambda s: s.update(step="1"))
+    yield "a warm-up of text", _state(partial(_garbled, "warmup_steps"))
+    yield "a negative warm-up", _state(lambda s: s["state"].update(warmup_steps=-1))
     yield "a tensor that is not there", _state(lambda s: s["state"].update(optimizer={"__tensor__": "state.none"}))
     yield "a parameter that is not there", _state(lambda s: s["state"]["optimizer"]["__int_keys__"].update({"999": {}}))
     yield "a number of 5,000 digits", _state(lambda s: s["state"]["optimizer"]["__int_keys__"].update({"9" * 5000: {}}))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from faults.corpus.documents import sign
 from ip_adapter_trainer.adapters import read_adapter
 from ip_adapter_trainer.adapters._file import find_weights
 from ip_adapter_trainer.config import parse_train, write_resolved
@@ -17,13 +19,17 @@ from ip_adapter_trainer.core import checkpoints
 from ip_adapter_trainer.core.checkpoints import all_checkpoints, sha256_of
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.core.launch import claim
+from ip_adapter_trainer.core.types import Batch
 from ip_adapter_trainer.export import ExportConfig, export
 from ip_adapter_trainer.train import checkpoint
 from ip_adapter_trainer.train import run as running
 from ip_adapter_trainer.train.aside import lies_in, set_aside
-from ip_adapter_trainer.train.config import CheckpointConfig
+from ip_adapter_trainer.train.config import CheckpointConfig, OptimConfig
 from ip_adapter_trainer.train.metrics import cut_metrics
+from ip_adapter_trainer.train.plan import _warmup_steps
+from ip_adapter_trainer.train.restored import length_settings
 from ip_adapter_trainer.train.starting import starting_point
+from ip_adapter_trainer.train.step import Step
 from tests import tiny
 from tests.train.test_refusals import snapshot
 from tests.train.test_resume import launched
@@ -39,6 +45,10 @@ def rows(output: Path) -> list[dict[str, Any]]:
 
 def steps(output: Path) -> list[int]:
     return [row["step"] for row in rows(output) if "lr" in row]
+
+
+def rates(output: Path) -> list[float]:
+    return [row["lr"] for row in rows(output) if "lr" in row]
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -188,6 +198,61 @@ def test_a_last_validation_that_is_due_is_done_though_nothing_is_left_to_train(r
         assert steps(first) == [1, 2] and [row["step"] for row in rows(first) if "lr" not in row] == [2]
     changed = {name for name, value in content(first).items() if before.get(name) != value}
     assert changed == {"metrics.jsonl"} and content(first).keys() == before.keys()
+
+
+class Enough(Exception):
+    """Steps have been taken."""
+
+
+def rates_of_two_steps(run: Callable, output: Path, patched: pytest.MonkeyPatch, **more: object) -> list[float]:
+    """Learning rates of the two steps after checkpoint-4, as a run of 200 steps takes them."""
+    honest, calls = Step.__call__, []
+
+    def two(self: Step, batch: Batch) -> Any:
+        calls.append(batch)
+        if len(calls) > 2:
+            raise Enough
+        return honest(self, batch)
+
+    with patched.context() as patch, pytest.raises(Enough):
+        patch.setattr(Step, "__call__", two)
+        run(output, resume_from_checkpoint="checkpoint-4", max_train_steps=200, save_steps=100, **more)
+    return rates(output)[-2:]
+
+
+def test_a_warm_up_is_as_long_as_when_the_run_began(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = run(tmp_path / "run", max_train_steps=20, save_steps=4, num_validation_images=0)
+    assert rates(output)[:4] == [0, 5e-4, 1e-3, 1e-3]
+    go_on = partial(rates_of_two_steps, run, output, monkeypatch, num_validation_images=0)
+    assert go_on() == [1e-3, 1e-3]
+    assert checkpoint.read(output / "checkpoint-6").state["warmup_steps"] == 2
+    assert go_on(lr_warmup_steps=8) == [pytest.approx(5e-4), pytest.approx(6.25e-4)]
+    assert checkpoint.read(output / "checkpoint-6").state["warmup_steps"] == 8
+    old = output / "checkpoint-4"
+    saved = json.loads((old / checkpoint.STATE).read_text())
+    del saved["state"]["warmup_steps"]
+    (old / checkpoint.STATE).write_text(json.dumps(saved | {"state": saved["state"] | {"metrics_bytes": 123}}))
+    sign(old)
+    assert go_on() == [1e-3, 1e-3]
+
+
+@pytest.mark.parametrize(("then", "more", "expected"), [
+    ({"max_train_steps": 40}, {}, 4), ({"lr_warmup_steps": 3}, {}, 3), ({}, {}, 30), ({}, {"row_sums": None}, 60),
+    ({"num_train_epochs": 2**61}, {}, 500), ({"max_train_steps": 40}, {"warmup_steps": 7}, 7),
+])  # fmt: skip
+def test_the_warm_up_of_an_old_checkpoint_follows_from_its_settings(
+    then: dict[str, Any], more: dict[str, Any], expected: int
+) -> None:
+    state = {"config": {"max_train_steps": None} | then, "images_per_step": 2, "row_sums": {"rows": 6}} | more
+    assert _warmup_steps(OptimConfig(max_train_steps=999), 999, 12, state) == expected
+
+
+@pytest.mark.parametrize("settings", [{"max_train_steps": "x"}, {"max_train_steps": 0}, {"lr_warmup_steps": 10**400}])
+def test_settings_of_no_run_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(Problem, match="settings are no run's"):
+        length_settings({"config": settings})
 
 
 def test_a_refused_resume_changes_nothing(

@@ -5,7 +5,7 @@ A `checkpoint-N/` folder, N optimizer steps, holds::
     pytorch_model.bin          what to use: the adapter under its published training keys (the average, with EMA)
     adapter.json               what it is: variant, base model, encoder, steps
     training_state.safetensors optimizer moments; with EMA also the live weights
-    training_state.json        step, resolved settings
+    training_state.json        step, resolved settings, length of the warm-up
     manifest.json              SHA-256 and size of each of these, written last
 """
 

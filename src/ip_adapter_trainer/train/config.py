@@ -123,7 +123,8 @@ class OptimConfig(Part):
     lr_warmup_steps: int | None = Field(
         None,
         ge=0,
-        description="Steps of linear warm-up; needs a schedule that warms up. None: a tenth of the run, 500 at most.",
+        description="Steps of linear warm-up; needs a schedule that warms up. None: a tenth of the run, 500 at most; "
+        "on resuming, as many as before.",
     )
     lr_num_cycles: int = Field(1, ge=1, description="Restarts of cosine_with_restarts.")
     lr_power: float = Field(1.0, gt=0, description="Power of the polynomial schedule.")

@@ -59,7 +59,7 @@ class Trainer:
         parameters = [p for p in model.adapter.parameters() if p.requires_grad]
         self.gradients = optim.Gradients(parameters)
         self.optimizer = optim.make_optimizer(parameters, config)
-        self.schedule = optim.make_schedule(self.optimizer, config, plan.total_steps)
+        self.schedule = optim.make_schedule(self.optimizer, config, plan.total_steps, plan.warmup_steps)
         self.ema = optim.make_ema(model.adapter, config)
         self.scaler = torch.amp.GradScaler(
             runtime.device.type, init_scale=FP16_SCALE, enabled=runtime.precision == "fp16"
@@ -114,6 +114,7 @@ class Trainer:
             "bad_steps": self.bad_steps,
             "spikes": self.spikes.state(),
             "validated": self.validated,
+            "warmup_steps": self.plan.warmup_steps,
         }
         if self.ema:
             live = {key: value.clone() for key, value in self.model.adapter.state_dict().items()}

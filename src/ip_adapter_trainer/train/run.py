@@ -125,7 +125,7 @@ def _make_trainer(
     process = NoiseProcess(pipeline.scheduler.config, config.part(ObjectiveConfig))
     # Grids must sample what is trained, where a flag overrules the scheduler's own prediction type.
     pipeline.scheduler.register_to_config(prediction_type=process.prediction)
-    plan = make_plan(model, config, source.rows, source.images_per_step)
+    plan = make_plan(model, config, source.rows, source.images_per_step, point.state)
     say("\n".join(plan.lines()))
     if prepared:
         model.release_encoders(texts=config.prepare_text)

@@ -132,7 +132,7 @@ def _checkpoint(folder: Path, weights: dict[str, dict[str, torch.Tensor]], card:
     moments = {n: {"step": torch.ones(()), "exp_avg": value, "exp_avg_sq": value} for n, value in enumerate(trained)}
     state = {
         "config": {"seed": 0}, "rows": "00", "images_per_step": 2, "optimizer": moments, "scaler": {}, "bad_steps": 0,
-        "validated": -1, "metrics_bytes": 0,
+        "validated": -1, "warmup_steps": 0,
     }  # fmt: skip
     home = checkpoint.write(folder, checkpoint.take(1, published, card, state))
 

@@ -106,13 +106,14 @@ def checkpoints(payload: bytes) -> Iterator[tuple[str, Damage]]:
     yield "state nested 100,000 deep", _signed(lambda f: (f / STATE).write_text("[" * 100_000))
     yield "state of a list", _signed(lambda f: (f / STATE).write_text("[]"))
     yield "state of 100 MB", _signed(lambda f: (f / STATE).write_text('{"step": 1' + " " * 10**8 + "}"))
-    for key in ("config", "rows", "images_per_step", "optimizer", "validated", "metrics_bytes"):
+    for key in ("config", "rows", "images_per_step", "optimizer", "validated"):
         yield f"state without {key}", _state(partial(_without, key))
         yield f"text for {key}", _state(partial(_garbled, key))
     yield "a step of 10^30", _state(lambda s: s.update(step=10**30))
     yield "a negative step", _state(lambda s: s.update(step=-5))
     yield "a step of text", _state(lambda s: s.update(step="1"))
-    yield "a negative length of metrics", _state(lambda s: s["state"].update(metrics_bytes=-1))
+    yield "a warm-up of text", _state(partial(_garbled, "warmup_steps"))
+    yield "a negative warm-up", _state(lambda s: s["state"].update(warmup_steps=-1))
     yield "a tensor that is not there", _state(lambda s: s["state"].update(optimizer={"__tensor__": "state.none"}))
     yield "a parameter that is not there", _state(lambda s: s["state"]["optimizer"]["__int_keys__"].update({"999": {}}))
     yield "a number of 5,000 digits", _state(lambda s: s["state"]["optimizer"]["__int_keys__"].update({"9" * 5000: {}}))

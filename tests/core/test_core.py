@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,19 @@ def test_the_processes_of_a_machine_share_without_gap_or_overlap(count: int, pro
     portions = [runtime.portion(count) for runtime in runtimes]
     assert [number for portion in portions for number in portion] == list(range(count))
     assert max(map(len, portions)) - min(map(len, portions)) <= 1
+
+
+@pytest.mark.parametrize(("mine", "others", "raised"), [
+    (None, 0, None), (None, 1, "the first process found a problem"), ("no", 0, "no"), ("no", 1, "no"),
+])  # fmt: skip
+def test_a_problem_of_one_process_is_raised_on_all(
+    monkeypatch: pytest.MonkeyPatch, mine: str | None, others: int, raised: str | None
+) -> None:
+    monkeypatch.setattr(Runtime, "total", lambda self, number: number + others)
+    runtime = Runtime(None, 0, 2, torch.device("cpu"), "no")
+    with pytest.raises(Problem, match=raised) if raised else nullcontext(), runtime.agreed():
+        if mine:
+            raise Problem(mine)
 
 
 @pytest.mark.parametrize("able, emulates", [({"avx512_f": True, "amx_bf16": False}, True), ({"amx_bf16": True}, False)])

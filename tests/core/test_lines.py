@@ -54,9 +54,3 @@ def test_a_line_that_a_kill_tore_spoils_no_other(tmp_path: Path) -> None:
     (tmp_path / "lines").write_text("whole\nto")
     Lines(tmp_path / "lines").add("next\n")
     assert (tmp_path / "lines").read_text() == "whole\nto\nnext\n"
-
-
-def test_a_torn_line_is_taken_back_where_a_checkpoint_knows_of_more(tmp_path: Path) -> None:
-    (tmp_path / "lines").write_text("1\n2\n3\nto")
-    Lines(tmp_path / "lines").cut(99)
-    assert (tmp_path / "lines").read_text() == "1\n2\n3\n"

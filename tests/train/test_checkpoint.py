@@ -36,11 +36,14 @@ def test_rotation_keeps_the_newest(run: Callable, tmp_path: Path) -> None:
     assert not list(output.glob(".*removing*"))
 
 
-def test_rotation_removes_nothing_while_the_newest_is_damaged(tmp_path: Path) -> None:
+def test_rotation_removes_nothing_while_the_newest_is_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for step in (1, 2):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    checkpoint.prune(tmp_path, 1)
+    checkpoint.prune(tmp_path / "checkpoint-2", 1)
     assert len(all_checkpoints(tmp_path)) == 2
+    assert "checkpoint-2 is not on the disk as it was written" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_reported_and_training_goes_on(

@@ -30,7 +30,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Any:
         disk.written.append(taken.step)
 
     monkeypatch.setattr(checkpoint, "write", write)
-    monkeypatch.setattr(checkpoint, "prune", lambda output, keep: None)
+    monkeypatch.setattr(checkpoint, "prune", lambda newest, keep: None)
     monkeypatch.setattr(saver, "RETRY_S", 0.0)
     return disk
 

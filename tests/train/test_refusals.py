@@ -58,7 +58,7 @@ def test_what_is_not_removed_does_not_end_the_run(
         raise OSError(30, os.strerror(30))
 
     monkeypatch.setattr(Path, "rename", refuse)
-    checkpoint.prune(tmp_path, 1)
+    checkpoint.prune(tmp_path / "checkpoint-2", 1)
     assert len(all_checkpoints(tmp_path)) == 2 and "was not removed" in capsys.readouterr().err
 
 

@@ -142,7 +142,7 @@ def test_a_step_that_another_process_broke_off_is_not_taken(
 
 
 def _meet(rank: int, address: str, folder: str) -> None:
-    """Tells what two processes heard, and whether they are still a group after a run, after a stop, after an error."""
+    """Tells what two processes heard of each other, and whether they are a group after a run, a stop, an error."""
     group = torch.distributed
     told = []
     for ending in (None, Stopped(143), RuntimeError("of one process alone")):
@@ -151,6 +151,7 @@ def _meet(rank: int, address: str, folder: str) -> None:
             hosts = group.new_group(backend="gloo")
             with Runtime(Accelerator(cpu=True), rank, 2, torch.device("cpu"), "no", hosts=hosts) as runtime:
                 told.append([runtime.highest(pair[rank]) for pair in [(0, 0), (0, 2), (1, 0)]])
+                told[-1].append(runtime.shared(7 + rank))
                 if ending:
                     raise ending
         told.append(group.is_initialized())
@@ -161,7 +162,7 @@ def _meet(rank: int, address: str, folder: str) -> None:
 def test_processes_hear_the_highest_of_their_numbers_and_leave(tmp_path: Path) -> None:
     """After an error, which may be of one alone, the group of devices is kept: its way out waits for the others."""
     torch.multiprocessing.spawn(_meet, (f"file://{tmp_path}", str(tmp_path)), nprocs=2)
-    heard = [0, 2, 1]
+    heard = [0, 2, 1, 7]
     told = str([heard, False, heard, False, heard, True])
     assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == [told] * 2
 

@@ -25,10 +25,15 @@ def step_of(folder: Path) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def numbered_checkpoints(output: Path) -> list[tuple[int, Path]]:
+    """The `checkpoint-N` folders in a run's folder with their steps, oldest first."""
+    found = [(step, p) for p in output.glob("checkpoint-*") if (step := step_of(p)) is not None and p.is_dir()]
+    return sorted(found)
+
+
 def all_checkpoints(output: Path) -> list[Path]:
     """The `checkpoint-N` folders in a run's folder, oldest first."""
-    found = [(step, p) for p in output.glob("checkpoint-*") if (step := step_of(p)) is not None and p.is_dir()]
-    return [path for _, path in sorted(found)]
+    return [folder for _, folder in numbered_checkpoints(output)]
 
 
 def newest(output: Path, is_whole: Callable[[Path], bool]) -> Path | None:
@@ -46,22 +51,33 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
-def verified(folder: Path, names: Iterable[str] | None = None) -> bool:
+def verified(folder: Path, names: Iterable[str] | None = None, *, required: Iterable[str] = ()) -> bool:
     """Whether a checkpoint's files have the size and hash that its manifest says; files elsewhere are never looked at.
 
     Args:
         folder: a checkpoint.
         names: the files to look at; all of the manifest's by default.
+        required: files that the manifest must name.
     """
+    return _as_listed(folder, names, required, hashed=True)
+
+
+def complete(folder: Path, required: Iterable[str] = ()) -> bool:
+    """Whether a checkpoint's files have the sizes that its manifest says: a quick look that reads none of them."""
+    return _as_listed(folder, None, required, hashed=False)
+
+
+def _as_listed(folder: Path, names: Iterable[str] | None, required: Iterable[str], *, hashed: bool) -> bool:
     try:
         entries = read_json(folder / MANIFEST)
-        if not isinstance(entries, dict):
+        if not isinstance(entries, dict) or not set(required) <= entries.keys():
             return False
         chosen = {name: entries[name] for name in (entries if names is None else names)}
         if any(Path(name).name != name for name in chosen):
             return False
         return all(
-            (folder / name).stat().st_size == entry["bytes"] and sha256_of(folder / name) == entry["sha256"]
+            (folder / name).stat().st_size == entry["bytes"]
+            and (not hashed or sha256_of(folder / name) == entry["sha256"])
             for name, entry in chosen.items()
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from filelock import FileLock
@@ -14,6 +16,8 @@ from ip_adapter_trainer.core.errors import Problem, Stopped, first_line
 from ip_adapter_trainer.core.precision import dtype_of, on_device
 from ip_adapter_trainer.core.staging import lock, sweep
 from ip_adapter_trainer.core.storage import told_as_storage
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,28 @@ class Runtime:
         told = torch.tensor(number)
         torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX, group=self.hosts)
         return int(told)
+
+    def shared(self, value: T) -> T:
+        """The first process's value, on every process; each must ask."""
+        if self.world == 1:
+            return value
+        box = [value]
+        torch.distributed.broadcast_object_list(box, group=self.hosts)
+        return box[0]
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Raises a problem that any process meets in this block on all of them, once all are through it.
+
+        Raises:
+            Problem: there is one.
+        """
+        problem = None
+        try:
+            yield
+        except Problem as found:
+            problem = found
+        self.agree(problem)
 
     def agree(self, problem: Problem | None) -> None:
         """Raises a problem that the first process found, on every process alike, so that none waits for another.

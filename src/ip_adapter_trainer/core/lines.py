@@ -45,15 +45,12 @@ class Lines:
         return len(self._left) + (self.path.stat().st_size if self.path.exists() else 0)
 
     def cut(self, size_bytes: int) -> None:
-        """Takes back what goes beyond a length; of a file that never got so long, a torn last line."""
+        """Takes back what goes beyond a length."""
         written_bytes = self.size_bytes - len(self._left)
         self._left = self._left[: max(size_bytes - written_bytes, 0)]
         if written_bytes > size_bytes:
             with self.path.open("r+b") as file:
                 file.truncate(size_bytes)
-        elif written_bytes < size_bytes and not self._left and self.path.exists():
-            with self.path.open("r+b") as file:
-                file.truncate(file.read().rfind(b"\n") + 1)
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ A `checkpoint-N/` folder, N optimizer steps, holds::
     pytorch_model.bin          what to use: the adapter under its published training keys (the average, with EMA)
     adapter.json               what it is: variant, base model, encoder, steps
     training_state.safetensors optimizer moments; with EMA also the live weights
-    training_state.json        step, schedule, resolved settings, length of metrics.jsonl
+    training_state.json        step, resolved settings, length of the warm-up
     manifest.json              SHA-256 and size of each of these, written last
 """
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ip_adapter_trainer.adapters import CARD, AdapterCard
 from ip_adapter_trainer.adapters._raw import read_raw
-from ip_adapter_trainer.core.checkpoints import MANIFEST, all_checkpoints, sha256_of, verified
+from ip_adapter_trainer.core.checkpoints import MANIFEST, all_checkpoints, complete, sha256_of, verified
 from ip_adapter_trainer.core.documents import read_json
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.core.log import say
@@ -34,6 +34,7 @@ from ip_adapter_trainer.train.restored import demand_settings, demand_state
 from ip_adapter_trainer.train.tree import flatten, unflatten
 
 WEIGHTS, TENSORS, STATE = "pytorch_model.bin", "training_state.safetensors", "training_state.json"
+FILES = (WEIGHTS, CARD, TENSORS, STATE)
 
 
 @dataclass(frozen=True)
@@ -107,15 +108,25 @@ def _check_room(output: Path, tensors: list[Tensor]) -> None:
         raise StorageProblem(what, where=str(output), remedy="make room, or lower --checkpoints_total_limit")
 
 
-def prune(output: Path, keep: int | None) -> None:
-    """Removes the oldest checkpoints beyond `keep`, by renaming first, once the newest has verified.
+def prune(newest: Path, keep: int | None) -> None:
+    """Removes what is older than the `keep` newest whole checkpoints, by renaming first, once the newest has verified.
 
-    A disk that refuses is told of and asked again at the next save.
+    Of the others only the sizes are looked at. A disk that refuses is told of and asked again at the next save.
+
+    Args:
+        newest: the checkpoint that was just written; the others stand beside it.
+        keep: whole checkpoints that stay; None: all stay.
     """
-    folders = all_checkpoints(output)
-    if keep is None or len(folders) <= keep or not verified(folders[-1]):
+    folders = all_checkpoints(newest.parent)
+    line = folders[: folders.index(newest) + 1] if newest in folders else []
+    if keep is None or len(line) <= keep:
         return
-    for folder in folders[:-keep]:
+    if not is_whole(newest):
+        say(f"{newest} is not on the disk as it was written; no older checkpoint is removed")
+        return
+    whole = [*(folder for folder in line[:-1] if complete(folder, FILES)), newest]
+    oldest_kept = whole[-keep] if len(whole) >= keep else line[0]
+    for folder in line[: line.index(oldest_kept)]:
         doomed = folder.with_name(f".{folder.name}.removing")
         try:
             folder.rename(doomed)
@@ -124,15 +135,34 @@ def prune(output: Path, keep: int | None) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """What a checkpoint remembers of its run, tensors left out: for a look before anything large is loaded.
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint's files are all there and are what was written; each is read."""
+    return verified(folder, required=FILES)
+
+
+def demand_whole(folder: Path) -> None:
+    """Demands a folder to be a checkpoint of this trainer, hashes verified.
+
+    Raises:
+        Problem: no checkpoint there, or one that is damaged or was saved by the published script.
+    """
+    if not (folder / MANIFEST).exists():
+        what = "this folder is no checkpoint that can be resumed"
+        remedy = "give a checkpoint-N of this trainer; start from other weights with --pretrained_ip_adapter_path"
+        raise Problem(what, where=str(folder), remedy=remedy)
+    if not is_whole(folder):
+        raise Problem("the checkpoint is damaged", where=str(folder), remedy="resume from an older one, or from latest")
+
+
+def read_settings(folder: Path) -> tuple[int, dict[str, Any]]:
+    """Step, and what a checkpoint remembers of its run but tensors: for a look before anything large is loaded.
 
     Raises:
         Problem: it is no run's.
     """
-    state: dict[str, Any] = _read_state(folder)[1]
-    demand_settings(state, folder / STATE)
-    return state
+    step, state = _read_state(folder)
+    demand_settings(step, state, folder / STATE)
+    return step, state
 
 
 def _read_state(folder: Path) -> tuple[Any, Any]:
@@ -155,12 +185,7 @@ def read(folder: Path) -> Saved:
     Raises:
         Problem: no checkpoint there, or one that is damaged, forged or was saved by the published script.
     """
-    if not (folder / MANIFEST).exists():
-        what = "this folder is no checkpoint that can be resumed"
-        remedy = "give a checkpoint-N of this trainer; start from other weights with --pretrained_ip_adapter_path"
-        raise Problem(what, where=str(folder), remedy=remedy)
-    if not (verified(folder) and verified(folder, (WEIGHTS, CARD, TENSORS, STATE))):
-        raise Problem("the checkpoint is damaged", where=str(folder), remedy="resume from an older one, or from latest")
+    demand_whole(folder)
     AdapterCard.read(folder / CARD)  # who is handed this folder reads it
     weights, tensors = read_raw(folder / WEIGHTS).tensors, read_raw(folder / TENSORS).tensors
     step, skeleton = _read_state(folder)

@@ -31,7 +31,9 @@ class ModelConfig(FrozenConfig):
     )
 
     pretrained_ip_adapter_path: str | None = Field(
-        None, description="Adapter file (.bin or .safetensors) or checkpoint to start from; every shape is checked."
+        None,
+        description="Adapter file (.bin or .safetensors) or checkpoint to start from; every shape is checked. "
+        "Not read on resuming.",
     )
     adapter_layers: tuple[str, ...] = Field(
         ("all",),
@@ -122,7 +124,8 @@ class OptimConfig(Part):
     lr_warmup_steps: int | None = Field(
         None,
         ge=0,
-        description="Steps of linear warm-up; needs a schedule that warms up. None: a tenth of the run, 500 at most.",
+        description="Steps of linear warm-up; needs a schedule that warms up. None: a tenth of the run, 500 at most; "
+        "on resuming, as many as before.",
     )
     lr_num_cycles: int = Field(1, ge=1, description="Restarts of cosine_with_restarts.")
     lr_power: float = Field(1.0, gt=0, description="Power of the polynomial schedule.")
@@ -143,10 +146,12 @@ class CheckpointConfig(Part):
         2000, ge=1, description="Optimizer steps between checkpoints; one is always written at the end and on a stop."
     )
     checkpoints_total_limit: int | None = Field(
-        None, ge=1, description="Keep this many; the last good one always stays."
+        None, ge=1, description="Keep this many whole ones; those in set-aside folders are not counted and stay."
     )
     resume_from_checkpoint: Annotated[str | None, alias("resume")] = Field(
-        None, description="'latest' (start afresh if there is none) or the path of a checkpoint-N folder."
+        None,
+        description="'latest' (start afresh if there is none), the path of a checkpoint-N folder, or its name in "
+        "output_dir. Checkpoints there that do not lead to it are set aside, not removed.",
     )
     accept_changed: tuple[str, ...] = Field(
         (),

@@ -60,7 +60,7 @@ class Trainer:
         parameters = [p for p in model.adapter.parameters() if p.requires_grad]
         self.gradients = optim.Gradients(parameters)
         self.optimizer = optim.make_optimizer(parameters, config)
-        self.schedule = optim.make_schedule(self.optimizer, config, plan.total_steps)
+        self.schedule = optim.make_schedule(self.optimizer, config, plan.total_steps, plan.warmup_steps)
         self.ema = optim.make_ema(model.adapter, config)
         self.scaler = torch.amp.GradScaler(
             runtime.device.type, init_scale=FP16_SCALE, enabled=runtime.precision == "fp16"
@@ -75,7 +75,6 @@ class Trainer:
         self.bad_steps = 0  # in a row
         self.stopping = False  # as all processes agreed
         self.accepted: list[str] = []  # differences to the run that was resumed
-        self._metrics_bytes = 0
 
     # state ------------------------------------------------------------------------------------------------------
 
@@ -102,11 +101,11 @@ class Trainer:
         if "spikes" in state:  # not in the first checkpoints
             self.spikes.restore(state["spikes"])
         self.done = self.saved = saved.step
-        self.validated, self._metrics_bytes = state["validated"], state["metrics_bytes"]
+        self.validated = state["validated"]
         optim.wind(self.schedule, self.done)
         say(f"resuming from {folder.name}")
 
-    def _state(self, metrics_bytes: int) -> dict[str, Any]:
+    def _state(self) -> dict[str, Any]:
         state: dict[str, Any] = {
             "config": self.config.model_dump(mode="json"),
             **self.identity.to_json(),
@@ -116,7 +115,7 @@ class Trainer:
             "bad_steps": self.bad_steps,
             "spikes": self.spikes.state(),
             "validated": self.validated,
-            "metrics_bytes": metrics_bytes,
+            "warmup_steps": self.plan.warmup_steps,
         }
         if self.ema:
             live = {key: value.clone() for key, value in self.model.adapter.state_dict().items()}
@@ -132,10 +131,10 @@ class Trainer:
         if self.saved == self.done:
             return
         self._demand_finite()
-        metrics_bytes = track.metrics_bytes()
+        track.flush()  # a checkpoint's metrics are written before it
         if self.runtime.is_main:
             self._tell_of(self.saver.settle)
-            self.saver.start(self._snapshot(metrics_bytes))
+            self.saver.start(self._snapshot())
         self.saved = self.done  # on every process alike
 
     def _demand_finite(self) -> None:
@@ -173,10 +172,10 @@ class Trainer:
         except StorageProblem as problem:
             say(str(problem))
 
-    def _snapshot(self, metrics_bytes: int) -> checkpoint.Snapshot:
+    def _snapshot(self) -> checkpoint.Snapshot:
         base, seen = self.config.pretrained_model_name_or_path, self.done * self.plan.images_per_step
         card = card_of(self.model, base=base, step=self.done, images_seen=seen, loaded_with=loaded_with(self.config))
-        state = self._state(metrics_bytes)  # before the average takes the live weights' place
+        state = self._state()  # before the average takes the live weights' place
         with self.published_weights() as weights:
             return checkpoint.take(self.done, weights, card, state)
 
@@ -190,7 +189,8 @@ class Trainer:
                 self._note(outcome, track)
             try:
                 self._demand_finite()
-                self.saver.start(self._snapshot(track.metrics_bytes()))
+                track.flush()
+                self.saver.start(self._snapshot())
                 self.saver.finish()
                 say(f"saved checkpoint-{self.done} before stopping")
             except (NotFiniteProblem, StorageProblem) as problem:
@@ -211,7 +211,7 @@ class Trainer:
             StorageProblem: the disk refused the last checkpoint.
         """
         self.runtime.accelerator.init_trackers(self.config.tracker_project_name, config=self._tracker_config())
-        track = Track(self.runtime, self.output, self.plan.total_steps, self.done, self._metrics_bytes)
+        track = Track(self.runtime, self.output, self.plan.total_steps, self.done)
         batches = self.source.batches(self.done, stopping.poll)
         with stopping.noted(), self.model.attached(), lean(self.model, self.config):
             try:

@@ -113,8 +113,16 @@ def warmup_steps(config: OptimConfig, total_steps: int) -> int:
     return min(total_steps // 10, MAX_WARMUP_STEPS)
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int) -> Any:
+def make_schedule(
+    optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int, warmup: int | None = None
+) -> Any:
     """diffusers' learning-rate schedule over optimizer steps.
+
+    Args:
+        optimizer: whose rates follow it.
+        config: its shape.
+        total_steps: of the whole run.
+        warmup: steps of linear warm-up; None: as `warmup_steps` says.
 
     Raises:
         Problem: warm-up asked of a schedule that has none.
@@ -127,7 +135,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, total_s
     return get_scheduler(
         config.lr_scheduler,
         optimizer,
-        num_warmup_steps=warmup_steps(config, total_steps),
+        num_warmup_steps=warmup_steps(config, total_steps) if warmup is None else warmup,
         num_training_steps=total_steps,
         num_cycles=config.lr_num_cycles,
         power=config.lr_power,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.nn.packed import packed_weights
+from ip_adapter_trainer.train import optim
 from ip_adapter_trainer.train.config import OptimConfig
+from ip_adapter_trainer.train.restored import length_settings
 
 
 def parameters(*modules: nn.Module) -> int:
@@ -26,6 +30,7 @@ class Plan:
     rows: int
     images_per_step: int
     total_steps: int
+    warmup_steps: int
     weights_bytes: int
     checkpoint_bytes: int
 
@@ -58,8 +63,32 @@ def total_steps(config: OptimConfig, rows: int, images_per_step: int) -> int:
     return config.max_train_steps or math.ceil(config.num_train_epochs * rows / images_per_step)
 
 
-def make_plan(model: Model, config: OptimConfig, rows: int, images_per_step: int) -> Plan:
-    """Derives a run's numbers from its model and settings."""
+def _warmup_steps(config: OptimConfig, steps: int, rows: int, resumed: Mapping[str, Any] | None) -> int:
+    """Steps of linear warm-up: those asked for, else those that the run began with, however long it is now.
+
+    Args:
+        config: of this run.
+        steps: of this run.
+        rows: of this run.
+        resumed: state of the checkpoint that it goes on from; None: it begins.
+
+    Raises:
+        Problem: the state is no run's.
+    """
+    if resumed is None or config.lr_warmup_steps is not None:
+        return optim.warmup_steps(config, steps)
+    known: int | None = resumed.get("warmup_steps")
+    if known is not None:
+        return known
+    begun, sums = length_settings(resumed), resumed.get("row_sums")
+    steps = total_steps(begun, sums["rows"] if sums else rows, resumed["images_per_step"])
+    return optim.warmup_steps(begun, steps)
+
+
+def make_plan(
+    model: Model, config: OptimConfig, rows: int, images_per_step: int, resumed: Mapping[str, Any] | None = None
+) -> Plan:
+    """Derives a run's numbers from its model, its settings and, if it was resumed, the checkpoint's state."""
     pairs = [model.adapter.adapter_modules[str(site.number)] for site in model.adapted]
     trained = {
         "projector": parameters(model.adapter.image_proj_model),
@@ -71,6 +100,6 @@ def make_plan(model: Model, config: OptimConfig, rows: int, images_per_step: int
     moments_bytes = 4 * sum(trained.values()) * (2 / 4 if config.use_8bit_adam else 2)
     copies = 3 if config.use_ema else 1  # published, and with an average also the average and the live weights
     steps = total_steps(config, rows, images_per_step)
-    return Plan(
-        trained, frozen, rows, images_per_step, steps, weights_bytes, int(copies * weights_bytes + moments_bytes)
-    )
+    warmup = _warmup_steps(config, steps, rows, resumed)
+    checkpoint_bytes = int(copies * weights_bytes + moments_bytes)
+    return Plan(trained, frozen, rows, images_per_step, steps, warmup, weights_bytes, checkpoint_bytes)

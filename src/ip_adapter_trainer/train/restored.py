@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.data.fingerprint import SIDE
+from ip_adapter_trainer.train.config import OptimConfig
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")  # AdamW's, and those of its 8-bit form
 _REMEDY = "resume from another checkpoint; train on from these weights with --pretrained_ip_adapter_path"
@@ -47,6 +48,15 @@ class _Settings(BaseModel):
     row_sums: _RowSums | None = None
     models: dict[str, str] = {}
     images_per_step: Annotated[int, Field(gt=0)]
+    warmup_steps: _Count | None = None  # not in the first checkpoints
+
+
+class _Length(BaseModel):
+    """Settings of `OptimConfig`."""
+
+    lr_warmup_steps: _Count | None = None
+    max_train_steps: _Count | None = None
+    num_train_epochs: _Count = 1
 
 
 class _State(_Settings):
@@ -58,16 +68,15 @@ class _State(_Settings):
     scaler: dict[str, Any]
     bad_steps: _Count = 0
     validated: Annotated[int, Field(ge=-1)]
-    metrics_bytes: _Count
 
 
-def demand_settings(state: object, where: Path) -> None:
+def demand_settings(step: object, state: object, where: Path) -> None:
     """Demands that what a state tells of its run is of the kinds that a run writes.
 
     Raises:
         Problem: something is missing or of another kind.
     """
-    _demand(_Settings, state, where)
+    _demand(_Settings, step, state, where)
 
 
 def demand_state(step: object, state: object, where: Path) -> None:
@@ -76,18 +85,32 @@ def demand_state(step: object, state: object, where: Path) -> None:
     Raises:
         Problem: one that is missing or of another kind.
     """
-    _demand(_State, state, where)
-    if type(step) is not int or not 0 <= step < 2**62:
-        raise Problem("the checkpoint's state is no run's: step", where=str(where), remedy=_REMEDY)
+    _demand(_State, step, state, where)
 
 
-def _demand(kind: type[BaseModel], state: object, where: Path) -> None:
+def _demand(kind: type[BaseModel], step: object, state: object, where: Path) -> None:
     try:
         kind.model_validate(state)
     except ValidationError as error:
         first = error.errors()[0]
         what = f"the checkpoint's state is no run's: {'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise Problem(what, where=str(where), remedy=_REMEDY) from error
+    if type(step) is not int or not 0 <= step < 2**62:
+        raise Problem("the checkpoint's state is no run's: step", where=str(where), remedy=_REMEDY)
+
+
+def length_settings(state: Mapping[str, Any]) -> OptimConfig:
+    """The settings in a checkpoint's state that its run's length and warm-up follow from; others at their defaults.
+
+    Raises:
+        Problem: they are no run's.
+    """
+    try:
+        known = _Length.model_validate(state["config"]).model_dump(exclude_unset=True)
+        return OptimConfig(**known)
+    except ValidationError as error:
+        where = ", ".join(_Length.model_fields)
+        raise Problem("the checkpoint's settings are no run's", where=where, remedy=_REMEDY) from error
 
 
 def demand_fits(

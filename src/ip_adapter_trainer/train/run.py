@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from ip_adapter_trainer.adapters import VARIANTS
-from ip_adapter_trainer.core.checkpoints import all_checkpoints, newest, verified
-from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.errors import DataProblem, Problem
 from ip_adapter_trainer.core.launch import Runtime, claim, start
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.signals import StopSignal
@@ -19,14 +18,17 @@ from ip_adapter_trainer.data.manifest import Manifest, read_manifest
 from ip_adapter_trainer.diffusion import NoiseProcess, ObjectiveConfig
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.prepare.frozen import load_frozen
-from ip_adapter_trainer.train import checkpoint, guard
+from ip_adapter_trainer.train import guard
+from ip_adapter_trainer.train.aside import set_aside
 from ip_adapter_trainer.train.config import TrainConfig
 from ip_adapter_trainer.train.encoded import prepared_set
 from ip_adapter_trainer.train.loop import Trainer
 from ip_adapter_trainer.train.marks import marks_of
-from ip_adapter_trainer.train.plan import make_plan
+from ip_adapter_trainer.train.metrics import cut_metrics
+from ip_adapter_trainer.train.plan import make_plan, total_steps
 from ip_adapter_trainer.train.posterior import POSTERIOR_IMAGES, tell_of_posterior
 from ip_adapter_trainer.train.source import Source
+from ip_adapter_trainer.train.starting import StartingPoint, starting_point
 from ip_adapter_trainer.train.step import Step
 
 WriteResolved = Callable[[TrainConfig, Path], Path]
@@ -42,13 +44,19 @@ def build_model(config: TrainConfig, runtime: Runtime) -> Model:
         model = Model(family, encoder, variant, config.part(variant.Config), config.adapter_layers)
     if config.gradient_checkpointing:
         model.checkpoint_activations()
-    if config.pretrained_ip_adapter_path:
-        from ip_adapter_trainer.loading.adapter import read_adapter_into
-
-        read_adapter_into(model, config.pretrained_ip_adapter_path)
-        model.silence_others()
-        say(f"starting from {config.pretrained_ip_adapter_path}")
     return model
+
+
+def _start_from(path: str, model: Model, point: StartingPoint) -> None:
+    """Takes an adapter's weights as the first ones, of a run that has none yet."""
+    if point.folder:
+        say(f"{path} is not read: the weights are those of {point.folder.name}")
+        return
+    from ip_adapter_trainer.loading.adapter import read_adapter_into
+
+    read_adapter_into(model, path)
+    model.silence_others()
+    say(f"starting from {path}")
 
 
 def _demand_compilable(config: TrainConfig, runtime: Runtime) -> None:
@@ -86,41 +94,47 @@ def train(config: TrainConfig, write_resolved: WriteResolved) -> None:
             logging_dir=config.logging_dir,
         ) as runtime,
     ):
-        _demand_own_folder(config)
+        point = _starting_point(config, runtime)
+        manifest = read_manifest(config)
+        if point.folder:
+            _demand_same_run(config, runtime, manifest, point)
+            if _is_over(config, runtime, manifest, point):
+                return
         stopping = Stopping(signal, runtime)
-        trainer = _make_trainer(config, runtime, stopping)
+        trainer = _make_trainer(config, runtime, stopping, manifest, point)
         if config.dry_run:
             return
         claimed = claim(Path(config.output_dir), runtime)
         try:
-            _resume(trainer, config)
-            if runtime.is_main:
-                write_resolved(config, trainer.output)
+            _take_up(trainer, point, write_resolved)
             trainer.run(stopping)
         finally:
             if claimed:
                 claimed.release()
 
 
-def _make_trainer(config: TrainConfig, runtime: Runtime, stopping: Stopping) -> Trainer:
-    manifest = read_manifest(config)
-    _demand_same_run(config, runtime, manifest)
+def _make_trainer(
+    config: TrainConfig, runtime: Runtime, stopping: Stopping, manifest: Manifest, point: StartingPoint
+) -> Trainer:
     model = build_model(config, runtime)
+    if config.pretrained_ip_adapter_path:
+        _start_from(config.pretrained_ip_adapter_path, model, point)
     marks = marks_of(model)
     model.place_encoders(runtime.device)
     prepared = prepared_set(config, runtime, model, manifest, stopping)
     source = Source(config, runtime, manifest, model.encoder.preprocess, prepared)
     pipeline = model.family.pipeline
     process = NoiseProcess(pipeline.scheduler, config.part(ObjectiveConfig))
-    plan = make_plan(model, config, source.rows, source.images_per_step)
+    plan = make_plan(model, config, source.rows, source.images_per_step, point.state)
     say("\n".join(plan.lines()))
     if prepared:
         model.release_encoders(texts=config.prepare_text)
     model.place(runtime.device)  # last: encoders that are let go of need no room beside it
     where = f"{runtime.world} x {runtime.device.type}"
     say(f"on {where}, frozen weights {_precision(config, runtime)}, predicting {process.prediction}")
-    if config.latents == "sample" and not config.dry_run:
-        tell_of_posterior(model, source.fixed(POSTERIOR_IMAGES, config.validation_seed), runtime.device)
+    if config.latents == "sample" and runtime.is_main and not config.dry_run:
+        with suppress(DataProblem):  # training itself tells of rows that cannot be read
+            tell_of_posterior(model, source.fixed(POSTERIOR_IMAGES, config.validation_seed), runtime.device)
     if config.low_memory:
         chosen = {name: getattr(config, name) for name in model.family.small_cards[config.low_memory]}
         say(f"low_memory {config.low_memory}: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
@@ -134,45 +148,54 @@ def _precision(config: TrainConfig, runtime: Runtime) -> str:
     return "fp32" if config.mixed_precision else "fp32 (--mixed_precision bf16 halves them)"
 
 
-def _demand_own_folder(config: TrainConfig) -> None:
-    """Refuses to overwrite a run that was not asked to be resumed, before anything is loaded or written.
-
-    Raises:
-        Problem: the output folder holds checkpoints and no resume was asked for.
-    """
-    if config.resume_from_checkpoint is None and all_checkpoints(Path(config.output_dir)):
-        remedy = "give --resume_from_checkpoint latest to go on, or another --output_dir"
-        raise Problem("the output folder holds another run's checkpoints", where=config.output_dir, remedy=remedy)
+def _starting_point(config: TrainConfig, runtime: Runtime) -> StartingPoint:
+    """The first process looks, so that all begin at the same step."""
+    point = StartingPoint()
+    with runtime.agreed():
+        if runtime.is_main:
+            point = starting_point(config)
+    return runtime.shared(point)
 
 
-def _demand_same_run(config: TrainConfig, runtime: Runtime, manifest: Manifest) -> None:
+def _demand_same_run(config: TrainConfig, runtime: Runtime, manifest: Manifest, point: StartingPoint) -> None:
     """Refuses to resume what these settings and rows do not belong to, before any model is loaded.
 
-    `Trainer.restore` looks again, at the checkpoint whose files are all whole, and at the models.
+    `Trainer.restore` looks again, and at the models.
 
     Raises:
         Problem: settings, rows or images per step differ.
     """
-    asked = config.resume_from_checkpoint
-    has_state = partial(verified, names=[checkpoint.STATE])
-    folders = (
-        reversed(all_checkpoints(Path(config.output_dir))) if asked == "latest" else [Path(asked)] if asked else []
-    )
-    folder = next(filter(has_state, folders), None)
-    if folder is None:
-        return
     images = config.images_per_step(runtime.world)
     identity = guard.Identity(manifest.fingerprint, manifest.where, {}, images, runtime.world)
-    guard.check(checkpoint.read_settings(folder), config, identity, tell=lambda line: None)
+    assert point.state is not None, "it is resumed"
+    guard.check(point.state, config, identity, tell=lambda line: None)
 
 
-def _resume(trainer: Trainer, config: TrainConfig) -> None:
-    """Takes up the checkpoint that was asked for."""
-    asked = config.resume_from_checkpoint
-    if asked is None:
-        return
-    folder = newest(trainer.output, verified) if asked == "latest" else Path(asked)
-    if folder is None:
-        say("nothing to resume: starting afresh")
-        return
-    trainer.restore(folder)
+def _is_over(config: TrainConfig, runtime: Runtime, manifest: Manifest, point: StartingPoint) -> bool:
+    """Whether a resumed run has nothing left to do; that it has nothing left to train is told."""
+    total = total_steps(config, len(manifest.rows), config.images_per_step(runtime.world))
+    if point.step < total:
+        return False
+    way = f"give --max_train_steps above {point.step} to go on"
+    say(f"nothing left to train: {point.folder} is at step {point.step}, and the run has {total} steps; {way}")
+    validates = point.lacks_validation and bool(config.num_validation_images or config.grid_rows)
+    return not (validates or config.dry_run)
+
+
+def _take_up(trainer: Trainer, point: StartingPoint, write_resolved: WriteResolved) -> None:
+    """Restores what is resumed; then, if there is something left to train, sees to the folder that it goes on in.
+
+    Nothing is changed before every process has read the checkpoint and found it to be its own.
+    """
+    runtime, output = trainer.runtime, trainer.output
+    with runtime.agreed():
+        if runtime.is_main:
+            point.demand_unchanged(output)
+        if point.folder:
+            trainer.restore(point.folder)
+    with runtime.agreed():
+        if runtime.is_main:
+            if trainer.done < trainer.plan.total_steps:
+                set_aside(output, point.folder, trainer.done)
+                write_resolved(trainer.config, output)
+            cut_metrics(output, trainer.done if point.is_own else -1, trainer.validated)

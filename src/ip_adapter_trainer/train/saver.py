@@ -29,7 +29,7 @@ class Saver:
 
     Args:
         output: the run's folder.
-        keep: checkpoints that stay; None: all.
+        keep: whole checkpoints that stay; None: all.
     """
 
     def __init__(self, output: Path, keep: int | None) -> None:
@@ -94,5 +94,4 @@ class Saver:
         self._under_way = self._pool.submit(self._write, snapshot)
 
     def _write(self, snapshot: checkpoint.Snapshot) -> None:
-        checkpoint.write(self._output, snapshot)
-        checkpoint.prune(self._output, self._keep)
+        checkpoint.prune(checkpoint.write(self._output, snapshot), self._keep)

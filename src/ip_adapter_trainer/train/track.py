@@ -1,7 +1,7 @@
 """Where numbers go: metrics.jsonl always, any accelerate tracker by name, a progress bar for people.
 
-metrics.jsonl holds only what the training determines, so that a resumed run ends with the same bytes; speeds go to
-the tracker and the bar.
+metrics.jsonl holds only what the training determines, so that a resumed run ends with the same bytes (`train.metrics`);
+speeds go to the tracker and the bar.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ip_adapter_trainer.core.launch import Runtime
 from ip_adapter_trainer.core.lines import Lines
+from ip_adapter_trainer.train.metrics import METRICS
 from ip_adapter_trainer.train.trackers import Trackers
 
 
@@ -48,16 +49,14 @@ class Stopwatch:
 class Track:
     """Reports of one run; only the main process writes."""
 
-    def __init__(self, runtime: Runtime, folder: Path, total_steps: int, first_step: int, metrics_bytes: int) -> None:
-        self._runtime, self._lines = runtime, Lines(folder / "metrics.jsonl")
+    def __init__(self, runtime: Runtime, folder: Path, total_steps: int, first_step: int) -> None:
+        self._runtime, self._lines = runtime, Lines(folder / METRICS)
         self._trackers = Trackers(runtime.accelerator)
         self._pending: list[tuple[int, dict[str, float]]] = []
         self.stopwatch = Stopwatch()
         self._bar: Any = tqdm(
             total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not runtime.is_main
         )
-        if runtime.is_main:
-            self._lines.cut(metrics_bytes)  # what a killed run wrote after its last checkpoint is written again
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Notes the numbers of one optimizer step."""
@@ -107,7 +106,7 @@ class Track:
         self._trackers.report(lambda tracker: tracker.log(values, step=step))
 
     def metrics_bytes(self) -> int:
-        """Length of metrics.jsonl with everything flushed: what a checkpoint remembers of it."""
+        """Length of metrics.jsonl with everything flushed, for `take_back`."""
         self.flush()
         return self._lines.size_bytes if self._runtime.is_main else 0
 

@@ -27,7 +27,8 @@ from ip_adapter_trainer.train.config import TrainConfig
 
 P = TypeVar("P", bound=Part)
 RESOLVED = "config.yaml"
-_OF_BASE = ("base_config", "revision")  # what tells, beside its name, where a base model lies
+# What tells, beside its name, what a base model is.
+_OF_BASE = ("base_config", "revision", "weights_variant", "pretrained_vae_model_name_or_path")
 
 
 def compose(variant: str, family: str) -> type[TrainConfig]:
@@ -107,7 +108,7 @@ def parse_train(
     base = chosen.get("pretrained_model_name_or_path")
     asks_help = "-h" in flags or "--help" in flags
     _demand_variant(str(chosen["variant"]))  # before the hub is asked for anything
-    where = BaseConfig(**{name: chosen[name] for name in _OF_BASE if name in chosen})
+    where = BaseConfig(**{name: str(chosen[name]) for name in _OF_BASE if chosen.get(name) is not None})
     family = chosen["family"] if asks_help or not base else family_of(str(base), str(chosen["family"]), where)
     kind = compose(str(chosen["variant"]), str(family))
     if known.config:

@@ -28,6 +28,7 @@ from ip_adapter_trainer.core.rng import stream
 from ip_adapter_trainer.core.settings import alias
 from ip_adapter_trainer.core.staging import staged_file, sweep_stages
 from ip_adapter_trainer.core.types import Geometry, TextCondition
+from ip_adapter_trainer.diffusion.schedulers import NoiseConfig
 from ip_adapter_trainer.loading.adapter import build_model, remembered_by
 from ip_adapter_trainer.loading.config import BaseConfig, loaded_with
 
@@ -40,7 +41,7 @@ TOLERANCE = 1e-5  # largest difference over largest output, in fp32
 PROBE_PX = 128  # side of the picture whose latents are denoised: every layer takes part, and it takes seconds
 
 
-class ExportConfig(BaseConfig):
+class ExportConfig(NoiseConfig, BaseConfig):
     """Turn a checkpoint into an adapter file, verified by reloading it."""
 
     source: Annotated[str, tyro.conf.Positional] = Field(
@@ -78,7 +79,7 @@ class Exported:
         if self.is_encoder_mended:
             lines.append(
                 "notice: names of the image encoder's weights carry a wrapper's prefix, for which diffusers and others "
-                "fill it with random numbers; give them a copy without it (docs/formats.md)"
+                "fill it with random numbers; give them a copy without it (docs/base_models.md)"
             )
         return "\n".join(lines)
 

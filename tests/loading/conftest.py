@@ -71,7 +71,13 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(loading_hub, "PATIENCE_S", 2.0)
-        loading_hub._asked.cache_clear()
+        forget()
         yield hub
         hub.is_silent = False
-    loading_hub._asked.cache_clear()
+    forget()
+
+
+def forget() -> None:
+    """As a new process, which has asked the hub for nothing yet."""
+    for remembered in (loading_hub._asked, loading_hub._cached, loading_hub._brought):
+        remembered.cache_clear()

@@ -76,6 +76,7 @@ def inpainting(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         ({"in_channels": 9}, r"reads 9 channels \(inpainting\), the latents have 4"),
         ({"in_channels": 8}, r"reads 8 channels \(editing by instructions\)"),
         ({"out_channels": 8}, "predicts 8 channels"),
+        ({"quantization_config": {"load_in_8bit": True}}, "is quantized, as its settings say"),
         ({"class_embed_type": "projection"}, "class_embed_type is 'projection'"),
         ({"encoder_hid_dim_type": "text_image_proj"}, "encoder_hid_dim_type"),
         ({"addition_embed_type": "text_time"}, "addition_embed_type is 'text_time', where None"),
@@ -88,6 +89,17 @@ def test_a_unet_of_another_kind_is_refused_before_weights_are_read(base: Callabl
     change_json(folder / "unet/config.json", **values)
     for part in ("unet", "vae", "text_encoder"):
         weights_of(folder / part).unlink()
+    with pytest.raises(Problem, match=told):
+        load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("values", "told"), [({"in_channels": 1}, "in_channels 1"), ({"shift_factor": 0.1}, "shift_factor"),
+                         ({"scaling_factor": None}, "scaling_factor is None")]
+)  # fmt: skip
+def test_a_vae_of_another_kind_is_refused(base: Callable, values: dict, told: str) -> None:
+    folder = base("sd1")
+    change_json(folder / "vae/config.json", **values)
     with pytest.raises(Problem, match=told):
         load(str(folder))
 
@@ -135,7 +147,7 @@ def test_a_folder_of_one_variant_is_taken(base: Callable, capsys: pytest.Capture
     folder = base("sd1")
     halved(folder, "fp16", "unet", "vae", "text_encoder")
     found = load(str(folder)).denoiser
-    assert "the base model has vae, unet, text_encoder as fp16 only (*.fp16.safetensors)" in capsys.readouterr().err
+    assert "the base model has vae as fp16, unet as fp16, text_encoder as fp16 only" in capsys.readouterr().err
     half = load_file(weights_of(folder / "unet"))
     assert found.dtype == torch.float32 and all(torch.equal(found.state_dict()[k], v.float()) for k, v in half.items())
     load(str(folder), BaseConfig(weights_variant="fp16"))

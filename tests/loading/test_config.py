@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,13 +46,15 @@ def test_only_what_is_not_the_default_is_remembered() -> None:
 
 
 def test_frozen_models_are_loaded_as_the_adapter_remembers_and_flags_go_first(
-    adapter: Callable, base_folder: Callable
+    adapter: Callable, base_folder: Callable, tmp_path: Path
 ) -> None:
     file = adapter(clip_skip=2, prediction_type="v_prediction", unknown="x")
     found = load(file)
     assert found.clip_skip == 2 and found.pipeline.scheduler.config.prediction_type == "v_prediction"
     assert load(file, clip_skip=3, prediction_type="sample").clip_skip == 3
-    other = load(file, base=str(base_folder("sd1")))
+    same = load(file, base=str(base_folder("sd1")) + "/")
+    assert same.pipeline.scheduler.config.prediction_type == "v_prediction", "named again, it is the same one"
+    other = load(file, base=str(shutil.copytree(base_folder("sd1"), tmp_path / "other")))
     assert other.clip_skip == 2 and other.pipeline.scheduler.config.prediction_type == "epsilon", "of the other base"
 
 

@@ -23,12 +23,15 @@ from ip_adapter_trainer.loading.base import family_of, load_base
 from ip_adapter_trainer.loading.config import BaseConfig
 from ip_adapter_trainer.loading.encoder import load_encoder
 from tests.hub import Hub
-from tests.loading.conftest import weights_of
+from tests.ldm import one_file
+from tests.loading.conftest import forget, weights_of
 
 load = partial(load_base, dtype=torch.float32, device="cpu")
 
 
-@pytest.mark.parametrize("name", ["/no/where", "./here", "~/there", "bare", "a/b/c", "models/x", "with space/name"])
+@pytest.mark.parametrize(
+    "name", ["/no/where", "~nobody/x", "n" * 300, "./here", "~/there", "bare", "a/b/c", "models/x", "with space/name"]
+)
 def test_a_path_that_does_not_exist_is_told_at_once(
     hub: Hub, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,7 +117,11 @@ def test_an_encoder_lies_in_a_folder_of_a_repository(hub: Hub, encoder: Path, tm
 def test_refusals_of_the_hub_are_told_apart(hub: Hub, base_folder: Callable) -> None:
     hub.add("owner/gated", base_folder("sd1"))
     hub.gated.add("owner/gated")
+    (checkpoint := base_folder("sd1").parent / "only-a-checkpoint").mkdir(exist_ok=True)
+    (checkpoint / "merge.safetensors").write_bytes(b"x")
+    hub.add("owner/checkpoint", checkpoint)
     for name, told, remedy in (
+        ("owner/checkpoint", "has nothing that is read here", "download one of its files and give that: merge.safet"),
         ("owner/none", "no folder owner/none here, and the hub has no owner/none", "check the name"),
         (
             "runwayml/stable-diffusion-v1-5",
@@ -134,7 +141,7 @@ def test_a_hub_that_cannot_be_asked_is_told_and_its_copies_are_used(
 ) -> None:
     hub.add("owner/base", base_folder("sd1"))
     load("owner/base")
-    loading_hub._asked.cache_clear()
+    forget()
     hub.is_silent = True
     load("owner/base")
     assert "the hub cannot be asked about owner/base: taking the copy" in capsys.readouterr().err
@@ -143,7 +150,7 @@ def test_a_hub_that_cannot_be_asked_is_told_and_its_copies_are_used(
     ):
         load("owner/other")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    loading_hub._asked.cache_clear()
+    forget()
     load("owner/base")
     with pytest.raises(Problem, match="not to be asked"):
         load("owner/other")
@@ -152,7 +159,7 @@ def test_a_hub_that_cannot_be_asked_is_told_and_its_copies_are_used(
 def test_a_half_brought_copy_is_not_taken_for_whole(hub: Hub, base_folder: Callable) -> None:
     hub.add("owner/base", base_folder("sd1"))
     assert family_of("owner/base") == "sd", "this brings settings only"
-    loading_hub._asked.cache_clear()
+    forget()
     hub.is_silent = True
     with pytest.raises(Problem, match=r"no weights in \.safetensors files"):
         load("owner/base")
@@ -179,11 +186,12 @@ def test_a_folder_that_is_no_pipeline_is_told_with_what_is_near(base: Callable, 
         with pytest.raises(Problem, match="cannot read model_index") as refused:
             load(str(wrong))
         assert f"did you mean {folder}?" in refused.value.remedy
-    weights_of(folder / "vae").rename(tmp_path / "unet.safetensors")
+    one_file(folder, tmp_path / "whole.safetensors")
+    weights_of(folder / "vae").rename(tmp_path / "a-vae.safetensors")
     (folder / "model_index.json").unlink()
     with pytest.raises(Problem, match="cannot read model_index") as refused:
         load(str(tmp_path))
-    assert "unet.safetensors" in refused.value.remedy
+    assert f"did you mean {tmp_path / 'whole.safetensors'}?" in refused.value.remedy
     (folder / "model_index.json").write_text("[]")
     with pytest.raises(Problem, match="cannot read the settings"):
         load(str(folder))

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ip_adapter_trainer.cli import RUN, guarded
+from ip_adapter_trainer.config import parse_train
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.loading.base import family_of, load_base
 from ip_adapter_trainer.loading.config import BaseConfig
-from ip_adapter_trainer.loading.hub import _asked
 from tests.hub import Hub
 from tests.ldm import one_file, unet
-from tests.loading.conftest import change_weights
+from tests.loading.conftest import change_weights, forget
 
 load = partial(load_base, dtype=torch.float32, device="cpu")
 
@@ -81,6 +81,11 @@ def test_what_is_no_whole_checkpoint_is_told(checkpoint: Callable, base: Callabl
             load(str(tmp_path / name))
 
 
+def coded(part: str, tensors: dict) -> dict:
+    """The tensors of a part as codes."""
+    return {key: value.to(torch.int8) if part in key else value for key, value in tensors.items()}
+
+
 def test_weights_that_are_missing_or_left_over_are_told(checkpoint: Callable) -> None:
     file, config = checkpoint("sd1")
     good = file.read_bytes()
@@ -94,9 +99,19 @@ def test_weights_that_are_missing_or_left_over_are_told(checkpoint: Callable) ->
         with pytest.raises(Problem, match=told):
             load(str(file), config)
         file.write_bytes(good)
-    change_weights(file, lambda tensors: tensors | {f"{beginning}.9.weight": torch.ones(1)})
-    with pytest.raises(Problem, match="its settings know places for"):
-        load(str(file), config)
+    for name in (f"{beginning}.9.weight", "first_stage_model.encoder.down.9.weight"):
+        change_weights(file, lambda tensors, name=name: tensors | {name: torch.ones(1)})
+        with pytest.raises(Problem, match="its settings know places for"):
+            load(str(file), config)
+        file.write_bytes(good)
+    for name in ("model_ema.decay", "first_stage_model.loss.logvar", "alphas_cumprod"):
+        change_weights(file, lambda tensors, name=name: tensors | {name: torch.ones(1)})
+    load(str(file), config)
+    for part in ("diffusion_model", "first_stage", "cond_stage"):
+        file.write_bytes(good)
+        change_weights(file, partial(coded, part))
+        with pytest.raises(Problem, match="is quantized"):
+            load(str(file), config)
 
 
 def test_a_vae_may_lie_beside_the_file(checkpoint: Callable, base_folder: Callable) -> None:
@@ -104,6 +119,9 @@ def test_a_vae_may_lie_beside_the_file(checkpoint: Callable, base_folder: Callab
     change_weights(file, lambda t: {k: v for k, v in t.items() if not k.startswith("first_stage_model.")})
     vae = {"pretrained_vae_model_name_or_path": str(base_folder("sd1") / "vae")}
     assert load(str(file), config.model_copy(update=vae)).autoencoder is not None
+    flags = {"pretrained_model_name_or_path": file, "base_config": config.base_config, "data_json_file": "d"} | vae
+    asked = [f"--{name}={value}" for name, value in flags.items()]
+    assert parse_train([*asked, "--image_encoder_path=e"]).base_config == config.base_config
 
 
 @pytest.mark.parametrize(
@@ -113,6 +131,7 @@ def test_a_vae_may_lie_beside_the_file(checkpoint: Callable, base_folder: Callab
         ({"v_pred": torch.ones(0)}, {}, "v_prediction", False),
         ({"v_pred": torch.ones(0), "ztsnr": torch.ones(0)}, {}, "v_prediction", True),
         ({}, {"modelspec.prediction_type": "v"}, "v_prediction", False),
+        ({}, {"modelspec.prediction_type": "epsilon"}, "epsilon", False),
     ],
 )
 def test_a_checkpoint_is_believed_what_it_says_of_its_noise(
@@ -143,10 +162,11 @@ def test_noise_that_is_not_known_is_refused(checkpoint: Callable, hub: Hub) -> N
 
 def test_settings_come_from_the_hub_where_none_are_named(checkpoint: Callable, hub: Hub) -> None:
     file, config = checkpoint("sd1")
-    with pytest.raises(Problem, match="settings of the base model: no folder stable-diffusion-v1-5"):
+    with pytest.raises(Problem, match="settings of the base model: no folder stable-diffusion-v1-5") as refused:
         load(str(file))
+    assert "--base_config" in refused.value.remedy
     hub.add("stable-diffusion-v1-5/stable-diffusion-v1-5", Path(str(config.base_config)))
-    _asked.cache_clear()
+    forget()
     assert load(str(file)).name == "sd"
 
 

@@ -20,6 +20,7 @@ from ip_adapter_trainer.encoders import FEATURES
 from ip_adapter_trainer.loading.base import load_base
 from ip_adapter_trainer.loading.config import BaseConfig
 from ip_adapter_trainer.loading.encoder import load_encoder, load_scorer
+from ip_adapter_trainer.pocket import models
 from tests.loading.conftest import Change, change_json, change_weights, weights_of
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "encoder", "scorer")
@@ -148,14 +149,20 @@ def test_what_penultimate_features_do_not_read_need_not_be_there(
     load = partial(load_encoder, str(encoder), dtype=torch.float32)
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     whole = load(kinds=FEATURES).encode(pixels, "penultimate")
-    for name in ("visual_projection.weight", "post_layernorm.weight", "layers.2.mlp.fc1.weight"):
+    with_layer_too_many = encoder / "config.json"
+    good = with_layer_too_many.read_text()
+    change_json(with_layer_too_many, num_hidden_layers=4)
+    with pytest.raises(Problem, match="lacks 16 of"):
+        load(kinds=("penultimate",))
+    with_layer_too_many.write_text(good)
+    for name in ("visual_projection.weight", "post_layernorm.weight", "post_layernorm.bias", "layers.2.mlp.fc1.weight"):
         change_weights(weights_of(encoder), without(name))
         found = load(kinds=("penultimate",))
         assert torch.equal(found.encode(pixels, "penultimate"), whole)
         again = load(kinds=("penultimate",)).model.state_dict()
         assert all(torch.equal(value, again[key]) for key, value in found.model.state_dict().items()), "made up anew"
     assert "which nothing reads here" in capsys.readouterr().err
-    with pytest.raises(Problem, match="lacks 3 of"):
+    with pytest.raises(Problem, match="lacks 4 of"):
         load(kinds=FEATURES)
     change_weights(weights_of(encoder), without("layers.1.mlp.fc1.weight"))
     with pytest.raises(Problem, match="lacks 1 of"):
@@ -242,7 +249,7 @@ def short(folder: Path) -> None:
         (without_merges, "its merges are missing"),
         (as_vocabulary, "cannot load the base model's tokenizer"),
         (short, "words, the text encoder"),
-        (lambda folder: (folder / "tokenizer_config.json").unlink(), "reads texts of any number of tokens"),
+        (lambda folder: (folder / "tokenizer_config.json").unlink(), "its tokenizer_config.json is missing"),
         (lambda folder: change_json(folder / "tokenizer_config.json", model_max_length=77), "of 77 tokens"),
         (lambda folder: folder.rename(folder.with_name("elsewhere")), "no such folder"),
         (lambda folder: change_json(folder.parent / "text_encoder/config.json", vocab_size=900), "words, the text enc"),
@@ -259,6 +266,11 @@ def test_a_tokenizer_without_its_words_is_refused(base: Callable, damage: Callab
 def test_the_scorers_tokenizer_is_whole_too(scorer: Path) -> None:
     without_merges(scorer)
     with pytest.raises(Problem, match="its merges are missing"):
+        load_scorer(str(scorer))
+    models.tokenizer().save_pretrained(scorer)
+    load_scorer(str(scorer))
+    change_json(scorer / "preprocessor_config.json", crop_size={"height": 16, "width": 16})
+    with pytest.raises(Problem, match="takes images of 32 px, its preprocessor makes 16 x 16"):
         load_scorer(str(scorer))
     (scorer / "preprocessor_config.json").unlink()
     with pytest.raises(Problem, match="CLIP model that scores"):

@@ -8,7 +8,7 @@ noise which its base model never saw learns nothing, and no error would tell.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -34,7 +34,9 @@ _HARMLESS: Mapping[str, tuple[object, ...]] = {
     "shift": (1.0,),  # flow matching
     "use_dynamic_shifting": (False,),  # flow matching
     "predict_epsilon": (True,),  # from before `prediction_type`
+    "rescale_betas_zero_snr": (True, False),
 }
+_FLOW = ("flow_prediction", "flow")
 _REMEDY = (
     "take a base model whose scheduler is DDPM, DDIM, PNDM, Euler or one of their kind; if this one was trained with "
     "their noise, correct its scheduler/scheduler_config.json and model_index.json"
@@ -46,7 +48,7 @@ class NoiseConfig(Part):
 
     resume = Resume(must_match="prediction_type rescale_betas_zero_snr")
 
-    prediction_type: str = Field(
+    prediction_type: Literal["auto", "epsilon", "v_prediction", "sample"] = Field(
         "auto", description="epsilon, v_prediction or sample; auto: as the base model's scheduler says."
     )
     rescale_betas_zero_snr: bool = Field(
@@ -93,10 +95,15 @@ def make_scheduler(kind: str, config: Mapping[str, Any], overrides: Mapping[str,
 
 
 def _demand_known(kind: str, config: Mapping[str, Any], where: str) -> None:
-    for name in dict.fromkeys((kind, config.get("_class_name") or kind)):
+    said = config.get("_class_name") or kind
+    for name in dict.fromkeys((kind, *(said if isinstance(said, list) else [said]))):
         if name not in KNOWN:
             what = f"the base model's scheduler is {name}{_noise_of(str(name))}, which is not trained here"
             raise Problem(what, where=where, remedy=_REMEDY)
+    if config.get("prediction_type") in _FLOW:
+        what = f"the base model's scheduler has prediction_type {config['prediction_type']} (flow matching)"
+        what += ", which is not trained here"
+        raise Problem(what, where=where, remedy=_REMEDY)
     for key, harmless in _HARMLESS.items():
         value = config.get(key)
         if value is not None and value not in harmless:
@@ -110,8 +117,8 @@ def _noise_of(name: str) -> str:
 
 
 def _demand_betas(betas: Any) -> None:
-    if not bool(((betas >= 0) & (betas <= 1)).all()):
-        raise ValueError("betas outside of 0 to 1")
+    if not len(betas) or not bool(((betas >= 0) & (betas <= 1)).all()):
+        raise ValueError("no betas, or some outside of 0 to 1")
 
 
 def _demand_prediction(config: Any, settings: Mapping[str, Any], where: str) -> None:

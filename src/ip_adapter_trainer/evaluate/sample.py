@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.rng import key, stream
 from ip_adapter_trainer.core.stopping import Poll, no_poll
 from ip_adapter_trainer.evaluate.config import Scheduler
@@ -157,6 +159,9 @@ def _scheduler(pipeline: Any, name: Scheduler) -> Iterator[None]:
 
     own = pipeline.scheduler
     kind = type(own) if name == "auto" else getattr(diffusers, _SCHEDULERS[name])
+    if own.config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in signature(kind.__init__).parameters:
+        what = f"the base model's own {kind.__name__} cannot draw down to a terminal SNR of zero"
+        raise Problem(what, where="--scheduler", remedy="take --scheduler ddim, euler or dpm++")
     pipeline.scheduler = kind.from_config(own.config)
     try:
         yield

@@ -38,6 +38,12 @@ def demand_unet(settings: Settings, addition: str | None, where: str) -> None:
 
 
 def _channels(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> str:
+    for name, wanted in (("in_channels", 3), ("shift_factor", None)):
+        found = vae.get(name, wanted)
+        if found != wanted:
+            return f"this VAE has {name} {found!r}, where {wanted!r} is needed"
+    if not isinstance(vae.get("scaling_factor", 0.18215), (int, float)):
+        return f"this VAE's scaling_factor is {vae['scaling_factor']!r}, and a number is needed"
     read, made, latent = unet.get("in_channels", 4), unet.get("out_channels", 4), vae.get("latent_channels", 4)
     if read != latent:
         return f"this UNet reads {read} channels{_KINDS.get(str(read), '')}, the latents have {latent}"

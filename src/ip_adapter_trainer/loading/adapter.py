@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +75,18 @@ def build_model(
 
 def remembered_by(file: AdapterFile, base: str | None, image_encoder: str | None) -> dict[str, Any]:
     """Return how an adapter's card says that its frozen models are loaded, but for models that others replace."""
-    remembered = dict(file.card.loaded_with) if file.card else {}
-    if base:
-        remembered = {name: value for name, value in remembered.items() if name not in _OF_BASE}
-    if image_encoder:
-        remembered.pop("image_encoder_subfolder", None)
-    return remembered
+    card = file.card
+    if card is None:
+        return {}
+    forgotten = set(_OF_BASE) if base and not _is_same(base, card.pretrained_model_name_or_path) else set()
+    if image_encoder and not _is_same(image_encoder, card.image_encoder_path):
+        forgotten.add("image_encoder_subfolder")
+    return {name: value for name, value in card.loaded_with.items() if name not in forgotten}
+
+
+def _is_same(name: str, other: str) -> bool:
+    """Return whether two names mean the same model, as far as their paths tell."""
+    return os.path.realpath(name) == os.path.realpath(other)
 
 
 def read_adapter_into(model: Model, path: str | Path) -> AdapterFile:
@@ -138,7 +145,9 @@ def _unnamed(part: str, flag: str, file: AdapterFile) -> Problem:
 
 
 def _moved(problem: Problem, flag: str, file: AdapterFile) -> Problem:
-    """The same problem, of a path that the user never gave."""
+    """The same problem, of a path that the user never gave; one of a flag that was given stays as it is."""
+    if problem.where.startswith("--"):
+        return problem
     remedy = f"{problem.remedy}; or give another with {flag}" if problem.remedy else f"give another with {flag}"
     return Problem(problem.what, where=f"{problem.where}, named by {file.path}", remedy=remedy)
 

@@ -52,7 +52,7 @@ def load_base(
         config: which files of it, and how texts are encoded.
         family: its family; auto: as it says itself.
         own: settings of the family's own.
-        noise: scheduler settings that the user overrules; None: the command draws no noise.
+        noise: scheduler settings that the user overrules.
         dtype: of the weights.
         device: where the parts are kept.
         parts: which to load; what needs another part must not be asked then.
@@ -70,7 +70,7 @@ def load_base(
     own_names = [component for component in names if component != "vae" or not other_vae]
     modules = [component for component in own_names if not component.startswith("tokenizer")]
     base.demand_classes({component: entry.classes[component] for component in own_names})
-    loaded: dict[str, Any] = {"scheduler": base.scheduler(noise)}
+    loaded: dict[str, Any] = {"scheduler": base.scheduler(noise or {})}
     settings = {component: base.settings(component) for component in modules}
     if other_vae:
         loaded["vae"] = load_vae(config, base.folder, dtype)

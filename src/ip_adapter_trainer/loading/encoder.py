@@ -7,13 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from ip_adapter_trainer.core.errors import Problem, told_as_not_loaded
+from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.encoders import ClipImageEncoder, FeatureKind
 from ip_adapter_trainer.loading.config import BaseConfig
-from ip_adapter_trainer.loading.hub import find, is_local
+from ip_adapter_trainer.loading.hub import find, here, is_local
 from ip_adapter_trainer.loading.text import load_tokenizer
-from ip_adapter_trainer.loading.weights import SPARE, is_wrapped, load_module, read_config, wanted_weights, weights_in
+from ip_adapter_trainer.loading.weights import (
+    SPARE,
+    Weights,
+    is_wrapped,
+    load_module,
+    names_of,
+    read_config,
+    wanted_weights,
+    weights_in,
+)
 
 _PART = "the image encoder"
 _SCORER = "the CLIP model that scores"
@@ -53,8 +64,10 @@ def load_encoder(
     folder = _folder_of(name, config)
     settings = read_config(folder, _PART)
     _demand_clip(settings, str(folder))
-    unread = None if "image_embeds" in kinds else _unread(settings)
     files = weights_in(folder, config.weights_variant, _PART)
+    if files.variant not in (None, config.weights_variant):
+        say(f"{_PART} has {files.variant} weights only (*.{files.variant}.safetensors): taking those")
+    unread = None if "image_embeds" in kinds else _unread(settings, files)
     try:
         model = load_module(CLIPVisionModelWithProjection, files, _PART, dtype=dtype, spare=_SPARE, unread=unread)
     except Problem as problem:
@@ -86,7 +99,7 @@ def _folder_of(name: str, config: BaseConfig) -> Path:
         weights = wanted_weights(listed, found, config.weights_variant, _PART, name)
         return [_within(found, _CONFIG), *weights]
 
-    path = find(repository, _PART, wanted)
+    path = find(repository, _PART, wanted, given=name)
     if path.is_file():
         what, remedy = (
             "an image encoder is a folder, and this is a file",
@@ -100,14 +113,26 @@ def _folder_of(name: str, config: BaseConfig) -> Path:
         raise Problem(
             f"{_PART} is in open_clip's own layout", where=str(path), remedy=f"take transformers' form: {_REMEDY}"
         )
-    found = [*path.glob(f"*/{_CONFIG}"), *path.glob(f"*/*/{_CONFIG}")]
-    raise _without_settings(name, [file.parent.relative_to(path).as_posix() for file in found])
+    found = [file.parent for file in (*path.glob(f"*/{_CONFIG}"), *path.glob(f"*/*/{_CONFIG}"))]
+    raise _without_settings(name, [folder.relative_to(path).as_posix() for folder in found if _is_clip(folder)])
+
+
+def _is_clip(folder: Path) -> bool:
+    try:
+        return read_config(folder, _PART).get("model_type") in _KINDS
+    except Problem:
+        return False
 
 
 def _without_settings(name: str, others: Sequence[str]) -> Problem:
     what = f"{_PART} has no {_CONFIG}, the settings without which nothing can be loaded"
-    named = f"name the folder with --image_encoder_subfolder: {' or '.join(sorted(others)[:3])}"
+    named = f"name the folder with --image_encoder_subfolder: {' or '.join(sorted(others, key=_likeness)[:3])}"
     return Problem(what, where=name, remedy=named if others else _REMEDY)
+
+
+def _likeness(folder: str) -> tuple[bool, str]:
+    """Return what folders are sorted by: those that are called so first."""
+    return "image_encoder" not in folder, folder
 
 
 def _within(folder: str, file: str) -> str:
@@ -116,8 +141,9 @@ def _within(folder: str, file: str) -> str:
 
 def _split(name: str, inner: str | None) -> tuple[str, str | None]:
     """Return a folder or hub id and what lies within it: `owner/name/a/b` is the folder a/b of a repository."""
+    inner = inner.strip("/") if inner else inner
     first, *rest = name.rstrip("/").split("/")
-    is_path = Path(name).expanduser().exists() or len(rest) < 2 or is_local(f"{first}/{rest[0]}")
+    is_path = here(name, _PART) is not None or len(rest) < 2 or is_local(f"{first}/{rest[0]}")
     if is_path:
         return name, inner
     return f"{first}/{rest[0]}", "/".join([*rest[1:], *([inner] if inner else [])])
@@ -132,11 +158,17 @@ def _demand_clip(settings: dict[str, Any], where: str) -> None:
         )
 
 
-def _unread(settings: dict[str, Any]) -> str:
-    """Return the pattern of weights that penultimate features do not read."""
+def _unread(settings: dict[str, Any], files: Weights) -> str:
+    """Return the pattern of weights that penultimate features do not read.
+
+    The last layer may be left out only together with the norm after it: otherwise config.json has a layer too many.
+    """
+    unread = ["visual_projection", r"vision_model\.post_layernorm"]
     vision = settings.get("vision_config") or settings
-    last = int(vision.get("num_hidden_layers", 12)) - 1
-    return rf"^(visual_projection|vision_model\.(post_layernorm|encoder\.layers\.{last}))\."
+    layers = vision.get("num_hidden_layers", 12) if isinstance(vision, dict) else None
+    if isinstance(layers, int) and not any("post_layernorm" in name for name in names_of(files, _PART)):
+        unread.append(rf"vision_model\.encoder\.layers\.{layers - 1}")
+    return rf"^({'|'.join(unread)})\."
 
 
 def load_scorer(name: str) -> tuple[Any, Any, Any]:
@@ -164,4 +196,18 @@ def load_scorer(name: str) -> tuple[Any, Any, Any]:
         what = f"{_SCORER} is a {settings['model_type']}, and a CLIPModel with both halves is needed"
         raise Problem(what, where=name, remedy=remedy)
     model = load_module(CLIPModel, weights_in(folder, None, _SCORER), _SCORER, dtype=torch.float32)
+    _demand_size(processor, int(model.config.vision_config.image_size), name)
     return model, load_tokenizer(folder, model.config.text_config.to_dict(), f"{_SCORER}: its tokenizer"), processor
+
+
+def _demand_size(processor: Any, side_px: int, name: str) -> None:
+    """Demands preprocessing to the side that a model takes.
+
+    Raises:
+        Problem: it makes images of another size.
+    """
+    blank = Image.new("RGB", (side_px, side_px + 8))
+    found = processor(images=[blank], return_tensors="pt")["pixel_values"].shape[-2:]
+    if tuple(found) != (side_px, side_px):
+        what = f"{_SCORER} takes images of {side_px} px, its preprocessor makes {found[0]} x {found[1]}"
+        raise Problem(what, where=f"{name}/preprocessor_config.json", remedy="copy or download the folder again")

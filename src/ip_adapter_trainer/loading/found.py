@@ -13,12 +13,13 @@ from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.diffusion.schedulers import make_scheduler
 from ip_adapter_trainer.families import FAMILIES
 from ip_adapter_trainer.loading.config import BaseConfig
-from ip_adapter_trainer.loading.hub import MOVED, find
+from ip_adapter_trainer.loading.hub import MOVED, find, here
 from ip_adapter_trainer.loading.one_file import OneFile
 from ip_adapter_trainer.loading.weights import Weights, read_config, variants_in, wanted_weights, weights_in
 
 INDEX = "model_index.json"
 _PART = "the base model"
+_TELLING = ("unet", "transformer", "text_encoder", "text_encoder_2")  # parts by which families are told apart
 _SMALL = re.compile(r"(?:[\w-]+/)?[\w.-]+\.(?:json|txt|model)")  # settings and tokenizers
 
 
@@ -52,9 +53,7 @@ class Base:
         if path.is_file():
             file = OneFile.open(path)
             file.demand_whole(has_vae=config.pretrained_vae_model_name_or_path is None)
-            settings = find(
-                config.base_config or _copied(file.settings_repository()), "settings of the base model", _small
-            )
+            settings = _settings_of(file, config)
             return cls(name, config, settings, file, _index(settings, str(settings)))
         return cls(name, config, path, None, _index(path, name))
 
@@ -69,7 +68,9 @@ class Base:
             if entry.matches(self.index):
                 return name
         found = str(self.index.get("_class_name"))
-        raise Problem(f"no family for a {found}", where=self.name, remedy=did_you_mean(found, FAMILIES))
+        parts = [f"{name} {self.class_of(name)}" for name in _TELLING if self.class_of(name)]
+        what = f"no family for a {found}" + (f" with {', '.join(parts)}" if parts else "")
+        raise Problem(what, where=self.name, remedy=f"{did_you_mean(found, FAMILIES)}; a family is told by its parts")
 
     def settings(self, part: str) -> dict[str, Any]:
         """Return the settings of a part.
@@ -86,34 +87,36 @@ class Base:
             Problem: one is null, not there, or something else.
         """
         for name, kinds in classes.items():
-            kind = self._class_of(name)
+            kind = self.class_of(name)
             if kind is None:
-                what, remedy = f"the base model's {name} is null in {INDEX}", "take a base model that has one"
+                state = "null in" if name in self.index else "not in"
+                what, remedy = f"the base model's {name} is {state} {INDEX}", "take a base model that has one"
                 remedy += ", or give one with --pretrained_vae_model_name_or_path" if name == "vae" else ""
                 raise Problem(what, where=self.name, remedy=remedy)
             if kind not in kinds:
                 what = f"the base model's {name} is {kind}, where {kinds[0]} is needed"
                 raise Problem(what, where=self.name, remedy="take a base model of plain SD1.x, SD2.x or SDXL parts")
 
-    def _class_of(self, name: str) -> str | None:
+    def class_of(self, name: str) -> str | None:
+        """Return the class of a part as model_index.json names it; None: null or not there."""
         entry = self.index.get(name)
         return entry[1] if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str) else None
 
-    def scheduler(self, noise: Mapping[str, Any] | None) -> Any:
+    def scheduler(self, noise: Mapping[str, Any]) -> Any:
         """Return the scheduler; what a checkpoint says of itself goes before its settings, and `noise` before both.
 
         Args:
-            noise: settings that the user overrules; None: the command draws no noise.
+            noise: settings that the user overrules.
 
         Raises:
             Problem: another noise process than those that are known.
         """
-        overrides = dict(noise or {})
+        overrides = dict(noise)
         if self.file is not None:
-            is_stated = noise is None or "prediction_type" in noise or self.config.base_config is not None
-            overrides = self.file.noise(is_stated=is_stated) | overrides
+            is_stated = "prediction_type" in noise or self.config.base_config is not None
+            overrides = self.file.noise(overrides, is_stated=is_stated) | overrides
         settings = read_config(self.folder / "scheduler", "the base model's scheduler", "scheduler_config.json")
-        return make_scheduler(str(self._class_of("scheduler")), settings, overrides, self.name)
+        return make_scheduler(str(self.class_of("scheduler")), settings, overrides, self.name)
 
     def weights(self, parts: Sequence[str]) -> dict[str, Weights]:
         """Return the weight files of parts, downloaded if need be, in one variant each; a line tells of odd ones.
@@ -133,8 +136,8 @@ class Base:
         files = {part: weights_in(self.folder / part, asked, f"the base model's {part}") for part in parts}
         odd = {part: weights.variant for part, weights in files.items() if weights.variant not in (None, asked)}
         if odd:
-            variants = " and ".join(sorted(map(str, set(odd.values()))))
-            say(f"the base model has {', '.join(odd)} as {variants} only (*.{variants}.safetensors): taking those")
+            parts = ", ".join(f"{part} as {variant}" for part, variant in odd.items())
+            say(f"the base model has {parts} only (*.VARIANT.safetensors), and no plain weights of those: taking them")
         return files
 
     def _demand_variant(self, asked: str | None, parts: Sequence[str]) -> None:
@@ -143,7 +146,7 @@ class Base:
         known = variants_in(names)
         if asked and asked not in known:
             others = [str(variant) for variant in known if variant]
-            remedy = did_you_mean(asked, others) if others else "leave it out: there are plain weights only"
+            remedy = did_you_mean(asked, others) if others else "leave --weights_variant out"
             raise Problem(f"the base model has no weights *.{asked}.safetensors", where=self.name, remedy=remedy)
 
 
@@ -153,7 +156,7 @@ def _demand_flags(name: str, path: Path, config: BaseConfig) -> None:
     Raises:
         Problem: a flag would do nothing.
     """
-    is_here = Path(name).expanduser().exists()
+    is_here = here(name, _PART) is not None
     for flag, value, is_meant, of in (
         ("--base_config", config.base_config, path.is_file(), "a checkpoint in one file"),
         ("--weights_variant", config.weights_variant, path.is_dir(), "a folder or hub id"),
@@ -163,9 +166,25 @@ def _demand_flags(name: str, path: Path, config: BaseConfig) -> None:
             raise Problem(f"{flag} is for a base model that is {of}", where=name, remedy=f"leave {flag} out")
 
 
-def _copied(repository: str) -> str:
-    """Return the hub id of a repository, or of its copy where it was taken down."""
-    return MOVED.get(repository, repository)
+def _settings_of(file: OneFile, config: BaseConfig) -> Path:
+    """Return the folder with the settings of a checkpoint in one file.
+
+    Raises:
+        Problem: there is none, or it cannot be had.
+    """
+    what = "settings of the base model"
+    if config.base_config is None:
+        repository = file.settings_repository()
+        try:
+            return find(MOVED.get(repository, repository), what, _small)
+        except Problem as problem:
+            remedy = "give --base_config: a diffusers folder of a model of its kind, whose weights are not read"
+            raise Problem(problem.what, where=problem.where, remedy=remedy) from problem
+    folder = find(config.base_config, what, _small)
+    if not folder.is_dir():
+        remedy = "give a diffusers folder of a model of its kind, or a hub id"
+        raise Problem("--base_config is a folder, and this is a file", where=str(folder), remedy=remedy)
+    return folder
 
 
 def _small(names: Sequence[str]) -> list[str]:
@@ -181,8 +200,16 @@ def _index(folder: Path, given: str) -> dict[str, Any]:
     if (folder / INDEX).is_file():
         return read_config(folder, "the base model", INDEX)
     nearby = [folder.parent, *sorted(entry for entry in folder.iterdir() if entry.is_dir())]
-    found = [path for path in nearby if (path / INDEX).is_file()] + sorted(folder.glob("*.safetensors"))
+    found = [path for path in nearby if (path / INDEX).is_file()]
+    found += [file for file in sorted(folder.glob("*.safetensors")) if _is_checkpoint(file)]
     remedy = (
         f"did you mean {found[0]}?" if found else "give a diffusers pipeline folder, a hub id or a .safetensors file"
     )
     raise Problem(f"cannot read {INDEX} of the base model: there is none", where=given, remedy=remedy)
+
+
+def _is_checkpoint(file: Path) -> bool:
+    try:
+        return OneFile.open(file).has("unet")
+    except Problem:
+        return False

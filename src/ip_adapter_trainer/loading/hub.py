@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 import threading
@@ -26,7 +27,7 @@ MOVED = {
 }
 
 
-def find(name: str, part: str, choose: Choose, revision: str | None = None) -> Path:
+def find(name: str, part: str, choose: Choose, revision: str | None = None, given: str | None = None) -> Path:
     """Return where a model lies on this machine: a folder or file as named, or a hub id's files, downloaded.
 
     A name is local if it exists, is absolute, begins with `.` or `~`, has none or more than one slash, or its first
@@ -37,20 +38,44 @@ def find(name: str, part: str, choose: Choose, revision: str | None = None) -> P
         part: what it is, for messages, as "the base model".
         choose: files that are needed of a hub id.
         revision: branch, tag or commit of a hub id; None: main.
+        given: the name as the user gave it, for messages; None: `name`.
 
     Raises:
         Problem: nothing there, or the hub cannot be reached and has been asked for no copy before.
     """
-    path = Path(name).expanduser()
-    if path.exists():
+    path = here(name, part)
+    if path is not None:
         return path
     repository = name.rstrip("/")
     if "://" in name:
         remedy = "give a hub id owner/name, or download it and give the folder or file"
         raise Problem(f"cannot load {part}: web addresses are not read", where=name, remedy=remedy)
-    if is_local(repository):
-        raise Problem(f"cannot load {part}: no folder {name} here", where=str(path.absolute()), remedy=_nearest(path))
-    return _downloaded(repository, part, choose, revision)
+    if not repository or is_local(repository):
+        full = Path(name).absolute()
+        raise Problem(f"cannot load {part}: no folder {name} here", where=str(full), remedy=_nearest(full))
+    return _downloaded(repository, part, choose, revision, given or name)
+
+
+def here(name: str, part: str) -> Path | None:
+    """Return the folder or file of a name on this machine; None: there is none.
+
+    Raises:
+        Problem: it cannot be looked at.
+    """
+    try:
+        path = Path(name).expanduser()
+        if not name or not path.exists():
+            return None
+        if path.is_dir():
+            next(path.iterdir(), None)  # a folder that cannot be read is told of here
+        return path
+    except RuntimeError:  # of `~somebody`
+        return None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return None
+        what = f"cannot load {part}: {error.strerror}"
+        raise Problem(what, where=name[:200], remedy="give a folder that can be read") from error
 
 
 def is_local(name: str) -> bool:
@@ -60,12 +85,11 @@ def is_local(name: str) -> bool:
     return Path(name.split("/")[0]).is_dir()
 
 
-def _nearest(path: Path) -> str:
+def _nearest(full: Path) -> str:
     """Return a remedy for a path that does not exist: the nearest one that does."""
-    full = path.absolute()
     there = next(parent for parent in full.parents if parent.is_dir())
     missing, *rest = full.relative_to(there).parts
-    names = sorted(entry.name for entry in there.iterdir() if not entry.name.startswith("."))
+    names = sorted(entry.name for entry in there.iterdir() if entry.exists() and not entry.name.startswith("."))
     close = difflib.get_close_matches(missing, names, n=1, cutoff=0.5)
     if not close:
         return f"{there} holds {', '.join(names[:5]) or 'nothing'}{' and others' if len(names) > 5 else ''}"
@@ -74,21 +98,30 @@ def _nearest(path: Path) -> str:
     return f"did you mean {os.path.relpath(whole if whole.exists() else near)}?"
 
 
-def _downloaded(repository: str, part: str, choose: Choose, revision: str | None) -> Path:
+def _downloaded(repository: str, part: str, choose: Choose, revision: str | None, given: str) -> Path:
     """Return the folder of a repository's chosen files; from the cache where the hub cannot be reached."""
-    from huggingface_hub import snapshot_download
-
     answer = _asked(repository, revision)
     if isinstance(answer, Exception):
         cached = _cached(repository, revision)
         if cached is None:
-            raise _refused(answer, repository, part, revision) from answer
+            raise _refused(answer, repository, part, revision, given) from answer
         return cached
-    chosen = list(choose(answer))
+    chosen = frozenset(choose(answer))
+    if not chosen:
+        files = [name for name in answer if name.endswith(".safetensors")]
+        remedy = f"download one of its files and give that: {', '.join(files[:3])}" if files else "give another"
+        what = f"cannot load {part}: the repository has nothing that is read here"
+        raise Problem(what, where=f"{_endpoint()}/{repository}", remedy=remedy)
+    return _brought(repository, part, revision, chosen)
+
+
+@cache
+def _brought(repository: str, part: str, revision: str | None, chosen: frozenset[str]) -> Path:
+    """Return the folder with chosen files of a repository, downloaded."""
+    from huggingface_hub import snapshot_download
+
     try:
-        return Path(
-            snapshot_download(repository, revision=revision, allow_patterns=[_literal(name) for name in chosen])
-        )
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=sorted(map(_literal, chosen))))
     except Exception as error:
         what = f"cannot download {part} from the hub: {first_line(error)}"
         raise Problem(what, where=_endpoint(), remedy="try again: what has arrived is kept") from error
@@ -99,6 +132,7 @@ def _literal(name: str) -> str:
     return re.sub(r"([*?[])", r"[\1]", name)
 
 
+@cache
 def _cached(repository: str, revision: str | None) -> Path | None:
     """Return the folder of an earlier download."""
     from huggingface_hub import snapshot_download
@@ -133,11 +167,11 @@ def _asked(repository: str, revision: str | None) -> tuple[str, ...] | Exception
     return answers[0] if answers else TimeoutError(f"no answer in {PATIENCE_S:.0f} s")
 
 
-def _refused(error: Exception, repository: str, part: str, revision: str | None) -> Problem:
+def _refused(error: Exception, repository: str, part: str, revision: str | None, given: str) -> Problem:
     """Return what the hub's refusal means, and what to do."""
     from huggingface_hub import errors
 
-    nowhere = f"no folder {repository} here, and"
+    nowhere = f"no folder {given} here, and"
     if isinstance(error, errors.GatedRepoError):
         what = f"{repository} is on the hub, but not open to all"
         remedy = "accept its terms on its page, and give your token: hf auth login, or HF_TOKEN"

@@ -6,6 +6,7 @@ passes over what it does not know; here both are told. Settings and tokenizers c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,15 @@ _BEGINNINGS: Mapping[str, tuple[str, ...]] = {
 }
 _WORDS = {"unet": "a UNet", "vae": "a VAE", "text_encoder": "a text encoder", "text_encoder_2": "a second text encoder"}
 _EDM = ("edm_mean", "edm_vpred.sigma_max")  # Playground v2.5, CosXL
+# Of training, beside the weights.
+_BESIDE = r"\.(loss|model_ema)\."
 _OPEN_CLIP = ("cond_stage_model.model.", "conditioner.embedders.1.model.")  # of SD2.x and SDXL
+# Of kohya's metadata.
+_PREDICTIONS = {
+    "v": "v_prediction",
+    "v_prediction": "v_prediction",
+    "epsilon": "epsilon",
+}
 _REMEDY = "take the whole checkpoint, or a diffusers pipeline folder"
 
 
@@ -95,11 +104,12 @@ class OneFile:
         meta = {name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()}
         return str(fetch_diffusers_config(meta)["pretrained_model_name_or_path"])
 
-    def noise(self, *, is_stated: bool) -> dict[str, Any]:
+    def noise(self, overruled: Mapping[str, Any], *, is_stated: bool) -> dict[str, Any]:
         """Return the scheduler settings that the file's own keys tell of; a line says so.
 
         Args:
-            is_stated: a flag or settings of the user's say what is predicted.
+            overruled: settings that the user gave, which go first.
+            is_stated: those, or settings that the user named, say what is predicted.
 
         Raises:
             Problem: another noise process, or none that could be known.
@@ -108,13 +118,19 @@ class OneFile:
             what = f"the checkpoint was trained with EDM's noise (it has {edm[0]}), which is not trained here"
             raise Problem(what, where=str(self.path), remedy="take another base model")
         told: dict[str, Any] = {}
-        if "v_pred" in self.shapes or self.metadata.get("modelspec.prediction_type") == "v":
+        if "v_pred" in self.shapes:
             told["prediction_type"] = "v_prediction"
+        elif (said := self.metadata.get("modelspec.prediction_type")) in _PREDICTIONS:
+            told["prediction_type"] = _PREDICTIONS[str(said)]
         if "ztsnr" in self.shapes:
             told["rescale_betas_zero_snr"] = True
-        if told:
-            say(f"{self.path.name} says of itself: {', '.join(f'{name} {value}' for name, value in told.items())}")
-        elif not is_stated and any(key.startswith(_OPEN_CLIP[0]) for key in self.shapes):
+        if kept := {name: value for name, value in told.items() if name not in overruled}:
+            say(f"{self.path.name} says of itself: {', '.join(f'{name} {value}' for name, value in kept.items())}")
+        elif (
+            "prediction_type" not in told
+            and not is_stated
+            and any(key.startswith(_OPEN_CLIP[0]) for key in self.shapes)
+        ):
             what = "nothing in this SD2.x checkpoint tells what it predicts: noise (512 px models) or v (768 px models)"
             raise Problem(what, where=str(self.path), remedy="give --prediction_type epsilon or v_prediction")
         return told
@@ -137,10 +153,15 @@ class OneFile:
         with told_as_not_loaded(name, where, _REMEDY), safe_open(self.path, "pt") as opened:
             held = {key: opened.get_tensor(key) for key in self.shapes if key.startswith(beginnings)}
         converted = _converted(held, part, read_config(settings, name), name, where)
-        if part == "unet" and len(converted) != len(held):  # one to one, and what is not known is passed over
-            what = f"{name} has {len(held)} weights, of which its settings know places for {len(converted)}"
+        counted = [key for key in held if not re.search(_BESIDE, key)]
+        if part in ("unet", "vae") and len(converted) != len(counted):  # one to one; others are passed over
+            what = f"{name} has {len(counted)} weights, of which its settings know places for {len(converted)}"
             raise Problem(what, where=where, remedy="give the --base_config of a model of its kind")
-        return load_tensors(kind, converted, settings, name, where, dtype=dtype, spare=spare)
+        try:
+            return load_tensors(kind, converted, settings, name, where, dtype=dtype, spare=spare)
+        except Problem as problem:  # weights that lack nothing may still meet settings of another model
+            remedy = f"{problem.remedy}; or give the --base_config of a model of its kind"
+            raise Problem(problem.what, where=problem.where, remedy=remedy) from problem
 
 
 def _converted(
@@ -164,7 +185,8 @@ def _converted(
         else:
             made = convert.convert_ldm_clip_checkpoint(held)
     except KeyError as error:
-        raise Problem(f"{name} lacks {error.args[0]}", where=where, remedy=f"{_REMEDY}: none is made up") from error
+        remedy = f"{_REMEDY}; or give the --base_config of a model of its kind"
+        raise Problem(f"{name} lacks {error.args[0]}", where=where, remedy=remedy) from error
     return made
 
 

@@ -47,9 +47,10 @@ def _fault(tokenizer: Any, words: int, positions: int) -> str:
     found = len(tokenizer)
     if not words * (1 - _SPARE_WORDS) <= found <= words:
         return f"has {found:,} words, the text encoder {words:,}"
+    if tokenizer.model_max_length > 10**6:
+        return "does not say how long texts may be: its tokenizer_config.json is missing or says no model_max_length"
     if tokenizer.model_max_length > positions:
-        told = f"{tokenizer.model_max_length:,}" if tokenizer.model_max_length < 10**6 else "any number of"
-        return f"reads texts of {told} tokens, the text encoder of {positions}"
+        return f"reads texts of {tokenizer.model_max_length:,} tokens, the text encoder of {positions}"
     vocabulary = tokenizer.get_vocab()
     whole = sorted(word for word in vocabulary if re.fullmatch(r"[a-z]{3,}</w>", word))
     sample = whole[:: max(1, len(whole) // _SAMPLE)]

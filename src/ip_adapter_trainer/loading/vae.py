@@ -13,7 +13,15 @@ from ip_adapter_trainer.core.errors import Problem, told_as_not_loaded
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.loading.config import BaseConfig
 from ip_adapter_trainer.loading.hub import find
-from ip_adapter_trainer.loading.weights import load_module, load_tensors, read_config, wanted_weights, weights_in
+from ip_adapter_trainer.loading.weights import (
+    Weights,
+    load_module,
+    load_tensors,
+    names_of,
+    read_config,
+    wanted_weights,
+    weights_in,
+)
 
 _PART = "the VAE"
 _FLAG = "--pretrained_vae_model_name_or_path"
@@ -58,6 +66,7 @@ def _from_file(kind: Any, file: Path, base: Path, dtype: torch.dtype) -> Any:
     if file.suffix != ".safetensors":
         raise Problem(f"{_PART} is read from .safetensors files only", where=str(file), remedy=remedy)
     settings = read_config(base / "vae", "the base model's vae")
+    names_of(Weights(file.parent, None, (file,)), _PART)  # tells of a damaged file
     with told_as_not_loaded(_PART, str(file), remedy):
         tensors = load_file(file)
         if any(".down." in name for name in tensors):
@@ -69,10 +78,8 @@ def tell_of_other_latents(vae: Any, base: Path, config: BaseConfig) -> None:
     """Says so where a VAE scales its latents otherwise than the base model's own: those are another space."""
     if not (base / "vae" / "config.json").is_file():
         return
-    own, other = (
-        read_config(base / "vae", "the base model's vae").get("scaling_factor", 0.18215),
-        vae.config.scaling_factor,
-    )
+    own = read_config(base / "vae", "the base model's vae").get("scaling_factor", 0.18215)
+    other = vae.config.scaling_factor
     if own != other:
         named = config.pretrained_vae_model_name_or_path
-        say(f"WARNING: {named} scales latents by {other:g}, the base model's own VAE by {own:g}: other latents")
+        say(f"WARNING: {named} scales latents by {other}, the base model's own VAE by {own}: other latents")

@@ -71,10 +71,10 @@ def _variant_of(name: str) -> tuple[str | None, bool]:
 
 
 def choose_variant(variants: set[str | None], asked: str | None, part: str, where: str) -> str | None:
-    """Return the variant to load: the one asked for, else the plain one, else the one that there is.
+    """Return the variant to load: the one asked for, else the plain one, else fp16, else the one that there is.
 
     Raises:
-        Problem: several that are not plain, and none was asked for; or no weights in .safetensors at all.
+        Problem: several others, and none was asked for; or no weights in .safetensors at all.
     """
     if asked in variants:
         return asked
@@ -115,13 +115,14 @@ def weights_in(folder: Path, asked: str | None, part: str) -> Weights:
     variant = choose_variant(variants_in(names), asked, part, str(folder))
     infix = f".{variant}" if variant else ""
     for stem in STEMS:
-        index = folder / f"{stem}.safetensors.index{infix}.json"
+        whole, index = folder / f"{stem}{infix}.safetensors", folder / f"{stem}.safetensors.index{infix}.json"
+        # Where both lie there, each library loads what is named here first.
+        if whole.is_file() and (stem == "model" or not index.is_file()):
+            return Weights(folder, variant, (whole,))
         if index.is_file():
             return Weights(folder, variant, _shards(index, part))
-        if (folder / f"{stem}{infix}.safetensors").is_file():
-            return Weights(folder, variant, (folder / f"{stem}{infix}.safetensors",))
-    what = f"{part} has pieces of weights without their index"
-    raise Problem(what, where=str(folder), remedy=f"copy or download the folder again, with its index{infix}.json")
+    what = f"{part} has weights that cannot be used: a link to nothing, or pieces without their index"
+    raise Problem(what, where=str(folder), remedy="copy or download the folder again, links followed")
 
 
 def _shards(index: Path, part: str) -> tuple[Path, ...]:
@@ -152,7 +153,7 @@ def load_module(
     Raises:
         Problem: anything missing, left over or of another shape, or no such module at all.
     """
-    names = _names(weights, part)
+    names = names_of(weights, part)
     if any(_unwrapped(name) != name for name in names):
         tensors = {_unwrapped(key): value for file in weights.files for key, value in load_file(file).items()}
         module = load_tensors(
@@ -195,6 +196,7 @@ def load_tensors(
     Raises:
         Problem: see `load_module`.
     """
+    demand_numbers([name for name, tensor in tensors.items() if not tensor.is_floating_point()], part, where)
     quiet_loading()
     with silent_diffusers(), told_as_not_loaded(part, where, _REMEDY):
         if hasattr(kind, "load_config"):  # diffusers
@@ -231,7 +233,7 @@ def _judged(model: Any, info: dict[str, Any], part: str, where: str, spare: str,
     return model.eval().requires_grad_(False)
 
 
-def _names(weights: Weights, part: str) -> list[str]:
+def names_of(weights: Weights, part: str) -> list[str]:
     """Return the names of all weights, which must be numbers that are computed with.
 
     Raises:
@@ -242,15 +244,29 @@ def _names(weights: Weights, part: str) -> list[str]:
         try:
             with safe_open(file, "pt") as opened:
                 keys = list(opened.keys())
-                coded = [key for key in keys if not _is_float(opened, key) and not re.search(SPARE, key)]
+                coded = [key for key in keys if not _is_float(opened, key)]
         except (SafetensorError, OSError) as error:
             raise damaged(file, part, error) from error
-        if coded:
-            what = f"{part} is quantized: {some(coded)} {'is' if len(coded) == 1 else 'are'} codes, not numbers"
-            remedy = "take the model as it was before; --quantize packs it here"
-            raise Problem(what, where=str(file), remedy=remedy)
+        demand_numbers(coded, part, str(file))
         names += keys
     return names
+
+
+def demand_numbers(coded: Sequence[str], part: str, where: str) -> None:
+    """Demand weights that are computed with.
+
+    Args:
+        coded: names of those that are integers; tables of positions may be.
+        part: of a model, in messages.
+        where: they lie.
+
+    Raises:
+        Problem: codes of a quantized model.
+    """
+    codes = [name for name in coded if not re.search(SPARE, name)]
+    if codes:
+        what = f"{part} is quantized: {some(codes)} {'is' if len(codes) == 1 else 'are'} codes, not numbers"
+        raise Problem(what, where=where, remedy="take the model as it was before it was quantized")
 
 
 def damaged(file: Path, part: str, error: Exception) -> Problem:
@@ -275,7 +291,7 @@ def is_wrapped(weights: Weights, part: str) -> bool:
     Raises:
         Problem: the files cannot be read.
     """
-    return any(_unwrapped(name) != name for name in _names(weights, part))
+    return any(_unwrapped(name) != name for name in names_of(weights, part))
 
 
 def _is_float(opened: Any, key: str) -> bool:
@@ -284,9 +300,9 @@ def _is_float(opened: Any, key: str) -> bool:
 
 def _unwrapped(name: str) -> str:
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    if parts[0] == "base_model":
-        parts = parts[2:] if parts[1] == "model" else parts[1:]
-    return ".".join(parts)
+    if parts[:1] == ["base_model"]:
+        parts = parts[2:] if parts[1:2] == ["model"] else parts[1:]
+    return ".".join(parts) or name
 
 
 def _missing(model: nn.Module, info: dict[str, Any]) -> list[str]:
@@ -345,7 +361,13 @@ def read_config(folder: Path, part: str, name: str = "config.json") -> dict[str,
         content = json.loads(read_text(folder / name, _MAX_CONFIG_BYTES))  # diffusers writes -Infinity into some
         if not isinstance(content, dict):
             raise ValueError("no mapping")
+    except FileNotFoundError as error:
+        remedy = "copy or download the folder again: this file says what its weights are"
+        raise Problem(f"{part} has no {name}", where=str(folder / name), remedy=remedy) from error
     except (OSError, ValueError, RecursionError) as error:
         what = f"cannot read the settings of {part}: {first_line(error)}"
         raise Problem(what, where=str(folder / name), remedy="copy or download the folder again") from error
+    if content.get("quantization_config"):
+        what = f"{part} is quantized, as its settings say"
+        raise Problem(what, where=str(folder / name), remedy="take the model as it was before it was quantized")
     return content

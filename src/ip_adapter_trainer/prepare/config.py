@@ -10,10 +10,11 @@ from pydantic import Field
 from ip_adapter_trainer.core.early import FOLDERS
 from ip_adapter_trainer.core.settings import Part, Resume, as_flags
 from ip_adapter_trainer.data.config import CutConfig
+from ip_adapter_trainer.diffusion.schedulers import NoiseConfig
 from ip_adapter_trainer.loading.config import BaseConfig
 
 
-class FrozenConfig(BaseConfig):
+class FrozenConfig(NoiseConfig, BaseConfig):
     """Which frozen models, and for which adapter."""
 
     resume = Resume(

@@ -39,8 +39,7 @@ def load_frozen(config: FrozenConfig, runtime: Runtime, storage: Storage) -> tup
     Raises:
         Problem: something is missing or of an unknown kind.
     """
-    noise = part_of(config, NoiseConfig).overrides()
-    family = load_family(config, runtime.dtype, "cpu", storage=storage, packed_on=runtime.device, noise=noise)
+    family = load_family(config, runtime.dtype, "cpu", storage=storage, packed_on=runtime.device)
     feature = VARIANTS[config.variant].feature
     return family, load_encoder(config.image_encoder_path, config, kinds=(feature,), dtype=runtime.dtype)
 
@@ -50,7 +49,8 @@ def load_family(config: FrozenConfig, dtype: torch.dtype, device: torch.device |
     name = config.pretrained_model_name_or_path
     family = family_of(name, config.family, config)
     own = part_of(config, FAMILIES[family].Config)
-    return load_base(name, config, family=family, own=own, dtype=dtype, device=device, **how)
+    noise = part_of(config, NoiseConfig).overrides()
+    return load_base(name, config, family=family, own=own, noise=noise, dtype=dtype, device=device, **how)
 
 
 def identity(module: Any) -> str:

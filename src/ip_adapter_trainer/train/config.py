@@ -10,7 +10,6 @@ from ip_adapter_trainer.core.early import FOLDERS
 from ip_adapter_trainer.core.settings import Part, Resume, alias
 from ip_adapter_trainer.data.config import DataConfig
 from ip_adapter_trainer.diffusion import ObjectiveConfig
-from ip_adapter_trainer.diffusion.schedulers import NoiseConfig
 from ip_adapter_trainer.evaluate.config import ValidationConfig
 from ip_adapter_trainer.nn.compiled import Compile
 from ip_adapter_trainer.nn.packed import Storage
@@ -181,7 +180,6 @@ class TrainConfig(
     CheckpointConfig,
     OptimConfig,
     ObjectiveConfig,
-    NoiseConfig,
     SourceConfig,
     DataConfig,
     LeanConfig,

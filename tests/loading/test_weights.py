@@ -242,9 +242,21 @@ def short(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
+def reversed_words(folder: Path) -> None:
+    """As that of another encoder, with as many words."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocab, added = content["model"]["vocab"], content["added_tokens"]
+    last = len(vocab) - 1
+    content["model"]["vocab"] = {word: last - number for word, number in vocab.items()}
+    content["added_tokens"] = [token | {"id": last - token["id"]} for token in added]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
+        (reversed_words, "it is another one's"),
+        (lambda folder: change_json(folder.parent / "text_encoder/config.json", vocab_size=None), "vocab_size None"),
         (empty, "words, the text encoder"),
         (without_merges, "its merges are missing"),
         (as_vocabulary, "cannot load the base model's tokenizer"),

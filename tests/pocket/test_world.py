@@ -94,4 +94,4 @@ def test_the_packed_image_encoder_can_be_read_linearly() -> None:
 
 @built
 def test_the_packed_base_draws_what_unseen_captions_say() -> None:
-    assert min(gates.base_draws_text(lay.pipeline(), seed=0).values()) >= gates.BASE_GATE
+    assert min(gates.base_draws_text(lay.pipeline(), seed=0, count=100).values()) >= gates.BASE_GATE

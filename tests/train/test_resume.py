@@ -93,7 +93,7 @@ def test_a_signal_saves_and_exits(
     assert last.name == f"checkpoint-{steps}", "the step at which it stopped was saved"
 
 
-LONG = {"gradient_accumulation_steps": 90, "max_train_steps": 2, "save_steps": 1}  # a step takes seconds
+LONG = {"gradient_accumulation_steps": 50, "max_train_steps": 2, "save_steps": 1}  # a step takes seconds
 
 
 def test_a_step_of_many_micro_batches_is_broken_off_and_done_again(

@@ -116,6 +116,7 @@ def test_what_compiling_cannot_go_with_is_refused(run: Callable, tmp_path: Path)
         run(tmp_path / "out", compile="reduce-overhead")
 
 
+@pytest.mark.slow
 def test_a_compiled_run_trains_validates_and_draws_as_any_other(
     run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from ip_adapter_trainer.core.errors import Problem, told_as_not_loaded
 
 _SPARE_WORDS = 0.01  # embeddings beyond the vocabulary: some models pad their number
 _SAMPLE = 32
+_OLD_END = 2  # what early settings of CLIP's text encoder say, whatever the token is
 _REMEDY = "copy or download the folder again: tokenizer_config.json, and vocab.json with merges.txt or tokenizer.json"
 
 
@@ -34,19 +35,22 @@ def load_tokenizer(folder: Path, encoder: Mapping[str, Any], part: str) -> Any:
         if not folder.is_dir():
             raise FileNotFoundError("no such folder")
         tokenizer: Any = CLIPTokenizer.from_pretrained(str(folder))
-        fault = _fault(
-            tokenizer, int(encoder.get("vocab_size", 49408)), int(encoder.get("max_position_embeddings", 77))
-        )
+    fault = _fault(tokenizer, encoder)
     if fault:
         raise Problem(f"{part} {fault}", where=str(folder), remedy=_REMEDY)
     return tokenizer
 
 
-def _fault(tokenizer: Any, words: int, positions: int) -> str:
-    """Return what is wrong with a tokenizer beside an encoder of so many words and positions; empty: nothing."""
-    found = len(tokenizer)
+def _fault(tokenizer: Any, encoder: Mapping[str, Any]) -> str:
+    """Return what is wrong with a tokenizer beside an encoder of such settings; empty: nothing."""
+    words, positions = encoder.get("vocab_size", 49408), encoder.get("max_position_embeddings", 77)
+    found, end = len(tokenizer), encoder.get("eos_token_id")
+    if not isinstance(words, int) or not isinstance(positions, int):
+        return f"belongs to a text encoder whose settings say vocab_size {words}, max_position_embeddings {positions}"
     if not words * (1 - _SPARE_WORDS) <= found <= words:
         return f"has {found:,} words, the text encoder {words:,}"
+    if end not in (None, _OLD_END) and end != tokenizer.eos_token_id:
+        return f"ends texts with token {tokenizer.eos_token_id}, the text encoder with token {end}: it is another one's"
     if tokenizer.model_max_length > 10**6:
         return "does not say how long texts may be: its tokenizer_config.json is missing or says no model_max_length"
     if tokenizer.model_max_length > positions:

@@ -105,8 +105,8 @@ def draw(
     return np.concatenate(pictures)
 
 
-def base_draws_text(pipeline: Any, seed: int) -> dict[str, float]:
-    """Fraction of each attribute that the base draws as its caption says, on 200 unseen combinations."""
-    scenes = unseen_captions(seed)
+def base_draws_text(pipeline: Any, seed: int, count: int = BASE_CAPTIONS) -> dict[str, float]:
+    """Fraction of each attribute that the base draws as its caption says, on unseen combinations."""
+    scenes = unseen_captions(seed, count)
     pictures = draw(pipeline, [world.caption(s) for s in scenes], seed)
     return oracle.accuracy(pictures, [s.attributes() for s in scenes])

@@ -13,7 +13,7 @@ from faults.__main__ import main
 from faults.experiments import EXPERIMENTS
 from faults.lab import Finding, Lab, Process
 
-SHARES = {"folder": 0.05, "kills-saving": 0.01, "kills-export": 0.025}
+SHARES = {"kills-saving": 0.01, "kills-export": 0.025}
 
 
 @pytest.mark.parametrize("name", SHARES)

@@ -155,6 +155,10 @@ def test_noise_that_is_not_known_is_refused(checkpoint: Callable, hub: Hub) -> N
     hub.add("stable-diffusion-v1-5/stable-diffusion-v1-5", Path(str(config.base_config)))  # as diffusers takes its kind
     with pytest.raises(Problem, match=r"nothing in this SD2\.x checkpoint tells what it predicts"):
         load(str(file), noise={})
+    change_weights(file, lambda tensors: tensors | {"ztsnr": torch.ones(0)})
+    with pytest.raises(Problem, match=r"nothing in this SD2\.x checkpoint"):
+        load(str(file), noise={})
+    change_weights(file, lambda tensors: {key: value for key, value in tensors.items() if key != "ztsnr"})
     found = load(str(file), noise={"prediction_type": "epsilon"})
     assert found.pipeline.scheduler.config.prediction_type == "epsilon"
     load(str(file), config, noise={})  # settings that the user named tell

@@ -126,11 +126,8 @@ class OneFile:
             told["rescale_betas_zero_snr"] = True
         if kept := {name: value for name, value in told.items() if name not in overruled}:
             say(f"{self.path.name} says of itself: {', '.join(f'{name} {value}' for name, value in kept.items())}")
-        elif (
-            "prediction_type" not in told
-            and not is_stated
-            and any(key.startswith(_OPEN_CLIP[0]) for key in self.shapes)
-        ):
+        is_known = is_stated or "prediction_type" in told
+        if not is_known and any(key.startswith(_OPEN_CLIP[0]) for key in self.shapes):
             what = "nothing in this SD2.x checkpoint tells what it predicts: noise (512 px models) or v (768 px models)"
             raise Problem(what, where=str(self.path), remedy="give --prediction_type epsilon or v_prediction")
         return told

@@ -63,7 +63,7 @@ def verified(folder: Path, names: Iterable[str] | None = None, *, required: Iter
 
 
 def complete(folder: Path, required: Iterable[str] = ()) -> bool:
-    """Whether a checkpoint's files have the sizes that its manifest says: a quick look that reads none of them."""
+    """Return whether a checkpoint's files have the sizes that its manifest says: a quick look that reads none."""
     return _as_listed(folder, None, required, hashed=False)
 
 

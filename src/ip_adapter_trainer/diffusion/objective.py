@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class ObjectiveConfig(Part):
-    """What is noised and how errors are weighed."""
+    """Settings of latents, timesteps and loss weights."""
 
     resume = Resume(
         must_match="latents noise_offset snr_gamma min_timestep max_timestep timestep_density logit_mean logit_std "

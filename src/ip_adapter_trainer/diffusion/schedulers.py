@@ -44,7 +44,7 @@ _REMEDY = (
 
 
 class NoiseConfig(Part):
-    """How the base model's noise is read, where its scheduler does not say it rightly."""
+    """Settings of the base model's noise, where its scheduler does not say it rightly."""
 
     resume = Resume(must_match="prediction_type rescale_betas_zero_snr")
 

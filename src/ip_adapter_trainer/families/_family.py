@@ -1,4 +1,4 @@
-"""What a family is, and the registry of all of them."""
+"""The interface of a family, and the registry of all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a UNet can be trained on and its companions fit it, told by their settings before any weights are read."""
+"""Checks of a UNet and its companions by their settings, before any weights are read."""
 
 from __future__ import annotations
 

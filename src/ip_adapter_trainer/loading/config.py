@@ -15,7 +15,7 @@ P = TypeVar("P", bound=Part)
 
 
 class BaseConfig(Part):
-    """Which files of the base model and the image encoder, and how texts are encoded."""
+    """Settings that name the files of base model and image encoder, and how texts are encoded."""
 
     resume = Resume(
         must_match="clip_skip",

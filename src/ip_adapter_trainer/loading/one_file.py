@@ -188,7 +188,7 @@ def _converted(
 
 
 class _OpenClip:
-    """What the conversion of OpenCLIP's weights asks of the model."""
+    """Settings that the conversion of OpenCLIP's weights asks a model for."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.config = SimpleNamespace(hidden_size=settings.get("hidden_size", 512))

@@ -29,7 +29,7 @@ _GRIDS, _GRID = "grids", re.compile(r"step-(\d+)\.png")  # as `train.validate` n
 
 
 def lies_in(checkpoint: Path, output: Path) -> bool:
-    """Whether a checkpoint lies in a run's own folder, whatever links lead to either."""
+    """Return whether a checkpoint lies in a run's own folder, whatever links lead to either."""
     return output.resolve() in (checkpoint.parent.resolve(), checkpoint.resolve().parent)
 
 

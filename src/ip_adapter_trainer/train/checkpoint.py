@@ -136,7 +136,7 @@ def prune(newest: Path, keep: int | None) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a checkpoint's files are all there and are what was written; each is read."""
+    """Return whether a checkpoint's files are all there and are what was written; each is read."""
     return verified(folder, required=FILES)
 
 

@@ -1,4 +1,4 @@
-"""How much of the latents is the autoencoder's own noise.
+"""The share of the autoencoder's own noise in the latents.
 
 Latents are drawn from its posterior. One that was trained on without regard to its variance can drown the image in it,
 and an adapter then learns from noise: a validation loss of 0.50 where 0.05 was right, and no error.
@@ -20,7 +20,7 @@ _MUCH = 0.3  # the pocket base has 0.14
 
 
 def tell_of_posterior(model: Model, batches: Iterable[Batch], device: torch.device) -> None:
-    """Says so where the posterior's noise is a large part of what the latents of a few images are.
+    """Tell where the posterior's noise is a large part of what the latents of a few images are.
 
     Args:
         model: its autoencoder on the device, unless the images were encoded before.

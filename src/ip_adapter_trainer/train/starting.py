@@ -55,7 +55,7 @@ class StartingPoint:
 
 
 def starting_point(config: CheckpointConfig) -> StartingPoint:
-    """Where a run begins, by its settings and by what lies in its folder; a checkpoint's hashes are verified.
+    """Return where a run begins, by its settings and by what lies in its folder; a checkpoint's hashes are verified.
 
     Raises:
         Problem: no such checkpoint, or a damaged one; or the folder holds a run that is not to be resumed.

@@ -99,7 +99,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self._answer(with_body=True)
 
         def do_HEAD(self) -> None:
-            """What is known of a file."""
+            """The headers of a file."""
             self._answer(with_body=False)
 
         def log_message(self, *args: object) -> None:

@@ -147,7 +147,10 @@ def test_a_folder_of_one_variant_is_taken(base: Callable, capsys: pytest.Capture
     folder = base("sd1")
     halved(folder, "fp16", "unet", "vae", "text_encoder")
     found = load(str(folder)).denoiser
-    assert "the base model has vae as fp16, unet as fp16, text_encoder as fp16 only" in capsys.readouterr().err
+    assert (
+        "has no plain weights of these parts: taking vae as fp16, unet as fp16, text_encoder as fp16"
+        in capsys.readouterr().err
+    )
     half = load_file(weights_of(folder / "unet"))
     assert found.dtype == torch.float32 and all(torch.equal(found.state_dict()[k], v.float()) for k, v in half.items())
     load(str(folder), BaseConfig(weights_variant="fp16"))
@@ -157,23 +160,26 @@ def test_a_folder_of_one_variant_is_taken(base: Callable, capsys: pytest.Capture
     assert "did you mean 'fp16'?" in refused.value.remedy
 
 
-def test_several_variants_are_chosen_from(base: Callable) -> None:
+def test_several_variants_are_chosen_from(base: Callable, capsys: pytest.CaptureFixture[str]) -> None:
     folder = base("sd1")
     plain = weights_of(folder / "unet")
     for variant in ("ema", "non_ema"):
         shutil.copy(plain, plain.with_suffix(f".{variant}.safetensors"))
     change_weights(plain.with_suffix(".ema.safetensors"), lambda tensors: {k: v + 1 for k, v in tensors.items()})
     own = load(str(folder)).denoiser.conv_in.weight
+    assert capsys.readouterr().err == ""
     other = load(str(folder), BaseConfig(weights_variant="ema")).denoiser.conv_in.weight
+    assert "has no ema weights of these parts: taking vae as plain, text_encoder as plain" in capsys.readouterr().err
     assert torch.equal(other, own + 1)
     plain.unlink()
     with pytest.raises(Problem, match="has weights in ema, non_ema"):
         load(str(folder))
 
 
-def test_an_encoder_of_one_variant_is_taken(encoder: Path) -> None:
+def test_an_encoder_of_one_variant_is_taken(encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     halved(encoder.parent, "fp16", encoder.name)
     assert load_encoder(str(encoder), kinds=("image_embeds",), dtype=torch.float32).model.dtype == torch.float32
+    assert "has no plain weights: taking the fp16 ones" in capsys.readouterr().err
 
 
 def test_variant_meant_for_weights_is_told_where_it_belongs(capsys: pytest.CaptureFixture[str]) -> None:

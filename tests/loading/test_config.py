@@ -1,4 +1,4 @@
-"""How an adapter remembers the loading of its frozen models, and what flags change of it."""
+"""Adapters remember the loading of their frozen models, and flags go before what they remember."""
 
 from __future__ import annotations
 

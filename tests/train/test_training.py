@@ -17,6 +17,7 @@ from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.train import checkpoint
 from ip_adapter_trainer.train.config import OptimConfig
 from ip_adapter_trainer.train.optim import Gradients, make_optimizer
+from ip_adapter_trainer.train.posterior import noise_share
 
 
 def weights(output: Path, step: int) -> dict[str, torch.Tensor]:
@@ -234,3 +235,20 @@ def test_the_grid_reaches_its_file_and_tensorboard(run: Callable, tmp_path: Path
     picture = Image.open(output / "grids" / "step-0000002.png")
     assert picture.width > 4 * 160 > picture.height > 2 * 160 - 1 or picture.height > 320
     assert list((output / "logs").rglob("events.out.tfevents.*"))
+
+
+def test_a_vae_whose_noise_drowns_its_latents_is_told(
+    run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As that of the tiny bases, which nobody trained."""
+    run(tmp_path / "sample", max_train_steps=1)
+    assert "of the variance of the VAE's latents is its own noise: give --latents mean" in capsys.readouterr().err
+    run(tmp_path / "mean", max_train_steps=1, latents="mean")
+    assert "its own noise" not in capsys.readouterr().err
+
+
+def test_the_share_of_noise_is_that_of_the_variances() -> None:
+    mean = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    for log_variance, share in ((-30.0, 0.0), (0.0, 0.5), (10.0, 1.0)):
+        moments = torch.cat([mean, torch.full_like(mean, log_variance)], 1)
+        assert noise_share([moments[:1], moments[1:]]) == pytest.approx(share, abs=0.03)

@@ -65,8 +65,9 @@ def load_encoder(
     settings = read_config(folder, _PART)
     _demand_clip(settings, str(folder))
     files = weights_in(folder, config.weights_variant, _PART)
-    if files.variant not in (None, config.weights_variant):
-        say(f"{_PART} has {files.variant} weights only (*.{files.variant}.safetensors): taking those")
+    if files.variant != config.weights_variant:
+        asked, taken = config.weights_variant or "plain", files.variant or "plain"
+        say(f"{_PART} has no {asked} weights: taking the {taken} ones")
     unread = None if "image_embeds" in kinds else _unread(settings, files)
     try:
         model = load_module(CLIPVisionModelWithProjection, files, _PART, dtype=dtype, spare=_SPARE, unread=unread)

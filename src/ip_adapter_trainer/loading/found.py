@@ -134,10 +134,9 @@ class Base:
         find(self.name, _PART, wanted, self.config.revision)
         self._demand_variant(asked, parts)
         files = {part: weights_in(self.folder / part, asked, f"the base model's {part}") for part in parts}
-        odd = {part: weights.variant for part, weights in files.items() if weights.variant not in (None, asked)}
-        if odd:
-            parts = ", ".join(f"{part} as {variant}" for part, variant in odd.items())
-            say(f"the base model has {parts} only (*.VARIANT.safetensors), and no plain weights of those: taking them")
+        others = [f"{part} as {files[part].variant or 'plain'}" for part in parts if files[part].variant != asked]
+        if others:
+            say(f"the base model has no {asked or 'plain'} weights of these parts: taking {', '.join(others)}")
         return files
 
     def _demand_variant(self, asked: str | None, parts: Sequence[str]) -> None:

@@ -172,7 +172,7 @@ def _demand_same_run(config: TrainConfig, runtime: Runtime, manifest: Manifest, 
 
 
 def _is_over(config: TrainConfig, runtime: Runtime, manifest: Manifest, point: StartingPoint) -> bool:
-    """Whether a resumed run has nothing left to do; that it has nothing left to train is told."""
+    """Return whether a resumed run has nothing left to do; that it has nothing left to train is told."""
     total = total_steps(config, len(manifest.rows), config.images_per_step(runtime.world))
     if point.step < total:
         return False

@@ -1,4 +1,4 @@
-"""Where a run begins: at its first step, or at a checkpoint. It is chosen once, before anything large is loaded."""
+"""The start of a run, at its first step or at a checkpoint: chosen once, before anything large is loaded."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class StartingPoint:
 
     @property
     def lacks_validation(self) -> bool:
-        """Whether this is its run's newest checkpoint, and was saved before its step was validated."""
+        """True if this is its run's newest checkpoint, and was saved before its step was validated."""
         is_newest = self.is_own and max(self.standing, default=0) <= self.step
         return is_newest and self.state is not None and self.state.get("validated") != self.step
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +39,7 @@ from ip_adapter_trainer.train.lean import lean
 from ip_adapter_trainer.train.loop import Trainer
 from ip_adapter_trainer.train.optim import make_optimizer
 from ip_adapter_trainer.train.plan import make_plan
+from ip_adapter_trainer.train.rows import RunRows
 from ip_adapter_trainer.train.source import Source
 from ip_adapter_trainer.train.step import Step
 from ip_adapter_trainer.train.track import Track
@@ -76,10 +78,6 @@ class Rows:
     def where(self, row: int) -> str:
         """Rows of a benchmark stand nowhere."""
         return f"row {row}"
-
-    def fixed(self, count: int, seed: int) -> list[Batch]:
-        """No validation rows: validation is no part of a step."""
-        return []
 
 
 class SteeredTrainer(Trainer):
@@ -205,7 +203,8 @@ class OurStep:
         config = self.config(output, images, data_json_file=str(files.manifest), resolution=files.side_px)
         manifest = read_manifest(config)
         prepared = PreparedSet(folder, self._recipe(files), Pictures.of(manifest.root, config))
-        return Source(config, self.runtime, manifest, self.model.encoder.preprocess, prepared).batches(0, no_poll)
+        rows = RunRows(manifest, np.zeros(len(manifest.rows), np.bool_))
+        return Source(config, self.runtime, rows, self.model.encoder.preprocess, prepared).batches(0, no_poll)
 
     def run(self, batches: Iterator[Batch], images: int, output: Path) -> Path:
         """The whole training loop until there are no more batches, and one step after; returns its last checkpoint."""

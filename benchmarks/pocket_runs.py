@@ -141,7 +141,7 @@ class Measure:
         model = self._with(run.checkpoint(step))
         gap, loss = self._gap(model)
         scores = self._scores(model) if goal is None or gap.mean >= goal.gap else {}
-        return Mark(step, run.seconds(step), gap.mean, gap.standard_error, loss, scores)
+        return Mark(step, run.seconds(step), gap.mean, gap.standard_error or 0.0, loss, scores)
 
     def _with(self, checkpoint: Path) -> Model:
         from ip_adapter_trainer.loading.adapter import load_model, read_adapter_into

@@ -89,7 +89,8 @@ def _train(config: DemoConfig, folder: Path) -> None:
     flags = {
         "pretrained_model_name_or_path": folder / "base", "image_encoder_path": folder / "image_encoder",
         "data_json_file": folder / "data.json", "data_root_path": folder / "images",
-        "output_dir": folder / "run", "resolution": world.SIZE_PX, "grid_rows": 0,
+        "validation_data": folder / "validation" / "data.json", "grid_rows": 0,
+        "output_dir": folder / "run", "resolution": world.SIZE_PX,
         "train_batch_size": config.train_batch_size, "max_train_steps": config.max_train_steps,
         "learning_rate": config.learning_rate, "lr_scheduler": "cosine", "lr_warmup_steps": 0,
         "timestep_density": "uniform", "min_timestep": config.min_timestep, "seed": config.seed,

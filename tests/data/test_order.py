@@ -80,6 +80,22 @@ def test_epochs_and_seeds_differ_and_buckets_are_mixed() -> None:
     assert sorted(turns) != turns and sorted(turns, reverse=True) != turns
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from([-1, 0, 2, 3]), min_size=1, max_size=40).filter(lambda b: max(b) >= 0), GROUPS)
+def test_rows_in_no_bucket_are_not_trained_on(buckets: list[int], group: int) -> None:
+    order, kept = Order(buckets, seed=0, batch_images=group), np.flatnonzero(np.array(buckets) >= 0)
+    alone = Order([buckets[row] for row in kept], seed=0, batch_images=group)
+    assert _steps(order, 9) == [(index, kept[row]) for index, row in _steps(alone, 9)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(BUCKETS, SEEDS, GROUPS, st.integers(0, 30))
+def test_rows_that_no_step_has_are_counted_beforehand(buckets: list[int], seed: int, group: int, steps: int) -> None:
+    order = Order(buckets, seed=seed, batch_images=group)
+    assert order.never_seen(steps) == len(buckets) - len({row for _, row in _steps(order, steps)})
+    assert dict(order.slow_buckets()) == {b: n for b, n in Counter(buckets).items() if n < group}
+
+
 def test_a_single_row_fills_any_batch() -> None:
     order = Order([0], seed=0, batch_images=4)
     assert order.step(2) == [(8, 0), (9, 0), (10, 0), (11, 0)]

@@ -128,9 +128,19 @@ def test_unreadable_rows_are_left_out_up_to_the_limit(rows: Path, clip_folder: P
     (rows.parent / "3.png").unlink()
     with pytest.raises(DataProblem, match="2 of 6 rows"):
         scores.read_prompts(settings(rows, clip_folder))
-    rows.write_text(json.dumps([{"image_file": "0.png", "text": ""}]))
-    with pytest.raises(DataProblem, match="fewer than two"):
+    rows.write_text(json.dumps([{"image_file": "2.png", "text": ""}]))
+    with pytest.raises(DataProblem, match="no row can be used"):
         scores.read_prompts(settings(rows, clip_folder))
+
+
+def test_rows_that_show_one_image_have_nothing_to_be_shuffled_with(
+    sd1: Model, clip_folder: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows.write_text(json.dumps([{"image_file": name, "text": "a star"} for name in ("0.png", "./0.png")]))
+    monkeypatch.setattr(start, "load_model", lambda *_: sd1)
+    found = evaluate(settings(rows, clip_folder))
+    assert found.scores["image_prompt"]["clip_i"] and not found.scores["shuffled"]["clip_i"]
+    assert "images: 1, too few to judge by, 8 are needed; there is none to shuffle with" in str(found)
 
 
 def test_faults_of_the_surroundings_are_told_first(rows: Path, clip_folder: Path, tmp_path: Path) -> None:
@@ -157,11 +167,13 @@ def test_a_full_disk_at_the_end_still_shows_the_scores(
 def test_measures_and_pairs() -> None:
     measure = Measure.of(np.array([1.0, np.nan, 3.0]))
     assert measure == Measure(2.0, pytest.approx(1.0), 2)
-    assert Measure.of(np.array([np.nan])) is None and Measure.of(np.array([4.0])) == Measure(4.0, 0.0, 1)
+    assert Measure.of(np.array([np.nan])) is None and Measure.of(np.array([4.0])) == Measure(4.0, None, 1)
     drawn = {how: {"clip_i": np.array(v), "clip_t": np.full(2, np.nan)} for how, v in
              {"image_prompt": [3.0, 5.0], "scale_0": [1.0, 3.0], "shuffled": [0.0, 4.0]}.items()}  # fmt: skip
     how = {"scheduler": "ddim", "steps": 1, "guidance_scale": 1.0, "scale": 1.0}
-    found = Evaluation.of(drawn, {"rows": 2, "pictures": 1, "seed": 0, "clip_model": "x", "how": how}, ["bad"], 1.0)
+    found = Evaluation.of(
+        drawn, {"rows": 2, "images": 2, "pictures": 1, "seed": 0, "clip_model": "x", "how": how}, ["bad"], 1.0
+    )
     assert found.gains["scale_0"]["clip_i"] == Measure(2.0, 0.0, 2), "pairs have less spread than their parts"
     assert found.gains["shuffled"] == {"clip_i": Measure(2.0, pytest.approx(1.0), 2), "clip_t": None}
     assert "faults: 1, the first: bad" in str(found) and "+2.0000 ± 0.0000" in str(found)

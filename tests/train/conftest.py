@@ -22,8 +22,8 @@ def flags(rows_folder: Path, base_folder: Callable, encoder_folder: Path) -> Cal
             "pretrained_model_name_or_path": base_folder(base), "image_encoder_path": encoder_folder,
             "data_json_file": rows_folder / "data.json", "data_root_path": rows_folder / "images",
             "output_dir": output, "resolution": 32, "train_batch_size": 2, "max_train_steps": 4, "save_steps": 2,
-            "report_to": "none", "learning_rate": 1e-3, "num_validation_images": 2, "grid_rows": 0,
-            "logging_steps": 2,
+            "report_to": "none", "learning_rate": 1e-3, "num_validation_images": 2, "validation_share": 0,
+            "grid_rows": 0, "logging_steps": 2,
         }  # fmt: skip
         settings |= more
         return [f"--{k}" if v is True else f"--{k}={v}" for k, v in settings.items()]

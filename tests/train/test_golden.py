@@ -32,7 +32,7 @@ def measure(run: Callable[..., Path], folder: Path, kind: str, variant: str) -> 
     losses = [row["loss"] for row in rows if "lr" in row]
     card = json.loads((output / "checkpoint-4" / "adapter.json").read_text())
     assert (card["variant"], card["step"], card["images_seen"]) == (variant, 4, 8)
-    return {"losses": losses, "validation": rows[-1]["validation/loss"], "norms": norms}
+    return {"losses": losses, "validation": rows[-1]["training_rows/loss"], "norms": norms}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

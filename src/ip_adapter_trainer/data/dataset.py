@@ -20,7 +20,7 @@ from ip_adapter_trainer.data.prepared import PreparedSet
 from ip_adapter_trainer.data.reading import CutReading, Cutter, PreparedReading, Preprocess, Reading, Slot
 from ip_adapter_trainer.images.decode import PictureFault
 
-MAX_TRIES = 16  # rows tried for one image; so many broken neighbours are no accident
+MAX_TRIES = 16  # rows tried for one image unless told otherwise; so many broken neighbours are no accident
 _AHEAD_ROWS = 256  # looked through at first for rows of the same bucket; a set has millions
 
 
@@ -48,12 +48,13 @@ class TrainingSet:
         seed: int,
         preprocess: Preprocess,
         prepared: PreparedSet | None = None,
+        max_tries: int = MAX_TRIES,
     ) -> None:
         if not manifest.rows:
             first = manifest.faults[0]
             raise DataProblem(f"no row can be used; the first: {first.what}", where=first.where, remedy=first.remedy)
         self.manifest, self.config, self.layout, self.seed = manifest, config, layout, seed
-        self.preprocess, self.prepared = preprocess, prepared
+        self.preprocess, self.prepared, self._max_tries = preprocess, prepared, max_tries
         self._cutter = Cutter(Pictures.of(manifest.root, config), config, preprocess, seed)
 
     def __len__(self) -> int:
@@ -106,13 +107,13 @@ class TrainingSet:
         return [taken[slot] for slot in range(len(numbers))]
 
     def _candidates(self, row: int) -> Iterator[int]:
-        """The row, then those that follow it in its bucket, around the end; each once, at most `MAX_TRIES`."""
+        """The row, then those that follow it in its bucket, around the end; each once, at most `max_tries`."""
         yield row
         buckets, tries, start, ahead = self.layout.bucket_of_row, 1, row + 1, _AHEAD_ROWS
         last = row + len(buckets)  # itself, once around
-        while tries < MAX_TRIES and start < last:
+        while tries < self._max_tries and start < last:
             numbers = np.arange(start, min(start + ahead, last)) % len(buckets)
-            mates = numbers[buckets[numbers] == buckets[row]][: MAX_TRIES - tries]
+            mates = numbers[buckets[numbers] == buckets[row]][: self._max_tries - tries]
             yield from mates.tolist()
             tries, start, ahead = tries + len(mates), start + ahead, 2 * ahead
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -24,12 +24,16 @@ class Layout:
     """The buckets and, for each row, the number of its bucket."""
 
     buckets: Buckets
-    bucket_of_row: NDArray[np.int16]  # [rows]
+    bucket_of_row: NDArray[np.int16]  # [rows]; -1: not trained on
     faults: tuple[Fault, ...] = ()  # rows whose header told no size: they are in the square's bucket
 
     def size_px(self, row: int) -> Size:
         """Height and width that a row is cut to."""
         return self.buckets.sizes_px[self.bucket_of_row[row]]
+
+    def only(self, wanted: NDArray[np.bool_]) -> Layout:
+        """Return the layout of some rows alone, all keeping their numbers."""
+        return replace(self, bucket_of_row=np.where(wanted, self.bucket_of_row, np.int16(-1)))
 
 
 def lay_out(manifest: Manifest, config: CutConfig, known: Sequence[Size | None] | None = None) -> Layout:

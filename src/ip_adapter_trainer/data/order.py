@@ -1,9 +1,10 @@
 """The endless order of training: which rows make step k, for any k, without replaying the steps before.
 
-The rows of each bucket form an endless stream: epoch after epoch, each a permutation of the bucket's n_b rows drawn
-from the counter stream (seed, "order", epoch, bucket). The stream is cut into batches of G images without regard to
-the epochs' ends, so nothing is dropped: what does not fill a batch opens the next epoch's first. A batch belongs to the
-epoch that its last image is of; epoch e therefore owns, of bucket b, the batches
+Rows whose bucket is -1 are not trained on. The rows of each other bucket form an endless stream: epoch after epoch,
+each a permutation of the bucket's n_b rows drawn from the counter stream (seed, "order", epoch, bucket). The stream is
+cut into batches of G images without regard to the epochs' ends, so nothing is dropped: what does not fill a batch opens
+the next epoch's first. A batch belongs to the epoch that its last image is of; epoch e therefore owns, of bucket b, the
+batches
 
     floor(e n_b / G)  ...  floor((e + 1) n_b / G) - 1
 
@@ -40,9 +41,9 @@ class Order:
 
     def __init__(self, bucket_of_row: ArrayLike, *, seed: int, batch_images: int) -> None:
         numbers = np.asarray(bucket_of_row)
-        assert len(numbers) and batch_images > 0
-        self.seed, self.batch_images, self.rows = seed, batch_images, len(numbers)
-        self._numbers = np.unique(numbers)  # empty buckets have no stream
+        self._numbers = np.unique(numbers[numbers >= 0])  # empty buckets have no stream
+        assert len(self._numbers) and batch_images > 0
+        self.seed, self.batch_images, self.rows = seed, batch_images, int((numbers >= 0).sum())
         self._members = [np.flatnonzero(numbers == number) for number in self._numbers]
         self._sizes = np.array([len(rows) for rows in self._members], dtype=np.int64)
         self._before = np.cumsum(self._sizes) - self._sizes
@@ -63,6 +64,22 @@ class Order:
             middle = (low + high) // 2
             low, high = (middle, high) if self.steps_before(middle) <= step else (low, middle)
         return low
+
+    def slow_buckets(self) -> list[tuple[int, int]]:
+        """Return number and images of each bucket that has fewer images than a step.
+
+        They are not trained on once an epoch, but several times in one step of every few.
+        """
+        pairs = zip(self._numbers.tolist(), self._sizes.tolist(), strict=True)
+        return [(number, images) for number, images in pairs if images < self.batch_images]
+
+    def never_seen(self, steps: int) -> int:
+        """Return how many images are in none of the first so many steps."""
+        epoch = self.epoch_of(steps)
+        batches = epoch * self._sizes // self.batch_images
+        begun = self._shuffled(epoch)[: steps - self.steps_before(epoch), 0]
+        batches += np.bincount(begun, minlength=len(self._sizes))
+        return int(np.maximum(self._sizes - batches * self.batch_images, 0).sum())
 
     def step(self, step: int) -> list[Pair]:
         """The (index, row) pairs of a step."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ip_adapter_trainer.core.settings import Part, Resume, alias
 from ip_adapter_trainer.data.config import ReadConfig
 from ip_adapter_trainer.diffusion.schedulers import NoiseConfig
 from ip_adapter_trainer.loading.config import BaseConfig
 
+HELD_OUT_SHARE = 0.01
 Scheduler = Literal["auto", "ddim", "euler", "dpm++"]  # auto: the base model's own
 
 
@@ -18,15 +19,19 @@ class ValidationConfig(Part):
     """What a run looks at while it trains: losses on fixed rows, and a picture grid."""
 
     resume = Resume(
-        free="validation_steps num_validation_images validation_seed grid_rows grid_steps grid_guidance_scale "
-        "grid_prompt"
+        must_match="validation_share",
+        free="validation_steps num_validation_images validation_seed validation_data validation_root_path grid_rows "
+        "grid_steps grid_guidance_scale grid_prompt",
     )
 
     validation_steps: int | None = Field(
         None, gt=0, description="Validate every so many optimizer steps, and at the end; None: at the end only."
     )
     num_validation_images: int = Field(
-        16, ge=0, description="Rows, always the same, on which validation losses are measured; 0: no losses."
+        16,
+        ge=0,
+        description="Rows, always the same, on which validation losses are measured: so many held-out ones and so many "
+        "that are trained on; 0: no losses.",
     )
     validation_seed: int = Field(
         42, ge=0, description="Seed of validation's noise, timesteps, shuffle and grid; apart from the run's own seed."
@@ -41,6 +46,43 @@ class ValidationConfig(Part):
         description="Text prompt of every picture in the grid. Empty, as the paper scores: all that appears comes from "
         "the image prompt. None: each row's own caption.",
     )
+    validation_data: str = Field(
+        "", description="Other rows to validate on, in any form that data_json_file takes, with the same columns."
+    )
+    validation_root_path: str = Field(
+        "", description="Folder that image paths of validation_data start from; empty: its own folder."
+    )
+    validation_share: float | None = Field(
+        None,
+        ge=0,
+        le=0.5,
+        validate_default=True,
+        description="Share of the images that is held out from training for validation: 8 images at least, but no more "
+        "than a quarter of few. None: 0.01; 0 with validation_data, or where nothing is validated.",
+    )
+
+    @property
+    def validates(self) -> bool:
+        """Whether anything is looked at."""
+        return bool(self.num_validation_images or self.grid_rows)
+
+    @field_validator("validation_share")
+    @classmethod
+    def _own_share(cls, value: float | None, info: ValidationInfo) -> float:
+        """Settle the share once, so that a resumed run has the one that it began with."""
+        if value is not None:
+            return value
+        looked_at = any(info.data.get(name) for name in ("num_validation_images", "grid_rows"))
+        return HELD_OUT_SHARE if looked_at and not info.data.get("validation_data") else 0.0
+
+    @model_validator(mode="after")
+    def _looks_at_data(self) -> ValidationConfig:
+        if self.validation_data and not self.validates:
+            raise ValueError(
+                "validation_data is not looked at with num_validation_images 0 and grid_rows 0; raise one of them, or "
+                "leave validation_data out"
+            )
+        return self
 
 
 class DrawConfig(NoiseConfig, BaseConfig):
@@ -89,7 +131,7 @@ class GenerateConfig(DrawConfig):
 class EvaluateConfig(DrawConfig, ReadConfig):
     """Score an adapter on the rows of a manifest by the paper's protocol, beside scale 0 and shuffled prompts."""
 
-    num_rows: int = Field(100, ge=2, description="Rows, drawn at random by --seed; the paper: 5000.")
+    num_rows: int = Field(100, ge=1, description="Rows, drawn at random by --seed; the paper: 5000.")
     num_images_per_prompt: int = Field(4, gt=0, description="Pictures of each row; the paper: 4.")
     clip_model: str = Field(
         "openai/clip-vit-large-patch14", description="CLIPModel that scores: folder or hub id; the paper: ViT-L/14."

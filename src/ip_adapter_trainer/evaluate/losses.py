@@ -6,6 +6,7 @@ is the answer: it is zero for an adapter that ignores its picture.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from ip_adapter_trainer.core.rng import stream
 from ip_adapter_trainer.core.stopping import Poll, no_poll
 from ip_adapter_trainer.core.types import Batch
+from ip_adapter_trainer.data.hold_out import LEAST_IMAGES
 from ip_adapter_trainer.diffusion.objective import NoiseProcess
 from ip_adapter_trainer.evaluate.lend import lent
 from ip_adapter_trainer.evaluate.shuffle import others
@@ -32,7 +34,7 @@ class Gap:
     """How much the loss of a row rises when it is not shown its own image, over all rows."""
 
     mean: float
-    standard_error: float  # of the mean, from the rows' paired differences
+    standard_error: float | None  # of the mean, from the rows' paired differences; None: of one row
     loss: float  # with the right image
 
     @property
@@ -41,44 +43,69 @@ class Gap:
         return self.mean / self.loss
 
     @property
-    def is_sure(self) -> bool:
-        """Whether the rise is more than two standard errors."""
-        return self.mean > 2 * self.standard_error
+    def surely(self) -> int:
+        """1 where the loss rises by more than two standard errors, -1 where it falls by as much, else 0."""
+        error = math.inf if self.standard_error is None else self.standard_error
+        return (self.mean > 2 * error) - (self.mean < -2 * error)
 
     def __str__(self) -> str:
-        return f"{self.relative:+.2%} ± {self.standard_error / self.loss:.2%}"
+        error = "" if self.standard_error is None else f" ± {self.standard_error / self.loss:.2%}"
+        return f"{self.relative:+.2%}{error}"
 
 
 @dataclass(frozen=True)
 class ValidationReport:
     """Mean squared errors against the target, unweighted, on fixed rows. One row alone has no `shuffled`."""
 
+    rows: int
     losses: dict[str, float]  # by whose image was shown: right, shuffled, none
     gaps: dict[str, Gap]  # shuffled, none
     by_band: dict[tuple[int, int], float]  # with the right image, by a band's first and last timestep
 
-    def as_metrics(self) -> dict[str, float]:
+    def as_metrics(self, prefix: str = "validation") -> dict[str, float]:
         """Flat numbers for trackers and JSON."""
-        metrics = {"validation/loss": self.losses[RIGHT]}
+        metrics = {f"{prefix}/loss": self.losses[RIGHT]}
         for name, gap in self.gaps.items():
-            metrics[f"validation/loss_{name}"] = self.losses[name]
-            metrics[f"validation/gap_{name}"] = gap.mean
-            metrics[f"validation/gap_{name}_relative"] = gap.relative
+            metrics[f"{prefix}/loss_{name}"] = self.losses[name]
+            metrics[f"{prefix}/gap_{name}"] = gap.mean
+            metrics[f"{prefix}/gap_{name}_relative"] = gap.relative
         for (first, last), loss in self.by_band.items():
-            metrics[f"validation/loss_t{first:04d}-{last:04d}"] = loss
+            metrics[f"{prefix}/loss_t{first:04d}-{last:04d}"] = loss
         return metrics
 
-    def summary(self) -> str:
-        """One line: is the image prompt being used?"""
+    @property
+    def is_used(self) -> bool:
+        """Whether the rows' own images surely help, beside others' images and beside none."""
+        return self.rows >= LEAST_IMAGES and all(gap.surely == 1 for gap in self.gaps.values())
+
+    @property
+    def verdict(self) -> str:
+        """Answer whether the image prompt is being used."""
+        if self.rows < LEAST_IMAGES:
+            return f"too few images to judge by, {LEAST_IMAGES} are needed"
+        beside_others, beside_none = self.gaps[SHUFFLED].surely, self.gaps[NONE].surely
+        if beside_none == -1:
+            return "the image makes it worse than none does"
+        if beside_others == 1:
+            used = "the image prompt is used"
+            return used if beside_none == 1 else "the right image is better than another, but no better than none"
+        if beside_none == 1:
+            return "an image helps, but the right one no more than another"
+        return "no sign yet that the image prompt is used"
+
+    def summary(self, rows: str) -> str:
+        """One line: what was measured on so many rows of a kind, such as "held-out rows", and what it says."""
         words = {SHUFFLED: "with shuffled images", NONE: "without image"}
         gaps = ", ".join(f"{words[name]} {gap}" for name, gap in self.gaps.items())
-        if self.gaps.get(SHUFFLED, self.gaps[NONE]).is_sure:
-            answer = "the image prompt is used"
-        elif self.gaps[NONE].is_sure:
-            answer = "an image helps, but the right one no more than another"
-        else:
-            answer = "no sign yet that the image prompt is used"
-        return f"validation loss {self.losses[RIGHT]:.4f}; {gaps}: {answer}"
+        return f"loss {self.losses[RIGHT]:.4f} on {self.rows} {rows}; {gaps}: {self.verdict}"
+
+    def overfits(self, unseen: ValidationReport) -> bool:
+        """Whether what the image gives these rows, which are trained on, is surely not half as much on unseen ones."""
+        if not self.is_used or unseen.rows < LEAST_IMAGES:
+            return False
+        gap = unseen.gaps[NONE]
+        most = (gap.mean + 2 * (gap.standard_error or 0)) / gap.loss
+        return not unseen.is_used or most < self.gaps[NONE].relative / 2
 
 
 def validation_losses(
@@ -92,20 +119,22 @@ def validation_losses(
     Args:
         model: attached or not; it is given back as it was found.
         process: the noise process; its loss weights and noise offset are left out, so that runs can be compared.
-        batches: at least one row in all, each index once.
+        batches: at least one row in all, each index once, each row with another image.
         seed: validation's own seed.
         poll: called before every forward pass.
     """
     indices = sorted(int(i) for batch in batches for i in batch.index)
     assert indices and len(set(indices)) == len(indices), "each row once"
-    shown = [RIGHT, SHUFFLED, NONE] if len(indices) > 1 else [RIGHT, NONE]
+    partners = others(indices, seed, "validation-shuffle")
+    shown = [RIGHT, NONE] if partners is None else [RIGHT, SHUFFLED, NONE]
     errors: dict[str, Table] = {name: np.zeros((len(indices), BANDS)) for name in shown}
     with lent(model):
         features = _features(model, batches, indices, poll)
-        partners = others(len(indices), seed, "validation-shuffle")
         for batch in batches:
             rows = [indices.index(int(i)) for i in batch.index]
-            images = {RIGHT: features[rows], SHUFFLED: features[partners[rows]], NONE: _no_image(model, features[rows])}
+            images = {RIGHT: features[rows], NONE: _no_image(model, features[rows])}
+            if partners is not None:
+                images[SHUFFLED] = features[partners[rows]]
             tokens = {name: model.project(images[name]) for name in shown}
             for name, band, row_errors in _errors(model, process, batch, tokens, seed, poll):
                 errors[name][rows, band] = row_errors
@@ -168,10 +197,10 @@ def _report(errors: dict[str, Table], edges: list[int]) -> ValidationReport:
     losses = {name: float(row.mean()) for name, row in by_row.items()}
     gaps = {name: _gap(by_row[name] - by_row[RIGHT], losses[RIGHT]) for name in by_row if name != RIGHT}
     bands = {(edges[b], edges[b + 1] - 1): float(errors[RIGHT][:, b].mean()) for b in range(BANDS)}
-    return ValidationReport(losses, gaps, bands)
+    return ValidationReport(len(by_row[RIGHT]), losses, gaps, bands)
 
 
 def _gap(differences: Table, loss: float) -> Gap:
     rows = len(differences)
-    error = float(differences.std(ddof=1)) / rows**0.5 if rows > 1 else 0.0
+    error = float(differences.std(ddof=1)) / rows**0.5 if rows > 1 else None
     return Gap(float(differences.mean()), error, loss)

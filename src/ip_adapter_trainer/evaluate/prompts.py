@@ -12,6 +12,7 @@ from ip_adapter_trainer.core.errors import DataProblem
 from ip_adapter_trainer.core.rng import stream
 from ip_adapter_trainer.core.types import Fault, Row
 from ip_adapter_trainer.data.faults import allowed_rows
+from ip_adapter_trainer.data.hold_out import plain_name
 from ip_adapter_trainer.data.manifest import read_manifest
 from ip_adapter_trainer.data.pictures import Pictures, fault_of, map_rows
 from ip_adapter_trainer.evaluate.config import EvaluateConfig
@@ -24,6 +25,7 @@ class Prompt:
 
     read: Callable[[], Image]
     caption: str
+    image: str  # name of the picture; rows may share it
     number: int  # of the row in its manifest, by which its seeds are drawn
 
 
@@ -32,7 +34,7 @@ def read_prompts(config: EvaluateConfig) -> tuple[list[Prompt], tuple[Fault, ...
 
     Raises:
         Problem: the manifest cannot be read at all.
-        DataProblem: more rows are faulty than the settings allow, or fewer than two are left.
+        DataProblem: more rows are faulty than the settings allow, or none is left.
     """
     manifest = read_manifest(config)
     pictures = Pictures.of(manifest.root, config)
@@ -43,14 +45,14 @@ def read_prompts(config: EvaluateConfig) -> tuple[list[Prompt], tuple[Fault, ...
     _limit(manifest.faults, manifest.entries, config.max_fault_rate)
     _limit(unread, len(chosen), config.max_fault_rate)
     sound = [prompt for prompt, error in zip(prompts, errors, strict=True) if error is None]
-    if len(sound) < 2:
-        what = "fewer than two rows can be used, and shuffled prompts take two"
-        raise DataProblem(what, where=str(manifest.source), remedy="add rows")
+    if not sound:
+        raise DataProblem("no row can be used", where=str(manifest.source), remedy="mend them (ip-adapter check)")
     return sound, (*manifest.faults, *unread)
 
 
 def _prompt(pictures: Pictures, row: Row, number: int) -> Prompt:
-    return Prompt(partial(_read, pictures, row.prompt_image_file or row.image_file), row.text, number)
+    name = row.prompt_image_file or row.image_file
+    return Prompt(partial(_read, pictures, name), row.text, plain_name(name), number)
 
 
 def _read(pictures: Pictures, name: str) -> Image:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ip_adapter_trainer.data.hold_out import LEAST_IMAGES
+
 PROMPTED, SCALE_0, SHUFFLED = "image_prompt", "scale_0", "shuffled"  # how a row's pictures were drawn
 CONDITIONS = (PROMPTED, SCALE_0, SHUFFLED)
 CLIP_I, CLIP_T = "clip_i", "clip_t"
@@ -22,7 +24,7 @@ class Measure:
     """A mean over rows and its standard error."""
 
     mean: float
-    standard_error: float
+    standard_error: float | None  # None: of one row
     rows: int
 
     @classmethod
@@ -31,8 +33,8 @@ class Measure:
         known = values[np.isfinite(values)]
         if not known.size:
             return None
-        error = known.std(ddof=1) / known.size**0.5 if known.size > 1 else 0.0
-        return cls(float(known.mean()), float(error), int(known.size))
+        error = float(known.std(ddof=1) / known.size**0.5) if known.size > 1 else None
+        return cls(float(known.mean()), error, int(known.size))
 
 
 Measures = dict[str, Measure | None]  # by metric
@@ -76,11 +78,20 @@ class Evaluation:
         lines += [
             _line(f"{_TITLES[PROMPTED]} over {_TITLES[how]}", measures, "+") for how, measures in self.gains.items()
         ]
+        if plan["images"] < LEAST_IMAGES:
+            none = "" if plan["images"] > 1 else "; there is none to shuffle with"
+            lines += ["", f"images: {plan['images']}, too few to judge by, {LEAST_IMAGES} are needed{none}"]
         if self.faults:
             lines += ["", f"faults: {len(self.faults)}, the first: {self.faults[0]}"]
         return "\n".join(lines)
 
 
 def _line(title: str, measures: Measures, sign: str) -> str:
-    cells = [f"{m.mean:{sign}.4f} ± {m.standard_error:.4f}" if m else "-" for m in measures.values()]
-    return f"{title:<42}" + "".join(f"{cell:^18}" for cell in cells).rstrip()
+    return f"{title:<42}" + "".join(f"{_cell(m, sign):^18}" for m in measures.values()).rstrip()
+
+
+def _cell(measure: Measure | None, sign: str) -> str:
+    if measure is None:
+        return "-"
+    error = "" if measure.standard_error is None else f" ± {measure.standard_error:.4f}"
+    return f"{measure.mean:{sign}.4f}{error}"

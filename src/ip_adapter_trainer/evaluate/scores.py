@@ -66,7 +66,8 @@ def evaluate(config: EvaluateConfig, poll: Poll = no_poll) -> Evaluation:
         "adapter": Path(config.adapter).name,
         "adapter_sha256": weights_sha256(model.adapter.published()),
     }
-    protocol |= {"clip_model": config.clip_model, "rows": len(prompts)} | asdict(plan)
+    images = len({prompt.image for prompt in prompts})
+    protocol |= {"clip_model": config.clip_model, "rows": len(prompts), "images": images} | asdict(plan)
     found = Evaluation.of(values, protocol, [str(fault) for fault in faults], round(time.monotonic() - began, 1))
     _write(found, output)
     return found
@@ -96,22 +97,24 @@ def _write(found: Evaluation, output: Path) -> None:
 
 
 def score(model: Model, clip: ClipScorer, prompts: Sequence[Prompt], plan: Plan, poll: Poll = no_poll) -> Values:
-    """CLIP-I and CLIP-T of every row in every condition; CLIP-T is NaN where a row has no caption.
+    """CLIP-I and CLIP-T of every row in every condition.
+
+    CLIP-T is NaN where a row has no caption; both are, for shuffled prompts, where all rows show one image.
 
     Args:
         model: attached or not; it is given back as it was found.
         clip: the model that scores.
-        prompts: two rows or more.
+        prompts: of the rows.
         plan: what is drawn.
         poll: called between forward passes.
     """
-    wrong = others(len(prompts), plan.seed, "evaluate-shuffle")
+    wrong = others([prompt.image for prompt in prompts], plan.seed, "evaluate-shuffle")
     values = {how: {name: np.full(len(prompts), np.nan) for name in (CLIP_I, CLIP_T)} for how in CONDITIONS}
     at_once = max(1, plan.how.batch_images // plan.pictures)
     with tqdm(total=len(prompts), unit="row", disable=None) as bar:
         for start in range(0, len(prompts), at_once):
             rows = range(start, min(start + at_once, len(prompts)))
-            strangers = [prompts[wrong[row]].read() for row in rows]
+            strangers = [] if wrong is None else [prompts[wrong[row]].read() for row in rows]
             scored = _score_rows(model, clip, prompts[start : rows.stop], strangers, plan, poll)
             for condition, metrics in scored.items():
                 for name, scores in metrics.items():
@@ -128,7 +131,8 @@ def _score_rows(
     references, texts = clip.images(own)[:, None], clip.texts(captions)[:, None]  # [R, 1, E]
     seeds = [key(plan.seed, "evaluate", prompt.number, n) % 2**63 for prompt in prompts for n in range(plan.pictures)]
     values: Values = {}
-    for condition, pictures in ((PROMPTED, own), (SCALE_0, own), (SHUFFLED, strangers)):
+    shuffled = [(SHUFFLED, strangers)] if strangers else []
+    for condition, pictures in ((PROMPTED, own), (SCALE_0, own), *shuffled):
         how = replace(plan.how, scale=0.0) if condition == SCALE_0 else plan.how
         drawn = _embeddings(model, clip, pictures, seeds, replace(plan, how=how), poll)  # [R, n, E]
         by_caption = clip_t(drawn, texts).mean(1).numpy()

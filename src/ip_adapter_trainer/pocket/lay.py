@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPVisionModelWithProjection
 
 
+VALIDATION_ROWS = 32
+
+
 def assemble(vae: Any, unet: Any, clip: CLIPModel) -> Any:
     """An ordinary StableDiffusionPipeline of the parts; the text encoder is CLIP's own text tower."""
     from diffusers import StableDiffusionPipeline
@@ -90,33 +93,43 @@ def training_pairs(seed: int, count: int) -> list[tuple[Scene, Scene]]:
     A prompt that shows the target itself would also tell its shape; another shape teaches the adapter to leave the
     shape to the text.
     """
-    rng = stream(seed, "pocket-pairs")
+    return _pairs(seed, "pocket-pairs", count, held=False)
+
+
+def validation_pairs(seed: int, count: int) -> list[tuple[Scene, Scene]]:
+    """The same, of combinations of attributes that no training target has."""
+    return _pairs(seed, "pocket-validation", count, held=True)
+
+
+def _pairs(seed: int, purpose: str, count: int, *, held: bool) -> list[tuple[Scene, Scene]]:
+    rng = stream(seed, purpose)
     pairs = []
     for _ in range(count):
-        target = world.random_scene(rng)
-        other = replace(target, shape=str(rng.choice(world.SHAPES)))
-        pairs.append((target, world.random_pose(other, rng)))
+        target = world.random_scene(rng, held=held)
+        shapes = [shape for shape in world.SHAPES if not held or world.held_out(replace(target, shape=shape))]
+        pairs.append((target, world.random_pose(replace(target, shape=str(rng.choice(shapes))), rng)))
     return pairs
 
 
-def write_pairs(folder: Path, pairs: list[tuple[Scene, Scene]]) -> None:
-    """Writes `images/*.png` and `data.json`, the published format with a prompt image; captions name the shape only."""
+def write_pairs(
+    folder: Path, pairs: list[tuple[Scene, Scene]], images: str = "images", rows: str = "data.json"
+) -> None:
+    """Writes pictures, and rows in the published format with a prompt image; captions name the shape only."""
     from PIL import Image
 
-    images = folder / "images"
-    images.mkdir(parents=True, exist_ok=True)
-    rows = []
+    (folder / images).mkdir(parents=True, exist_ok=True)
+    table = []
     for number, (target, prompt) in enumerate(pairs):
         names = [f"{number:05d}.png", f"{number:05d}_prompt.png"]
         for name, scene in zip(names, (target, prompt), strict=True):
-            Image.fromarray(world.render(scene)).save(images / name)
+            Image.fromarray(world.render(scene)).save(folder / images / name)
         text = world.caption(target, ["shape"])
-        rows.append({"image_file": names[0], "text": text, "prompt_image_file": names[1]})
-    (folder / "data.json").write_text(json.dumps(rows, indent=0) + "\n", encoding="utf-8")
+        table.append({"image_file": names[0], "text": text, "prompt_image_file": names[1]})
+    (folder / rows).write_text(json.dumps(table, indent=0) + "\n", encoding="utf-8")
 
 
 def lay(folder: Path, *, rows: int = 2000, seed: int = 0) -> None:
-    """Lays `base/`, `image_encoder/`, `clip/`, `images/` and `data.json` in a folder, ready for every command."""
+    """Lays models, a training set and a validation set in a folder, ready for every command."""
     folder.mkdir(parents=True, exist_ok=True)
     pipeline().save_pretrained(folder / "base")
     towers = clip()
@@ -125,6 +138,7 @@ def lay(folder: Path, *, rows: int = 2000, seed: int = 0) -> None:
     models.tokenizer().save_pretrained(folder / "clip")
     models.image_processor().save_pretrained(folder / "clip")
     write_pairs(folder, training_pairs(seed, rows))
+    write_pairs(folder, validation_pairs(seed, VALIDATION_ROWS), "validation", "validation/data.json")
 
 
 def lay_command(config: PocketConfig) -> str:
@@ -135,10 +149,12 @@ def lay_command(config: PocketConfig) -> str:
         f"{folder}/base            Stable Diffusion pipeline, {world.SIZE_PX} px\n"
         f"{folder}/image_encoder   CLIP image encoder\n"
         f"{folder}/clip            both CLIP towers, for `ip-adapter evaluate --clip_model`\n"
-        f"{folder}/data.json       {config.rows} rows over {folder}/images\n\n"
+        f"{folder}/data.json       {config.rows} rows over {folder}/images\n"
+        f"{folder}/validation      {VALIDATION_ROWS} rows of combinations that no training target has (data.json)\n\n"
         f"ip-adapter train --pretrained_model_name_or_path={folder}/base \\\n"
         f"  --image_encoder_path={folder}/image_encoder \\\n"
         f"  --data_json_file={folder}/data.json --data_root_path={folder}/images --resolution={world.SIZE_PX} \\\n"
+        f"  --validation_data={folder}/validation/data.json \\\n"
         f"  --max_train_steps=400 --train_batch_size=32 --learning_rate=1e-3 --min_timestep=400 \\\n"
         f"  --output_dir={folder}/adapter"
     )

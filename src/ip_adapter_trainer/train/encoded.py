@@ -19,12 +19,13 @@ from ip_adapter_trainer.prepare.frozen import recipe_of
 from ip_adapter_trainer.prepare.run import Job, demand_preparable
 from ip_adapter_trainer.train.config import TrainConfig
 from ip_adapter_trainer.train.plan import total_steps
+from ip_adapter_trainer.train.rows import RunRows
 
 _PAYS_EPOCHS = 2  # for each encoding of a picture: one is spent on preparing, the rest is won
 
 
 def prepared_set(
-    config: TrainConfig, runtime: Runtime, model: Model, manifest: Manifest, stopping: Stopping
+    config: TrainConfig, runtime: Runtime, model: Model, rows: RunRows, stopping: Stopping
 ) -> PreparedSet | None:
     """The set that a run trains from; None: from the pictures themselves.
 
@@ -33,14 +34,14 @@ def prepared_set(
         Stopped: asked to stop while preparing.
     """
     if config.prepare == "auto":
-        return _prepared_if_it_pays(config, runtime, model, manifest, stopping)
+        return _prepared_if_it_pays(config, runtime, model, rows, stopping)
     if config.prepared_dir is None:
         if config.prepare_text:
             what, remedy = "there is no prepared set to keep text in", "give --prepared_dir, or --prepare auto"
             raise Problem(what, where="--prepare_text", remedy=remedy)
         return None
     demand_preparable(config)
-    return _opened(config, runtime, manifest, _recipe(config, model), Path(config.prepared_dir))
+    return _opened(config, runtime, rows.manifest, _recipe(config, model), Path(config.prepared_dir))
 
 
 def _recipe(config: TrainConfig, model: Model) -> Recipe:
@@ -61,7 +62,7 @@ def _opened(config: TrainConfig, runtime: Runtime, manifest: Manifest, recipe: R
 
 
 def _prepared_if_it_pays(
-    config: TrainConfig, runtime: Runtime, model: Model, manifest: Manifest, stopping: Stopping
+    config: TrainConfig, runtime: Runtime, model: Model, rows: RunRows, stopping: Stopping
 ) -> PreparedSet | None:
     """Prepares first, or trains from the pictures; says which, and why."""
     if anew := drawn_anew(config):
@@ -69,9 +70,9 @@ def _prepared_if_it_pays(
         return None
     folder = Path(config.prepared_dir or Path(config.output_dir) / "prepared")
     recipe = _recipe(config, model)
-    job = Job(config, runtime, manifest, recipe, folder)
-    rows, images_per_step = len(manifest.rows), config.images_per_step(runtime.world)
-    epochs = total_steps(config, rows, images_per_step) * images_per_step / max(rows, 1)
+    job = Job(config, runtime, rows.manifest, recipe, folder)
+    images_per_step = config.images_per_step(runtime.world)
+    epochs = total_steps(config, rows.trained, images_per_step) * images_per_step / max(rows.trained, 1)
     least = _PAYS_EPOCHS * (2 if config.random_flip else 1)
     if job.need_bytes and epochs < least:
         say(f"not preparing: {epochs:.1f} epochs, and it pays from {least} on")
@@ -84,4 +85,4 @@ def _prepared_if_it_pays(
         return None
     say(f"preparing first: {epochs:.1f} epochs, and it pays from {least} on")
     say(str(job.run(model.family, model.encoder, config.encode_batch_size, stopping)))
-    return _opened(config, runtime, manifest, recipe, folder)
+    return _opened(config, runtime, rows.manifest, recipe, folder)

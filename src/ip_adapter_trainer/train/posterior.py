@@ -6,7 +6,7 @@ and an adapter then learns from noise: a validation loss of 0.50 where 0.05 was 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,14 +19,16 @@ POSTERIOR_IMAGES = 4
 _MUCH = 0.3  # the pocket base has 0.14
 
 
-def tell_of_posterior(model: Model, batches: Iterable[Batch], device: torch.device) -> None:
+def tell_of_posterior(model: Model, batches: Sequence[Batch], device: torch.device) -> None:
     """Tell where the posterior's noise is a large part of what the latents of a few images are.
 
     Args:
         model: its autoencoder on the device, unless the images were encoded before.
-        batches: a few images.
+        batches: a few images; none, where not one of them can be read, of which training itself tells.
         device: where to encode.
     """
+    if not batches:
+        return
     with torch.no_grad():
         share = noise_share([model.moments_of(batch.to(device).picture) for batch in batches])
     if share > _MUCH:

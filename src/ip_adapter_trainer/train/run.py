@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from ip_adapter_trainer.adapters import VARIANTS
-from ip_adapter_trainer.core.errors import DataProblem, Problem
+from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.launch import Runtime, claim, start
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.signals import StopSignal
 from ip_adapter_trainer.core.stopping import Stopping
-from ip_adapter_trainer.data.manifest import Manifest, read_manifest
+from ip_adapter_trainer.data.manifest import Manifest
 from ip_adapter_trainer.diffusion import NoiseProcess, ObjectiveConfig
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.prepare.frozen import load_frozen
@@ -27,6 +26,7 @@ from ip_adapter_trainer.train.marks import marks_of
 from ip_adapter_trainer.train.metrics import cut_metrics
 from ip_adapter_trainer.train.plan import make_plan, total_steps
 from ip_adapter_trainer.train.posterior import POSTERIOR_IMAGES, tell_of_posterior
+from ip_adapter_trainer.train.rows import RunRows, read_rows
 from ip_adapter_trainer.train.source import Source
 from ip_adapter_trainer.train.starting import StartingPoint, starting_point
 from ip_adapter_trainer.train.step import Step
@@ -95,13 +95,13 @@ def train(config: TrainConfig, write_resolved: WriteResolved) -> None:
         ) as runtime,
     ):
         point = _starting_point(config, runtime)
-        manifest = read_manifest(config)
+        rows = read_rows(config)
         if point.folder:
-            _demand_same_run(config, runtime, manifest, point)
-            if _is_over(config, runtime, manifest, point):
+            _demand_same_run(config, runtime, rows.manifest, point)
+            if _is_over(config, runtime, rows, point):
                 return
         stopping = Stopping(signal, runtime)
-        trainer = _make_trainer(config, runtime, stopping, manifest, point)
+        trainer = _make_trainer(config, runtime, stopping, rows, point)
         if config.dry_run:
             return
         claimed = claim(Path(config.output_dir), runtime)
@@ -114,27 +114,29 @@ def train(config: TrainConfig, write_resolved: WriteResolved) -> None:
 
 
 def _make_trainer(
-    config: TrainConfig, runtime: Runtime, stopping: Stopping, manifest: Manifest, point: StartingPoint
+    config: TrainConfig, runtime: Runtime, stopping: Stopping, rows: RunRows, point: StartingPoint
 ) -> Trainer:
     model = build_model(config, runtime)
     if config.pretrained_ip_adapter_path:
         _start_from(config.pretrained_ip_adapter_path, model, point)
     marks = marks_of(model)
     model.place_encoders(runtime.device)
-    prepared = prepared_set(config, runtime, model, manifest, stopping)
-    source = Source(config, runtime, manifest, model.encoder.preprocess, prepared)
+    prepared = prepared_set(config, runtime, model, rows, stopping)
+    source = Source(config, runtime, rows, model.encoder.preprocess, prepared)
     pipeline = model.family.pipeline
     process = NoiseProcess(pipeline.scheduler, config.part(ObjectiveConfig))
     plan = make_plan(model, config, source.rows, source.images_per_step, point.state)
     say("\n".join(plan.lines()))
+    rows.tell(config)
+    source.tell(plan.total_steps)
     if prepared:
+        source.encode_unseen(model)
         model.release_encoders(texts=config.prepare_text)
     model.place(runtime.device)  # last: encoders that are let go of need no room beside it
     where = f"{runtime.world} x {runtime.device.type}"
     say(f"on {where}, frozen weights {_precision(config, runtime)}, predicting {process.prediction}")
     if config.latents == "sample" and runtime.is_main and not config.dry_run:
-        with suppress(DataProblem):  # training itself tells of rows that cannot be read
-            tell_of_posterior(model, source.fixed(POSTERIOR_IMAGES, config.validation_seed), runtime.device)
+        tell_of_posterior(model, source.seen.batches(POSTERIOR_IMAGES), runtime.device)
     if config.low_memory:
         chosen = {name: getattr(config, name) for name in model.family.small_cards[config.low_memory]}
         say(f"low_memory {config.low_memory}: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
@@ -171,15 +173,14 @@ def _demand_same_run(config: TrainConfig, runtime: Runtime, manifest: Manifest, 
     guard.check(point.state, config, identity, tell=lambda line: None)
 
 
-def _is_over(config: TrainConfig, runtime: Runtime, manifest: Manifest, point: StartingPoint) -> bool:
+def _is_over(config: TrainConfig, runtime: Runtime, rows: RunRows, point: StartingPoint) -> bool:
     """Return whether a resumed run has nothing left to do; that it has nothing left to train is told."""
-    total = total_steps(config, len(manifest.rows), config.images_per_step(runtime.world))
+    total = total_steps(config, rows.trained, config.images_per_step(runtime.world))
     if point.step < total:
         return False
     way = f"give --max_train_steps above {point.step} to go on"
     say(f"nothing left to train: {point.folder} is at step {point.step}, and the run has {total} steps; {way}")
-    validates = point.lacks_validation and bool(config.num_validation_images or config.grid_rows)
-    return not (validates or config.dry_run)
+    return not (point.lacks_validation and config.validates) and not config.dry_run
 
 
 def _take_up(trainer: Trainer, point: StartingPoint, write_resolved: WriteResolved) -> None:

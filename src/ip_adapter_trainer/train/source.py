@@ -6,58 +6,73 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import Tensor
 
 from ip_adapter_trainer.core.launch import Runtime
-from ip_adapter_trainer.core.rng import stream
+from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.stopping import Poll
 from ip_adapter_trainer.core.types import Batch
 from ip_adapter_trainer.data.dataset import TrainingSet
 from ip_adapter_trainer.data.faults import FaultLog
-from ip_adapter_trainer.data.layout import lay_out
+from ip_adapter_trainer.data.layout import Layout, lay_out
 from ip_adapter_trainer.data.loader import Loader
-from ip_adapter_trainer.data.manifest import Manifest
 from ip_adapter_trainer.data.order import Order
 from ip_adapter_trainer.data.prepared import PreparedSet
 from ip_adapter_trainer.train.config import TrainConfig
+from ip_adapter_trainer.train.fixed import FixedRows
+from ip_adapter_trainer.train.rows import RunRows
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from ip_adapter_trainer.model import Model
 
-_NO_CHANCE = {
-    "random_flip": False, "center_crop": True, "prompt_flip": False, "prompt_crop_min_share": 1.0,
-    "text_drop_rate": 0.0, "image_drop_rate": 0.0, "both_drop_rate": 0.0,
-}  # fmt: skip
+_NAMED = 5  # buckets in a message
 
 
 class Source:
-    """The training rows of a run.
+    """The rows of a run, read, cut and put in order.
 
     Attributes:
-        rows: usable rows.
+        rows: number of rows that are trained on.
         images_per_step: images of one optimizer step over all processes and micro batches.
-        fingerprint: of the rows, by which a resumed run knows them again.
+        fingerprint: of the manifest, by which a resumed run knows it again.
+        unseen: rows that nothing is trained on, held out or of another set; None: there are none.
+        seen: rows that are trained on.
+        order: which rows make each step.
     """
 
     def __init__(
         self,
         config: TrainConfig,
         runtime: Runtime,
-        manifest: Manifest,
+        rows: RunRows,
         preprocess: Callable[[Image], Tensor],
         prepared: PreparedSet | None = None,
     ) -> None:
-        self._config, self._runtime, self._manifest = config, runtime, manifest
-        sizes_px = prepared.sizes_px(manifest.rows) if prepared and config.aspect_ratio_buckets else None
-        layout = lay_out(manifest, config, sizes_px)
+        self._config, self._runtime, self._manifest, self._prepared = config, runtime, rows.manifest, prepared
+        sizes_px = prepared.sizes_px(rows.manifest.rows) if prepared and config.aspect_ratio_buckets else None
+        layout = lay_out(rows.manifest, config, sizes_px)
+        trained = layout.only(~rows.held_out)
         self._samples = TrainingSet(
-            manifest, config, layout, seed=config.seed, preprocess=preprocess, prepared=prepared
+            rows.manifest, config, trained, seed=config.seed, preprocess=preprocess, prepared=prepared
         )
-        self._early_faults = (*manifest.faults, *layout.faults)
-        self.rows, self.fingerprint = len(manifest.rows), manifest.fingerprint
+        self._early_faults = (*rows.manifest.faults, *layout.faults)
+        self.rows, self.fingerprint = rows.trained, rows.manifest.fingerprint
         self.images_per_step = config.images_per_step(runtime.world)
-        self._order = Order(layout.bucket_of_row, seed=config.seed, batch_images=self.images_per_step)
+        self.order = Order(trained.bucket_of_row, seed=config.seed, batch_images=self.images_per_step)
+        self.seen = FixedRows(
+            rows.manifest, np.flatnonzero(~rows.held_out).tolist(), config, layout, preprocess, prepared
+        )
+        self.unseen = self._unseen(rows, layout, preprocess)
+
+    def _unseen(self, rows: RunRows, layout: Layout, preprocess: Callable[[Image], Tensor]) -> FixedRows | None:
+        if rows.validation:
+            all_rows, own_layout = range(len(rows.validation.rows)), lay_out(rows.validation, self._config)
+            return FixedRows(rows.validation, all_rows, self._config, own_layout, preprocess)
+        numbers = np.flatnonzero(rows.held_out).tolist()
+        return FixedRows(rows.manifest, numbers, self._config, layout, preprocess, self._prepared) if numbers else None
 
     def batches(self, first_step: int, poll: Poll) -> Iterator[Batch]:
         """This process's micro batches from a step on, without end; `poll` is called while one is waited for.
@@ -68,34 +83,29 @@ class Source:
         log = FaultLog(Path(self._config.output_dir), self._manifest.entries, self._config.max_fault_rate)
         log.add(self._early_faults, writes=self._runtime.is_main)
         rank, world, pin = self._runtime.rank, self._runtime.world, self._runtime.device.type == "cuda"
-        return Loader(self._samples, self._order, log, rank=rank, world=world, pin=pin).from_step(first_step, poll)
+        return Loader(self._samples, self.order, log, rank=rank, world=world, pin=pin).from_step(first_step, poll)
 
-    @property
-    def is_prepared(self) -> bool:
-        """Whether rows come encoded."""
-        return self._samples.prepared is not None
+    def encode_unseen(self, model: Model) -> None:
+        """Encode what validation will look at of another set, before the encoders that a prepared set replaces go."""
+        config = self._config
+        if self.unseen and not self.unseen.is_encoded and config.validates:
+            count = max(config.num_validation_images, config.grid_rows)
+            self.unseen.encode(count, model, self._runtime.device)
+
+    def tell(self, steps: int) -> None:
+        """Say which images are not trained on once in every epoch of a run of so many steps."""
+        slow = self.order.slow_buckets()
+        if not self._config.aspect_ratio_buckets or not slow:
+            return
+        sizes = [(images, "{1}x{0}".format(*self._samples.layout.buckets.sizes_px[bucket])) for bucket, images in slow]
+        named = ", ".join(f"{images} of {size}" for images, size in sizes[:_NAMED]) + ", ..." * (len(sizes) > _NAMED)
+        images, never = sum(images for _, images in slow), self.order.never_seen(steps)
+        what = f"{images:,} of {self.rows:,} images are not trained on in every epoch"
+        why = f"their buckets hold fewer than the {self.images_per_step} images of a step, and wait for several epochs"
+        end = f"; {never:,} images are in no step of this run" if never else ""
+        remedy = "lower the images of a step, raise --bucket_step_px, or lower --bucket_max_aspect"
+        say(f"WARNING: {what}: {why}{end} (width x height: {named}); {remedy}")
 
     def where(self, row: int) -> str:
         """Where a row stands in the manifest, for people."""
         return self._manifest.where(row)
-
-    def fixed(self, count: int, seed: int, *, pixels: bool = False) -> list[Batch]:
-        """The same few rows at every validation, nothing drawn by chance; a row's index is its number.
-
-        Batches hold rows of one size, at most `train_batch_size` of them; with `pixels`, the pictures themselves even
-        where the run has a prepared set.
-
-        Raises:
-            DataProblem: pictures that cannot be read, nor those after them.
-        """
-        rows = stream(seed, "validation-rows").permutation(self.rows)[:count].tolist()
-        plain = self._config.model_copy(update=_NO_CHANCE)
-        layout, preprocess = self._samples.layout, self._samples.preprocess
-        prepared = None if pixels else self._samples.prepared
-        samples = TrainingSet(self._manifest, plain, layout, seed=seed, preprocess=preprocess, prepared=prepared)
-        by_size: dict[tuple[int, int], list[int]] = {}
-        for row in rows:
-            by_size.setdefault(layout.size_px(row), []).append(row)
-        most = self._config.train_batch_size
-        parts = [group[i : i + most] for group in by_size.values() for i in range(0, len(group), most)]
-        return [samples.batch([(row, row) for row in part]) for part in parts]

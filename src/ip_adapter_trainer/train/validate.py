@@ -7,16 +7,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ip_adapter_trainer.core.errors import DataProblem
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.staging import staged_file
 from ip_adapter_trainer.core.stopping import Poll
 from ip_adapter_trainer.core.storage import reason_of
 from ip_adapter_trainer.core.types import Batch, Encoded
 from ip_adapter_trainer.evaluate.grid import validation_grid
-from ip_adapter_trainer.evaluate.losses import validation_losses
+from ip_adapter_trainer.evaluate.losses import ValidationReport, validation_losses
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.train.config import TrainConfig
+from ip_adapter_trainer.train.fixed import FixedRows
 from ip_adapter_trainer.train.source import Source
 from ip_adapter_trainer.train.step import Step
 from ip_adapter_trainer.train.track import Track
@@ -35,47 +35,63 @@ class Validator:
 
     def __call__(self, done: int, output: Path, track: Track, poll: Poll) -> None:
         """Measures, draws, writes and reports; raises what `poll` raises."""
-        config, seed, device = self.config, self.config.validation_seed, self.step.device
-        if config.num_validation_images:
-            batches = [batch.to(device) for batch in self.source.fixed(config.num_validation_images, seed)]
-            report = validation_losses(self.model, self.step.process, batches, seed, poll)
-            track.event(done, report.as_metrics())
-            say(f"step {done}: {report.summary()}")
-        if config.grid_rows:
+        if self.config.num_validation_images:
+            self._measure(done, track, poll)
+        if self.config.grid_rows:
             self._draw(done, output, track, poll)
+
+    def _measure(self, done: int, track: Track, poll: Poll) -> None:
+        """Beside each other: rows that nothing was trained on, and rows that were."""
+        unseen = self._report(self.source.unseen, poll) if self.source.unseen else None
+        seen = self._report(self.source.seen, poll)
+        metrics: dict[str, float] = {}
+        for report, prefix, rows in ((unseen, "validation", self._kind), (seen, "training_rows", "rows trained on")):
+            if report:
+                metrics |= report.as_metrics(prefix)
+                say(f"step {done}: {report.summary(rows)}")
+        if unseen and seen and seen.overfits(unseen):
+            remedy = "add images, stop earlier, or lower --learning_rate"
+            say(f"step {done}: over-fitting: the image helps rows trained on far more than {self._kind}; {remedy}")
+        if metrics:
+            track.event(done, metrics)
+
+    @property
+    def _kind(self) -> str:
+        return "rows of --validation_data" if self.config.validation_data else "held-out rows"
+
+    def _report(self, rows: FixedRows, poll: Poll) -> ValidationReport | None:
+        """The losses on the first of some rows; None: not one of them can be read."""
+        batches = [batch.to(self.step.device) for batch in rows.batches(self.config.num_validation_images)]
+        if not batches:
+            return None
+        return validation_losses(self.model, self.step.process, batches, self.config.validation_seed, poll)
 
     def _draw(self, done: int, output: Path, track: Track, poll: Poll) -> None:
         """The grid shows the pictures themselves; a prepared set may have come without them."""
-        config, device = self.config, self.step.device
-        try:
-            batches = self.source.fixed(config.grid_rows, config.validation_seed, pixels=True)
-            features = self._features(batches) if self.source.is_prepared else None
-        except DataProblem as problem:
-            say(f"step {done}: no grid, the pictures cannot be read ({problem.where}: {problem.what})")
+        config, rows = self.config, self.source.unseen or self.source.seen
+        batches = rows.batches(config.grid_rows, pixels=True)
+        encoded = rows.batches(config.grid_rows) if rows.is_encoded else []
+        if not batches or (encoded and _numbers(batches) != _numbers(encoded)):
+            say(f"step {done}: no grid, its images cannot be read, or are not those that were prepared")
             return
-        picture = validation_grid(self.model, [batch.to(device) for batch in batches], config, poll, features)
+        features = torch.cat([_features(batch.to(self.step.device)) for batch in encoded]) if encoded else None
+        grid = validation_grid(self.model, [batch.to(self.step.device) for batch in batches], config, poll, features)
         file = output / "grids" / f"step-{done:07d}.png"
-        track.picture(done, "validation/grid", picture)
+        track.picture(done, "validation/grid", grid)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with staged_file(file) as stage:
-                picture.save(stage)
+                grid.save(stage)
         except OSError as error:
             say(f"step {done}: the grid was not saved: {reason_of(error)}")
         else:
             say(f"step {done}: grid {file}")
 
-    def _features(self, batches: list[Batch]) -> Tensor:
-        """What a prepared set holds of the same rows [R, ...].
 
-        Raises:
-            DataProblem: some row is served from another picture than it shows now.
-        """
-        config = self.config
-        encoded = self.source.fixed(config.grid_rows, config.validation_seed)
-        shown = [row for batch in batches for row in batch.row.tolist()]
-        if shown != [row for batch in encoded for row in batch.row.tolist()]:
-            what, where = "some are not those that were prepared", str(config.prepared_dir or "the prepared set")
-            raise DataProblem(what, where=where, remedy="run `ip-adapter prepare` again")
-        pictures = [batch.to(self.step.device).picture for batch in encoded]
-        return torch.cat([picture.features for picture in pictures if isinstance(picture, Encoded)])
+def _numbers(batches: list[Batch]) -> list[int]:
+    return [row for batch in batches for row in batch.row.tolist()]
+
+
+def _features(batch: Batch) -> Tensor:
+    assert isinstance(batch.picture, Encoded)
+    return batch.picture.features

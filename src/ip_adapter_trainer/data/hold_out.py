@@ -1,0 +1,98 @@
+"""Which rows are kept out of training, so that validation can look at images that nothing was trained on."""
+
+from __future__ import annotations
+
+import hashlib
+import posixpath
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ip_adapter_trainer.core.types import Row
+
+LEAST_IMAGES = 8  # are held out where there are enough; validation gives no verdict by fewer
+_ONE_IN = 4  # images at most, where they are few
+
+
+def hold_out(rows: Sequence[Row], share: float) -> NDArray[np.bool_]:
+    """Choose the rows that are not trained on.
+
+    Rows that share an image, as target or as prompt, are all on one side. Groups of such rows are taken in the order of
+    a hash of their images' names, so that the choice depends on nothing but the names, and a set that grows keeps most
+    of it. At least `LEAST_IMAGES` are held out, but no more than a quarter unless the share is larger.
+
+    Args:
+        rows: of a manifest.
+        share: of the target images, from 0 (none) to below 1.
+
+    Returns:
+        Whether each row is held out, [rows].
+    """
+    if not share or not len(rows):
+        return np.zeros(len(rows), np.bool_)
+    targets, prompts = _keys(rows)
+    keys, numbers = np.unique(np.concatenate([targets, prompts]), return_inverse=True)  # keys ascend: so do groups
+    group_of_row = _groups(numbers[: len(rows)], numbers[len(rows) :], len(keys))
+    images = np.bincount(group_of_row[np.unique(targets, return_index=True)[1]], minlength=len(keys))  # [groups]
+    total = int(images.sum())
+    most = max(total // _ONE_IN, round(share * total))
+    wanted = min(max(LEAST_IMAGES, round(share * total)), most)
+    chosen, held = np.zeros(len(keys), np.bool_), 0
+    for group in np.flatnonzero(images).tolist():
+        if held >= wanted:
+            break
+        if held + images[group] <= most:
+            chosen[group] = True
+            held += int(images[group])
+    return chosen[group_of_row]
+
+
+def one_an_image(rows: Sequence[Row], numbers: Iterable[int]) -> Iterator[int]:
+    """Give, of rows by their numbers, those that are prompted with an image that none before them was."""
+    seen = set[str]()
+    for number in numbers:
+        row = rows[number]
+        name = plain_name(row.prompt_image_file or row.image_file)
+        if name not in seen:
+            seen.add(name)
+            yield number
+
+
+def plain_name(image_file: str) -> str:
+    """Return one name for all ways of writing an image's path."""
+    return posixpath.normpath(image_file) if "./" in image_file or "//" in image_file else image_file
+
+
+def _keys(rows: Sequence[Row]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """A hash of the names of each row's target and prompt, [rows] each; a prompt of its own or the target again."""
+    targets, prompts = bytearray(), bytearray()
+    for row in rows:
+        key = _key(row.image_file)
+        targets += key
+        prompts += _key(row.prompt_image_file) if row.prompt_image_file else key
+    return np.frombuffer(bytes(targets), "<u8"), np.frombuffer(bytes(prompts), "<u8")
+
+
+def _key(image_file: str) -> bytes:
+    return hashlib.blake2b(plain_name(image_file).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+
+def _groups(targets: NDArray[np.int64], prompts: NDArray[np.int64], images: int) -> NDArray[np.int64]:
+    """The group of each row, [rows]: the lowest of the images that rows link to its own (union-find)."""
+    differ = targets != prompts
+    if not differ.any():
+        return targets
+    lowest = list(range(images))
+
+    def find(image: int) -> int:
+        """Follow the links to the group's lowest image, halving the way."""
+        while lowest[image] != image:
+            lowest[image] = lowest[lowest[image]]
+            image = lowest[image]
+        return image
+
+    for target, prompt in zip(targets[differ].tolist(), prompts[differ].tolist(), strict=True):
+        one, other = sorted((find(target), find(prompt)))
+        lowest[other] = one
+    return np.array([find(target) for target in targets.tolist()], np.int64)

@@ -1,0 +1,125 @@
+"""The few rows that a run looks at again and again, and nothing about them drawn by chance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ip_adapter_trainer.core.errors import DataProblem
+from ip_adapter_trainer.core.rng import stream
+from ip_adapter_trainer.core.types import Batch, Encoded, map_tensors
+from ip_adapter_trainer.data.dataset import MAX_TRIES, TrainingSet
+from ip_adapter_trainer.data.hold_out import one_an_image
+from ip_adapter_trainer.data.layout import Layout
+from ip_adapter_trainer.data.manifest import Manifest
+from ip_adapter_trainer.data.prepared import PreparedSet
+from ip_adapter_trainer.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ip_adapter_trainer.model import Model
+
+_NO_CHANCE = {
+    "random_flip": False, "center_crop": True, "prompt_flip": False, "prompt_crop_min_share": 1.0,
+    "text_drop_rate": 0.0, "image_drop_rate": 0.0, "both_drop_rate": 0.0,
+}  # fmt: skip
+
+
+class FixedRows:
+    """Rows of a manifest in an order drawn once, each with another image prompt; a row's index is its number.
+
+    Usage::
+
+        held_out = FixedRows(manifest, numbers, config, layout, preprocess, prepared)
+        for batch in held_out.batches(16): ...
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        numbers: Sequence[int],
+        config: TrainConfig,
+        layout: Layout,
+        preprocess: Callable[[Image], Tensor],
+        prepared: PreparedSet | None = None,
+    ) -> None:
+        self._manifest, self._numbers, self._config = manifest, numbers, config
+        seed, plain = config.validation_seed, config.model_copy(update=_NO_CHANCE)
+
+        def samples(prepared: PreparedSet | None) -> TrainingSet:
+            """Read a row as it is: none stands in for one that cannot be read."""
+            return TrainingSet(
+                manifest, plain, layout, seed=seed, preprocess=preprocess, prepared=prepared, max_tries=1
+            )
+
+        self._pixels, self._samples = samples(None), samples(prepared)
+        self._is_prepared = prepared is not None
+        self._encoded: list[Batch] = []
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether rows come encoded, unless pixels are asked for."""
+        return self._is_prepared or bool(self._encoded)
+
+    def batches(self, count: int, *, pixels: bool = False) -> list[Batch]:
+        """Read the first rows that can be read; batches hold rows of one size, at most `train_batch_size` of them.
+
+        Args:
+            count: rows; fewer where there are no more images.
+            pixels: give the images themselves, even of rows that were encoded beforehand.
+        """
+        by_size: dict[tuple[int, int], list[Batch]] = {}
+        for row in self._rows(count, pixels):
+            by_size.setdefault(row.geometry[0].target_px, []).append(row)
+        most = self._config.train_batch_size
+        return [_joined(group[i : i + most]) for group in by_size.values() for i in range(0, len(group), most)]
+
+    def encode(self, count: int, model: Model, device: torch.device) -> None:
+        """Encode the first rows now and keep them, for a run that lets its encoders go."""
+        with torch.no_grad():
+            self._encoded = [_encoded(row.to(device), model) for row in self._rows(count, pixels=True)]
+
+    def _rows(self, count: int, pixels: bool) -> list[Batch]:
+        """Batches of one row each."""
+        if self._encoded and not pixels:
+            return self._encoded[:count]
+        found: list[Batch] = []
+        for tried, number in enumerate(self._order()):
+            if len(found) == count or tried - len(found) > MAX_TRIES:
+                break
+            with suppress(DataProblem):  # training and `check` tell of rows that cannot be read
+                found.append((self._pixels if pixels else self._samples).batch([(number, number)]))
+        return found
+
+    def _order(self) -> Iterator[int]:
+        chance = stream(self._config.validation_seed, "validation-rows")
+        return one_an_image(self._manifest.rows, chance.permutation(self._numbers).tolist())
+
+
+def _joined(rows: Sequence[Batch]) -> Batch:
+    """One batch of several."""
+    return Batch(
+        index=torch.cat([row.index for row in rows]),
+        row=torch.cat([row.row for row in rows]),
+        picture=map_tensors(lambda *parts: torch.cat(parts), *(row.picture for row in rows)),
+        text=tuple(text for row in rows for text in row.text),
+        geometry=tuple(geometry for row in rows for geometry in row.geometry),
+        drop_text=torch.cat([row.drop_text for row in rows]),
+        drop_image=torch.cat([row.drop_image for row in rows]),
+    )
+
+
+def _encoded(row: Batch, model: Model) -> Batch:
+    """A batch with all that the frozen encoders say of it, on the host."""
+    picture = Encoded(
+        model.moments_of(row.picture).cpu(),
+        model.features_of(row.picture).cpu(),
+        {name: tensor.cpu() for name, tensor in model.family.encode_captions(row.text).items()},
+    )
+    return replace(row, picture=picture)

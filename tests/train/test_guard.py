@@ -32,14 +32,17 @@ def saved(config: Any, identity: guard.Identity, **changed: Any) -> dict[str, An
     return {**state, "config": state["config"] | changed}
 
 
-def test_a_checkpoint_from_before_there_were_densities_was_uniform(flags: Flags, tmp_path: Path) -> None:
+def test_a_checkpoint_from_before_a_setting_did_what_was_done_then(flags: Flags, tmp_path: Path) -> None:
     config, here = parse_train(flags(tmp_path, timestep_density="uniform")), of("a")
     state = saved(config, here)
     for name in ("timestep_density", "timestep_uniform_share", "timestep_shift", "logit_mean", "logit_std"):
         del state["config"][name]
+    del state["config"]["validation_share"]
     assert guard.check(state, config, here) == []
     with pytest.raises(Problem, match="timestep_density was 'uniform', is 'logit_normal'"):
         guard.check(state, parse_train(flags(tmp_path)), here)
+    with pytest.raises(Problem, match=r"validation_share was 0.0, is 0.01(.|\n)*give --validation_share=0.0"):
+        guard.check(state, config.model_copy(update={"validation_share": 0.01}), here)
 
 
 def test_a_checkpoint_older_than_a_setting_had_its_default(flags: Flags, tmp_path: Path) -> None:

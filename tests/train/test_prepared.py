@@ -203,7 +203,7 @@ def test_a_picture_that_changed_is_a_fault_and_never_served_stale(
     prepared(flags, tmp_path / "raw", tmp_path / "set", **extra)
     shutil.copy(tmp_path / "rows" / "0.png", tmp_path / "rows" / "3.png")
     encoded = run(tmp_path / "encoded", prepared_dir=tmp_path / "set", **extra)
-    assert "no grid, the pictures cannot be read" in capsys.readouterr().err
+    assert "no grid, its images cannot be read, or are not those that were prepared" in capsys.readouterr().err
     fault = json.loads((encoded / "faults.jsonl").read_text())
     assert fault["kind"] == "changed" and "3.png" in fault["where"] and "prepare" in fault["remedy"]
     report = prepared(flags, tmp_path / "raw", tmp_path / "set", **extra)

@@ -121,6 +121,16 @@ def test_rows_may_be_drawn_together_or_alone(sd1: Model, clip: ClipScorer, rows:
             np.testing.assert_allclose(values, alone[how][name], atol=2e-3)
 
 
+def test_of_several_captions_the_seed_draws_the_one_that_is_scored(rows: Path, clip_folder: Path) -> None:
+    entries = json.loads(rows.read_text())
+    rows.write_text(json.dumps([entry | {"text": ["a", "b", "c"]} for entry in entries]))
+    drawn = [
+        {p.number: p.caption for p in scores.read_prompts(settings(rows, clip_folder, seed=seed, num_rows=count))[0]}
+        for seed, count in ((0, 6), (0, 3), (1, 6))
+    ]
+    assert drawn[1].items() < drawn[0].items() and drawn[0] != drawn[2] and set(drawn[0].values()) <= {*"abc"}
+
+
 def test_unreadable_rows_are_left_out_up_to_the_limit(rows: Path, clip_folder: Path) -> None:
     (rows.parent / "2.png").write_bytes(b"")
     prompts, faults = scores.read_prompts(settings(rows, clip_folder))

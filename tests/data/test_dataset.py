@@ -56,10 +56,9 @@ def test_of_several_captions_each_index_draws_one(tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path, names, text=["one", ["a", "b", None]])
     one, other, seeded = (training_set(manifest, seed=seed, **chance) for seed in (0, 0, 1))
     alone = [one[index, 1] for index in range(90)]
-    together = [
-        text for n in range(80, -1, -10) for text in reversed(other.batch([(n + i, 1) for i in range(10)]).text)
-    ]
-    assert [sample.text for sample in alone] == together[::-1], "whatever the batch, and whatever was drawn before"
+    batches = [other.batch([(first + n, 1) for n in range(10)]) for first in range(80, -1, -10)]
+    together = [text for batch in batches[::-1] for text in batch.text]
+    assert [sample.text for sample in alone] == together, "whatever the batch, and whatever was drawn before"
     assert [sample.text for sample in alone] != [seeded[index, 1].text for index in range(90)]
     kept = [sample for sample in alone if not sample.drop_text]
     assert min(Counter(sample.text for sample in kept).values()) > 12 and {s.text for s in kept} == {"a", "b", ""}

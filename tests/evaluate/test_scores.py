@@ -63,6 +63,12 @@ def test_equal_pictures_have_clip_i_one_and_clip_t_is_clipscore(clip: ClipScorer
     assert clip.texts(["word " * 500]).shape == clip.texts([""]).shape
 
 
+def test_captions_that_the_scorer_cuts_are_told(clip: ClipScorer) -> None:
+    texts = ["", "star " * 14, "star " * 15]
+    assert torch.equal(clip.texts(texts[2:]), clip.texts(["star " * 14])) and clip.cuts(texts[:2]) == ""
+    assert clip.cuts(texts).startswith("the CLIP model cuts 1 of 3 captions at 14 tokens")
+
+
 def copied(model: Model, tokens: torch.Tensor, prompts: Sequence[str], seeds: Sequence[int], how: Sampling, poll: object
            ) -> list[Image.Image]:  # fmt: skip
     """Sampling by a perfect adapter: the picture whose tokens these are."""

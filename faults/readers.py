@@ -52,7 +52,8 @@ def targets(folder: Path) -> dict[str, Target]:
     unsigned = tensors.packed(
         json.dumps({k: v for k, v in flat.header.items() if k != "__metadata__"}).encode(), flat.body
     )
-    rows = json.dumps([{"image_file": f"{n}.png", "text": "a star", "prompt_image_file": "b.png"} for n in range(3)])
+    texts = ("a star", ["a star", "a red star"], None)
+    rows = json.dumps([{"image_file": "a.png", "text": text, "prompt_image_file": "b.png"} for text in texts])
     lines = "".join(json.dumps(row) + "\n" for row in json.loads(rows))
     csv = 'image_file,text\r\na.png,a star\r\nb.png,"a, b"\r\n'
     only, tree, both = (mutate.of_bytes,), (mutate.of_bytes, mutate.of_json), (mutate.of_bytes, mutate.of_tensors)

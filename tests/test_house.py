@@ -13,7 +13,6 @@ import pytest
 
 from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.config import compose
-from ip_adapter_trainer.data.config import CheckConfig
 from ip_adapter_trainer.demo import DemoConfig
 from ip_adapter_trainer.evaluate.generate import GenerateConfig
 from ip_adapter_trainer.evaluate.scores import EvaluateConfig
@@ -21,6 +20,7 @@ from ip_adapter_trainer.export import ExportConfig
 from ip_adapter_trainer.families import FAMILIES
 from ip_adapter_trainer.inspection import InspectConfig
 from ip_adapter_trainer.pocket.config import PocketConfig
+from ip_adapter_trainer.prepare.check import CheckConfig
 from ip_adapter_trainer.prepare.config import PrepareConfig
 
 PACKAGE = Path(__file__).parents[1] / "src" / "ip_adapter_trainer"

@@ -99,8 +99,7 @@ def _inspect(argv: Sequence[str]) -> int:
 
 def _check(argv: Sequence[str]) -> int:
     from ip_adapter_trainer.config import parse
-    from ip_adapter_trainer.data.check import check
-    from ip_adapter_trainer.data.config import CheckConfig
+    from ip_adapter_trainer.prepare.check import CheckConfig, check
 
     report = check(parse(CheckConfig, argv, prog="ip-adapter check"))
     print(report)

@@ -50,6 +50,21 @@ def test_samples_are_functions_of_seed_index_and_row(manifest: Path) -> None:
     assert not all(_same(one[index, 2], seeded[index, 2]) for index in range(8))
 
 
+def test_of_several_captions_each_index_draws_one(tmp_path: Path) -> None:
+    names, chance = write_pictures(tmp_path, 2), {"random_flip": True, "center_crop": False, "text_drop_rate": 0.2}
+    single = [training_set(write_manifest(tmp_path, names), **chance)[index, 1] for index in range(90)]
+    manifest = write_manifest(tmp_path, names, text=["one", ["a", "b", None]])
+    one, other, seeded = (training_set(manifest, seed=seed, **chance) for seed in (0, 0, 1))
+    alone = [one[index, 1] for index in range(90)]
+    batches = [other.batch([(first + n, 1) for n in range(10)]) for first in range(80, -1, -10)]
+    together = [text for batch in batches[::-1] for text in batch.text]
+    assert [sample.text for sample in alone] == together, "whatever the batch, and whatever was drawn before"
+    assert [sample.text for sample in alone] != [seeded[index, 1].text for index in range(90)]
+    kept = [sample for sample in alone if not sample.drop_text]
+    assert min(Counter(sample.text for sample in kept).values()) > 12 and {s.text for s in kept} == {"a", "b", ""}
+    assert all(_same(*pair) and pair[0].drop_text == pair[1].drop_text for pair in zip(single, alone, strict=True))
+
+
 def test_flips_take_target_and_prompt_along(manifest: Path) -> None:
     samples = training_set(manifest, random_flip=True)
     flips = [

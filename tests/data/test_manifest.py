@@ -22,6 +22,7 @@ OBJECTS = [
     {"image_file": "sub/b.png", "text": "", "prompt_image_file": None},
     {"text": 'th"r,ee\nünï', "image_file": "c.png", "prompt_image_file": "d.png"},
 ]
+GOLDEN = "0d95c597bac3c78c73912d5bd6c583ad1f3eb657cda0128c129fb5efd8a2bbca"  # fingerprint of the objects
 CSV = 'image_file,text,prompt_image_file,width\na.png,one,,3\nsub/b.png,,,\nc.png,"th""r,ee\nünï",d.png,\n'
 
 
@@ -105,9 +106,14 @@ FAULTY_OBJECTS: dict[str, tuple[str, str]] = {
     '{"image": "a.png", "text": "x"}': ("missing_column", "--image_column"),
     '{"image_file": "a.png"}': ("missing_column", "may be empty"),
     '{"image_file": 7, "text": "x"}': ("wrong_type", "a number"),
-    '{"image_file": ["a.png"], "text": "x"}': ("wrong_type", "an array"),
-    '{"image_file": "a.png", "text": null}': ("wrong_type", "null"),
-    '{"image_file": "a.png", "text": true}': ("wrong_type", "true or false"),
+    '{"image_file": ["a.png"], "text": "x"}': ("wrong_type", "an array, not a string; write the path of one picture"),
+    '{"image_file": null, "text": "x"}': ("wrong_type", "null, not a string; write the path of one picture"),
+    '{"image_file": "a.png", "text": true}': ("wrong_type", 'true or false, not a string; write the caption in quotes'),
+    '{"image_file": "a.png", "text": 3}': ("wrong_type", 'or "" if there is none'),
+    '{"image_file": "a.png", "text": []}': ("wrong_type", 'an empty array; write ""'),
+    '{"image_file": "a.png", "text": ["x", 3]}': ("wrong_type", "an array that holds a number; write each"),
+    '{"image_file": "a.png", "text": ["x", ["y"]]}': ("wrong_type", "an array that holds an array"),
+    '{"image_file": "a.png", "text": ["x", "\\ud800"]}': ("bad_text", "'text'"),
     '{"image_file": "a.png", "text": "x", "prompt_image_file": {}}': ("wrong_type", "an object"),
     '{"image_file": "a.png", "text": "x", "prompt_image": "b.png"}': ("unknown_column", "prompt_image_file"),
     '{"image_file": "a.png", "text": "x", "score": NaN}': ("not_json", "NaN"),
@@ -143,7 +149,7 @@ def test_a_faulty_row_costs_itself_only(broken: str, tmp_path: Path) -> None:
         assert len(manifest.rows) == 2 and manifest.entries == 3
         (fault, *_) = manifest.faults
         assert (fault.kind, fault.where) == (kind, where)
-        assert words in f"{fault.what} {fault.remedy}" and fault.remedy and "\n" not in str(fault)
+        assert words in f"{fault.what}; {fault.remedy}" and fault.remedy and "\n" not in str(fault)
 
 
 @pytest.mark.parametrize("broken", FAULTY_LINES, ids=range(len(FAULTY_LINES)))
@@ -168,13 +174,25 @@ def test_a_faulty_line_of_a_table_costs_itself_only(line: str | bytes, kind: str
     assert len(manifest.rows) == 2 and [(f.kind, f.where) for f in manifest.faults] == [(kind, "data.csv, line 4")]
 
 
+@pytest.mark.parametrize(("value", "text"), [
+    ('"x"', "x"), ("null", ""), ("[null]", ""), ('["x"]', "x"), ('["x", null, "x"]', ("x", "", "x")),
+    ('["[\\"x\\"]", "\\u0000 ü\\n"]', ('["x"]', "\0 ü\n")), ('"[\\"x\\", \\"y\\"]"', '["x", "y"]'),
+], ids=range(7))  # fmt: skip
+def test_a_caption_may_be_null_or_a_list(value: str, text: str | tuple[str, ...], tmp_path: Path) -> None:
+    row = f'{{"image_file": "a.png", "text": {value}, "prompt_image_file": "b.png"}}'
+    for name, content in (("data.json", f"[{OK}, {row}, {OK}]"), ("data.jsonl", f"{OK}\n{row}\n{OK}")):
+        manifest = _read(tmp_path / name, content)
+        assert list(manifest.rows) == [Row("ok.png", "ok"), Row("a.png", text, "b.png"), Row("ok.png", "ok")]
+        assert not manifest.faults
+
+
 def test_an_open_quote_is_a_fault_at_its_line(tmp_path: Path) -> None:
     manifest = _read(tmp_path / "data.csv", 'image_file,text\na.png,x\nb.png,"y\nc.png,z\n')
     assert len(manifest.rows) == 1 and manifest.faults[0].where == "data.csv, line 3"
 
 
 def test_several_faults_of_a_row_are_one_faulty_row(tmp_path: Path) -> None:
-    manifest = _read(tmp_path / "data.jsonl", f'{OK}\n{{"image_file": 3, "text": null}}\n')
+    manifest = _read(tmp_path / "data.jsonl", f'{OK}\n{{"image_file": 3, "text": 4}}\n')
     assert len(manifest.faults) == 2 and manifest.entries == 2
 
 
@@ -226,12 +244,17 @@ def test_a_missing_root_is_a_problem(tmp_path: Path) -> None:
         _read(tmp_path / "data.json", f"[{OK}]", data_root_path=str(tmp_path / "none"))
 
 
+def test_the_fingerprint_of_single_captions_is_what_older_checkpoints_hold(tmp_path: Path) -> None:
+    assert _read(tmp_path / "data.json", json.dumps(OBJECTS)).fingerprint.sha256 == GOLDEN
+
+
 def test_the_fingerprint_knows_every_field_and_the_order(tmp_path: Path) -> None:
     changed = [
         OBJECTS,
         OBJECTS[::-1],
         OBJECTS[:2],
         *([{**OBJECTS[0], k: "z"}, *OBJECTS[1:]] for k in ("text", "image_file")),
+        *([{**OBJECTS[0], "text": t}, *OBJECTS[1:]] for t in (["a", "b"], ["b", "a"], '["a", "b"]')),
     ]
     prints = {_read(tmp_path / "data.json", json.dumps(objects)).fingerprint.sha256 for objects in changed}
     assert len(prints) == len(changed) and all(len(p) == 64 for p in prints)

@@ -81,7 +81,10 @@ def test_reading_in_pieces_tells_the_same(size: int, tmp_path: Path, monkeypatch
     assert ("is not UTF-8" in str(whole[-2])) and ", line 3" in str(whole[-2]), "the broken byte is found on its line"
 
 
-ROWS = [Row("a.png", "", None), Row("ü/b.png", "☂" * 3, "c.png"), Row("d.png", "nul \0", None)]
+ROWS = [
+    Row("a.png", "", None), Row("ü/b.png", "☂" * 3, "c.png"), Row("e.png", ("", "☂", '["nul \0"]')),
+    Row("f.png", ("x", "y"), "g.png"), Row("d.png", "nul \0", None),
+]  # fmt: skip
 
 
 def test_a_table_gives_back_its_rows() -> None:
@@ -90,9 +93,9 @@ def test_a_table_gives_back_its_rows() -> None:
     for row in ROWS:
         table.append(row)
     for one in (table, pickle.loads(pickle.dumps(table))):
-        assert list(one) == ROWS and one[-1] == ROWS[-1] and one[1:] == ROWS[1:] and len(one) == 3
+        assert list(one) == ROWS and one[-1] == ROWS[-1] and one[1:] == ROWS[1:] and len(one) == 5
     with pytest.raises(IndexError):
-        table[3]
+        table[5]
 
 
 @given(st.text(alphabet="ab./\\:\0%~\n", max_size=8) | st.text(max_size=8), st.booleans())

@@ -63,6 +63,12 @@ def test_equal_pictures_have_clip_i_one_and_clip_t_is_clipscore(clip: ClipScorer
     assert clip.texts(["word " * 500]).shape == clip.texts([""]).shape
 
 
+def test_captions_that_the_scorer_cuts_are_told(clip: ClipScorer) -> None:
+    texts = ["", "star " * 14, "star " * 15]
+    assert torch.equal(clip.texts(texts[2:]), clip.texts(["star " * 14])) and clip.cuts(texts[:2]) == ""
+    assert clip.cuts(texts).startswith("the CLIP model cuts 1 of 3 captions at 14 tokens")
+
+
 def copied(model: Model, tokens: torch.Tensor, prompts: Sequence[str], seeds: Sequence[int], how: Sampling, poll: object
            ) -> list[Image.Image]:  # fmt: skip
     """Sampling by a perfect adapter: the picture whose tokens these are."""
@@ -119,6 +125,16 @@ def test_rows_may_be_drawn_together_or_alone(sd1: Model, clip: ClipScorer, rows:
     for how, metrics in together.items():
         for name, values in metrics.items():
             np.testing.assert_allclose(values, alone[how][name], atol=2e-3)
+
+
+def test_of_several_captions_the_seed_draws_the_one_that_is_scored(rows: Path, clip_folder: Path) -> None:
+    entries = json.loads(rows.read_text())
+    rows.write_text(json.dumps([entry | {"text": ["a", "b", "c"]} for entry in entries]))
+    drawn = [
+        {p.number: p.caption for p in scores.read_prompts(settings(rows, clip_folder, seed=seed, num_rows=count))[0]}
+        for seed, count in ((0, 6), (0, 3), (1, 6))
+    ]
+    assert drawn[1].items() < drawn[0].items() and drawn[0] != drawn[2] and set(drawn[0].values()) <= {*"abc"}
 
 
 def test_unreadable_rows_are_left_out_up_to_the_limit(rows: Path, clip_folder: Path) -> None:

@@ -19,7 +19,7 @@ from huggingface_hub import constants
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.encoders import FEATURES
 from ip_adapter_trainer.loading import hub as loading_hub
-from ip_adapter_trainer.loading.base import family_of, load_base
+from ip_adapter_trainer.loading.base import family_of, load_base, load_tokenizers
 from ip_adapter_trainer.loading.config import BaseConfig
 from ip_adapter_trainer.loading.encoder import load_encoder
 from tests.hub import Hub
@@ -69,7 +69,8 @@ def test_a_base_model_on_the_hub_brings_what_is_needed_of_it(hub: Hub, base: Cal
     shutil.copy(weights_of(folder / "unet"), folder / "unet/diffusion_pytorch_model.fp16.safetensors")
     shutil.copy(weights_of(folder / "vae"), folder / "all-in-one.safetensors")
     hub.add("owner/base", folder)
-    assert family_of("owner/base") == "sd" and not [name for name in hub.asked if name.endswith(".safetensors")]
+    assert family_of("owner/base") == "sd" and len(load_tokenizers("owner/base", BaseConfig())) == 1
+    assert not [name for name in hub.asked if name.endswith(".safetensors")]
     found = load("owner/base/").denoiser.state_dict()  # the published command lines end names with a slash
     own = load(str(base_folder("sd1"))).denoiser.state_dict()
     assert all(torch.equal(value, own[key]) for key, value in found.items())

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from ip_adapter_trainer.cli import RUN, guarded
 from ip_adapter_trainer.config import parse_train
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.loading.base import family_of, load_base
+from ip_adapter_trainer.loading.base import family_of, load_base, load_tokenizers
 from ip_adapter_trainer.loading.config import BaseConfig
 from tests.hub import Hub
 from tests.ldm import one_file, unet
@@ -53,6 +53,8 @@ def test_one_file_is_its_folder(checkpoint: Callable, base_folder: Callable, kin
         assert all(torch.equal(own[key], value) for key, value in getattr(theirs, name).state_dict().items()), name
     assert found.pipeline.scheduler.config == expected.pipeline.scheduler.config
     assert load(str(file), config, parts=("autoencoder",)).denoiser is None
+    tokenizers = load_tokenizers(str(file), config)
+    assert [t.get_vocab() for t in tokenizers] == [t.get_vocab() for t in expected.tokenizers]
 
 
 def test_what_is_no_whole_checkpoint_is_told(checkpoint: Callable, base: Callable, tmp_path: Path) -> None:

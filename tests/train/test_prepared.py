@@ -142,9 +142,13 @@ def test_a_prepared_run_holds_no_encoders_and_draws_the_same_grid(
 
 @pytest.mark.parametrize("base", ["sd1", "sd2v", "sdxl"])
 def test_text_that_was_kept_trains_the_same_and_is_not_encoded_again(
-    run: Callable, flags: Callable, tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
+    run: Callable, flags: Callable, rows_folder: Path, tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    extra = {"base": base, "text_drop_rate": 0.4}
+    rows, manifest = json.loads((rows_folder / "data.json").read_text()), tmp_path / "rows.json"
+    for number, row in enumerate(rows[::2]):
+        row["text"] = [row["text"], None, f"a second caption of row {number}"]
+    manifest.write_text(json.dumps(rows))
+    extra = {"base": base, "text_drop_rate": 0.4, "data_json_file": manifest}
     prepared(flags, tmp_path / "raw", tmp_path / "set", prepare_text=True, **extra)
     raw = run(tmp_path / "raw", **extra)
     kind = StableDiffusionXL if base == "sdxl" else StableDiffusion
@@ -155,7 +159,12 @@ def test_text_that_was_kept_trains_the_same_and_is_not_encoded_again(
         return honest(self, texts)
 
     monkeypatch.setattr(kind, "encode_captions", probe_only)
-    assert_same_training(raw, run(tmp_path / "encoded", prepared_dir=tmp_path / "set", prepare_text=True, **extra))
+    encoded = {"prepared_dir": tmp_path / "set", "prepare_text": True}
+    assert_same_training(raw, run(tmp_path / "encoded", **encoded, **extra))
+    rows[4]["text"].append("a third one")
+    manifest.write_text(json.dumps(rows))
+    with pytest.raises(Problem, match="lacks 1 of 12 rows"):
+        run(tmp_path / "more", **encoded, **extra)
 
 
 def test_a_set_without_text_is_told_where_text_is_wanted(run: Callable, flags: Callable, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ip_adapter_trainer.core.devices import to_device
+from ip_adapter_trainer.core.rng import stream
 from ip_adapter_trainer.core.shown import one_line
 
 if TYPE_CHECKING:
@@ -21,8 +22,20 @@ class Row:
     """One row of a manifest, as read. Paths are relative to the image root."""
 
     image_file: str
-    text: str
+    text: str | tuple[str, ...]  # the caption, empty if there is none; or several, of which each use draws one
     prompt_image_file: str | None = None  # another picture to prompt with; None: the target itself
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """Every caption that may be drawn."""
+        return (self.text,) if isinstance(self.text, str) else self.text
+
+    def caption(self, seed: int, counter: int) -> str:
+        """Return the caption, or the one of several that is drawn by a seed and the number of this use."""
+        captions = self.captions
+        if len(captions) == 1:
+            return captions[0]
+        return captions[stream(seed, "caption", counter).integers(len(captions))]
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ class Report:
     sides_px: array[int]  # height and width of each readable target in turn
     max_fault_rate: float
     show_faults: int  # how many are printed one by one
+    captions: str = ""  # what was found of their lengths, if they were looked at
 
     def __str__(self) -> str:
         return render(self)
@@ -121,6 +122,7 @@ def render(report: Report) -> str:
         _table("width to height", report.by_shape) if report.sizes_px else [],
         _sizes(report.sizes_px),
         _unread(report.manifest.unread_columns),
+        [report.captions] if report.captions else [],
         [_verdict(report)],
     ]
     return "\n\n".join("\n".join(part) for part in parts if part)

@@ -73,7 +73,7 @@ class TrainingSet:
             index=torch.tensor([slot.index for slot in settled]),
             row=torch.tensor([one.number for one in taken]),
             picture=reading.picture(),
-            text=tuple("" if slot.drop_text else one.row.text for slot, one in zip(settled, taken, strict=True)),
+            text=tuple(slot.text_of(one.row) for slot, one in zip(settled, taken, strict=True)),
             geometry=tuple(one.geometry for one in taken),
             drop_text=torch.tensor([slot.drop_text for slot in settled]),
             drop_image=torch.tensor([slot.drop_image for slot in settled]),
@@ -82,7 +82,8 @@ class TrainingSet:
 
     def _settled(self, index: int) -> Slot:
         mirrored = self.config.random_flip and stream(self.seed, "flip", index).random() < 0.5
-        return Slot(index, mirrored, *drops(stream(self.seed, "drop", index).random(), self.config))
+        drop_text, drop_image = drops(stream(self.seed, "drop", index).random(), self.config)
+        return Slot(self.seed, index, mirrored, drop_text, drop_image)
 
     def _reading(self, settled: Sequence[Slot], target_px: Size) -> Reading:
         if self.prepared is None:

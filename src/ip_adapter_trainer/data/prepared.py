@@ -46,7 +46,7 @@ class PreparedSet:
 
         prepared = PreparedSet(folder, recipe, Pictures.of(manifest.root, config))
         encoded = prepared.room(len(rows), target_px)
-        asked = [Asked(row, mirrored=False, text=row.text) for row in rows]
+        asked = [Asked(row, mirrored=False, text=row.captions[0]) for row in rows]
         geometry = prepared.read(asked, target_px, encoded, range(len(rows)))
 
     Raises:
@@ -85,8 +85,9 @@ class PreparedSet:
                 for place in np.flatnonzero(~there).tolist()
                 if places[place] < 0 or self._pictures.stat(used[place][1]) is not None
             }
-            captions = self.captions_there([row.text for row in chunk]) & self.captions_there([""])  # dropped text
-            missing.update(np.flatnonzero(~captions).tolist())
+            said = [(number, caption) for number, row in enumerate(chunk) for caption in row.captions]
+            captions = self.captions_there([caption for _, caption in said]) & self.captions_there([""])  # dropped text
+            missing.update(said[place][0] for place in np.flatnonzero(~captions).tolist())
             yield from (first + number for number in sorted(missing))
 
     def captions_there(self, captions: Sequence[str]) -> NDArray[np.bool_]:

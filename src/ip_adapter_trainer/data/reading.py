@@ -26,10 +26,15 @@ Preprocess: TypeAlias = Callable[[Image.Image], Tensor]  # RGB picture to [3, S,
 class Slot:
     """What is settled of one image of a batch before its row is read."""
 
+    seed: int
     index: int  # in the endless order
     mirrored: bool
     drop_text: bool
     drop_image: bool
+
+    def text_of(self, row: Row) -> str:
+        """Return the caption that the image is trained with if it is taken from this row; empty where it is dropped."""
+        return "" if self.drop_text else row.caption(self.seed, self.index)
 
 
 class Reading(Protocol):
@@ -118,7 +123,7 @@ class PreparedReading:
     def read(self, rows: Sequence[Row], slots: Sequence[int]) -> list[Geometry | PictureFault]:
         """See `Reading.read`."""
         settled = [self._batch[slot] for slot in slots]
-        asked = [Asked(r, s.mirrored, "" if s.drop_text else r.text) for r, s in zip(rows, settled, strict=True)]
+        asked = [Asked(row, slot.mirrored, slot.text_of(row)) for row, slot in zip(rows, settled, strict=True)]
         return self._prepared.read(asked, self._target_px, self._encoded, slots)
 
     def picture(self) -> Picture:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -44,7 +44,7 @@ def row_of(fields: Any, columns: Columns, *, allow_outside: bool) -> Row | list[
         return [Complaint("wrong_type", what, f'write {{"{columns.image}": "...", "{columns.text}": "..."}}')]
     if not _is_well_formed(fields, columns):
         return [*_missing(fields, columns), *_wrong_types(fields, columns), *_misspelt(fields, columns)]
-    row = Row(fields[columns.image], fields[columns.text], fields.get(columns.prompt_image) or None)
+    row = Row(fields[columns.image], _text_of(fields[columns.text]), fields.get(columns.prompt_image) or None)
     if _is_clean(row, allow_outside):
         return row
     return [*_refused(row, columns, allow_outside), *_not_unicode(row, columns)]
@@ -53,8 +53,36 @@ def row_of(fields: Any, columns: Columns, *, allow_outside: bool) -> Row | list[
 def _is_well_formed(fields: Mapping[str, Any], columns: Columns) -> bool:
     """Whether nothing is missing, of a wrong type or misspelt, told in a microsecond and without saying what."""
     image, text, prompt = fields.get(columns.image), fields.get(columns.text), fields.get(columns.prompt_image)
-    are_strings = type(image) is str and type(text) is str and (prompt is None or type(prompt) is str)
-    return are_strings and (columns.prompt_image in fields or not _any_misspelt(tuple(fields), columns))
+    has_text = type(text) is str or (columns.text in fields and _wrong_text(text) is None)
+    are_right = type(image) is str and has_text and (prompt is None or type(prompt) is str)
+    return are_right and (columns.prompt_image in fields or not _any_misspelt(tuple(fields), columns))
+
+
+def _text_of(value: str | Sequence[str | None] | None) -> str | tuple[str, ...]:
+    """Return the caption or captions that a sound value stands for: null is an empty one, a list of one is that one."""
+    if isinstance(value, str) or value is None:
+        return value or ""
+    captions = tuple(caption or "" for caption in value)
+    return captions[0] if len(captions) == 1 else captions
+
+
+def _wrong_text(value: Any) -> tuple[str, str] | None:
+    """Return what is wrong with a caption's value and what to do about it; None: it is sound."""
+    if value is None or isinstance(value, str):
+        return None
+    if not isinstance(value, list):
+        return f"is {_type_name(value)}, not a string", 'write the caption in quotes, or "" if there is none'
+    strange = [one for one in value if one is not None and not isinstance(one, str)]
+    if strange:
+        return f"is an array that holds {_type_name(strange[0])}", "write each of its captions in quotes"
+    return None if value else ("is an empty array", 'write "" if there is no caption')
+
+
+def _wrong_path(value: Any) -> tuple[str, str] | None:
+    """Return what is wrong with a path's value and what to do about it; None: it is a string."""
+    if isinstance(value, str):
+        return None
+    return f"is {_type_name(value)}, not a string", "write the path of one picture in quotes"
 
 
 @lru_cache(maxsize=16)  # rows of one manifest have few sets of keys
@@ -64,11 +92,11 @@ def _any_misspelt(names: tuple[str, ...], columns: Columns) -> bool:
 
 def _is_clean(row: Row, allow_outside: bool) -> bool:
     """Whether no path is refused and all is Unicode."""
-    image, text, prompt = row.image_file, row.text, row.prompt_image_file
+    image, prompt = row.image_file, row.prompt_image_file
     return (
         refusal(image, allow_outside=allow_outside) is None
         and (prompt is None or refusal(prompt, allow_outside=allow_outside) is None)
-        and not any(value is not None and _has_surrogates(value) for value in (image, text, prompt))
+        and not any(map(_has_surrogates, (image, *row.captions, prompt or "")))
     )
 
 
@@ -101,13 +129,13 @@ def _missing(fields: Mapping[str, Any], columns: Columns) -> list[Complaint]:
 
 
 def _wrong_types(fields: Mapping[str, Any], columns: Columns) -> list[Complaint]:
-    wrong = {name: fields[name] for name in columns.names if name in fields and not isinstance(fields[name], str)}
-    if wrong.get(columns.prompt_image, "") is None:
-        del wrong[columns.prompt_image]
-    return [
-        Complaint("wrong_type", f"{name!r} is {_type_name(value)}, not a string", "write it in quotes")
-        for name, value in wrong.items()
-    ]
+    prompt = fields.get(columns.prompt_image)
+    found = {
+        columns.image: _wrong_path(fields.get(columns.image, "")),
+        columns.text: _wrong_text(fields.get(columns.text)),
+        columns.prompt_image: None if prompt is None else _wrong_path(prompt),
+    }
+    return [Complaint("wrong_type", f"{name!r} {wrong[0]}", wrong[1]) for name, wrong in found.items() if wrong]
 
 
 def _misspelt(fields: Mapping[str, Any], columns: Columns) -> list[Complaint]:
@@ -126,11 +154,11 @@ def _refused(row: Row, columns: Columns, allow_outside: bool) -> list[Complaint]
 
 def _not_unicode(row: Row, columns: Columns) -> list[Complaint]:
     """Lone surrogates: what undecodable bytes and broken escapes become, and what nothing after can write."""
-    values = zip(columns.names, (row.image_file, row.text, row.prompt_image_file or ""), strict=True)
+    values = zip(columns.names, ((row.image_file,), row.captions, (row.prompt_image_file or "",)), strict=True)
     return [
         Complaint("bad_text", f"{column!r} holds characters that are not Unicode", "save the manifest as UTF-8")
-        for column, value in values
-        if _has_surrogates(value)
+        for column, strings in values
+        if any(map(_has_surrogates, strings))
     ]
 
 

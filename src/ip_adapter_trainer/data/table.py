@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections.abc import Sequence
 from typing import overload
 
 from ip_adapter_trainer.core.types import Row
 
-_FIELDS = 3  # of a row: image file, text, prompt image file; None is kept as an empty string, which no path is
+# Of a row: image file, text, prompt image file. A prompt image of None is kept as an empty string, which no path is;
+# several captions as a JSON array, whose end is kept as the negative number ~end.
+_FIELDS = 3
 
 
 class RowTable(Sequence[Row]):
@@ -32,8 +35,12 @@ class RowTable(Sequence[Row]):
         text, ends = self._text, self._ends
         text += row.image_file.encode()
         ends.append(len(text))
-        text += row.text.encode()
-        ends.append(len(text))
+        if isinstance(row.text, str):
+            text += row.text.encode()
+            ends.append(len(text))
+        else:
+            text += json.dumps(row.text, ensure_ascii=False).encode()
+            ends.append(~len(text))
         if row.prompt_image_file is not None:
             text += row.prompt_image_file.encode()
         ends.append(len(text))
@@ -52,5 +59,7 @@ class RowTable(Sequence[Row]):
     def _row(self, number: int) -> Row:
         ends, text = self._ends, self._text
         start, image, words, prompt = ends[_FIELDS * number : _FIELDS * number + _FIELDS + 1]
+        is_one, words = words >= 0, max(words, ~words)
         own = text[words:prompt].decode() if prompt > words else None
-        return Row(text[start:image].decode(), text[image:words].decode(), own)
+        said = text[image:words].decode()
+        return Row(text[start:image].decode(), said if is_one else tuple(json.loads(said)), own)

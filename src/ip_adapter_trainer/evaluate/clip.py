@@ -20,6 +20,7 @@ class ClipScorer:
 
     def __init__(self, model: Any, tokenizer: Any, processor: Any) -> None:
         self._model, self._tokenizer, self._processor = model, tokenizer, processor
+        self._length: int = model.config.text_config.max_position_embeddings  # tokens of a text, both ends included
 
     @classmethod
     def load(cls, path: str, device: torch.device) -> ClipScorer:
@@ -38,11 +39,19 @@ class ClipScorer:
         features = self._model.get_image_features(pixels.to(self._model.device)).pooler_output
         return normalize(features, dim=-1).cpu()
 
+    def cuts(self, texts: Sequence[str]) -> str:
+        """Return a line that tells how many texts `texts` does not read whole; empty: none."""
+        ids = self._tokenizer(list(texts), return_attention_mask=False, verbose=False).input_ids
+        cut = sum(len(one) > self._length for one in ids)
+        what = f"{cut:,} of {len(texts):,} captions at {self._length - 2} tokens (words or parts of words)"
+        return f"the CLIP model cuts {what}: CLIP-T is that of their beginnings" if cut else ""
+
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Embeddings [B, E] of texts, of which no more is read than the model has positions for."""
-        length = self._model.config.text_config.max_position_embeddings
-        words = self._tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
+        words = self._tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self._length, return_tensors="pt"
+        )
         features = self._model.get_text_features(**words.to(self._model.device)).pooler_output
         return normalize(features, dim=-1).cpu()
 

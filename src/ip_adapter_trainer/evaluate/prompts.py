@@ -39,7 +39,7 @@ def read_prompts(config: EvaluateConfig) -> tuple[list[Prompt], tuple[Fault, ...
     manifest = read_manifest(config)
     pictures = Pictures.of(manifest.root, config)
     chosen = sorted(stream(config.seed, "evaluate-rows").permutation(len(manifest.rows))[: config.num_rows].tolist())
-    prompts = [_prompt(pictures, manifest.rows[number], number) for number in chosen]
+    prompts = [_prompt(pictures, manifest.rows[number], number, config.seed) for number in chosen]
     errors = list(map_rows(_error, prompts, config.dataloader_num_workers))
     unread = tuple(fault_of(e, manifest.where(p.number)) for p, e in zip(prompts, errors, strict=True) if e is not None)
     _limit(manifest.faults, manifest.entries, config.max_fault_rate)
@@ -50,9 +50,9 @@ def read_prompts(config: EvaluateConfig) -> tuple[list[Prompt], tuple[Fault, ...
     return sound, (*manifest.faults, *unread)
 
 
-def _prompt(pictures: Pictures, row: Row, number: int) -> Prompt:
+def _prompt(pictures: Pictures, row: Row, number: int, seed: int) -> Prompt:
     name = row.prompt_image_file or row.image_file
-    return Prompt(partial(_read, pictures, name), row.text, plain_name(name), number)
+    return Prompt(partial(_read, pictures, name), row.caption(seed, number), plain_name(name), number)
 
 
 def _read(pictures: Pictures, name: str) -> Image:

@@ -59,6 +59,8 @@ def evaluate(config: EvaluateConfig, poll: Poll = no_poll) -> Evaluation:
     output = _writable(Path(config.output))
     prompts, faults = read_prompts(config)
     clip = ClipScorer.load(config.clip_model, choose_device(config.device))
+    if cuts := clip.cuts([prompt.caption for prompt in prompts]):
+        say(cuts)
     model, began = load(config), time.monotonic()
     plan = Plan(sampling(config, model), config.prompt, config.num_images_per_prompt, config.seed)
     values = score(model, clip, prompts, plan, poll)

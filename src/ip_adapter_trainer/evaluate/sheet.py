@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -96,9 +97,13 @@ def _place(paper: Image.Image, picture: Image.Image, sheet: Sheet, row: int, col
 
 
 def _shortened(text: str, font: Font, width_px: int) -> str:
-    """The text if it fits, else as much of its beginning as does."""
-    if font.getlength(text) <= width_px:
+    """Return the text if it fits, else as much of its beginning as does.
+
+    No more letters than pixels are measured: of a caption of 64 kB each measurement takes a tenth of a second.
+    """
+    beginning = text[:width_px]
+    if text == beginning and font.getlength(text) <= width_px:
         return text
-    while text and font.getlength(text + "…") > width_px:
-        text = text[:-1]
-    return text.rstrip() + "…"
+    lengths = range(1, len(beginning) + 1)
+    kept = bisect_right(lengths, float(width_px), key=lambda length: font.getlength(beginning[:length] + "…"))
+    return beginning[:kept].rstrip() + "…"

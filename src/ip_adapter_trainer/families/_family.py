@@ -160,6 +160,11 @@ class Family(ABC):
     def text_encoders(self) -> Sequence[Any]:
         """The modules that `encode_captions` runs, each with a `config`."""
 
+    @property
+    @abstractmethod
+    def tokenizers(self) -> Sequence[Any]:
+        """The tokenizers by which `encode_captions` takes captions apart."""
+
     def rest_text_encoders(self) -> None:
         """Moves the text encoders to the host, where all captions were encoded before; prompts call them back."""
         self._text_rests = True

@@ -1,4 +1,4 @@
-"""Texts to a CLIP text encoder's outputs, as the pipelines encode prompts, without waiting for the device."""
+"""Texts to a CLIP text encoder's outputs, as the pipelines encode prompts, and which texts it does not read whole."""
 
 from __future__ import annotations
 
@@ -11,10 +11,46 @@ from ip_adapter_trainer.core.devices import to_device
 def run_text_encoder(tokenizer: Any, encoder: Any, texts: Sequence[str]) -> Any:
     """The encoder's output, hidden states included, for B texts, each cut or padded to the tokenizer's length L.
 
-    The mask of padding is given only to encoders whose config asks for it, as the pipelines do.
+    The mask of padding is given only to encoders whose config asks for it, as the pipelines do. Nothing waits for the
+    device.
     """
     length = tokenizer.model_max_length
     words = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     masked = getattr(encoder.config, "use_attention_mask", False)
     mask = to_device(words.attention_mask, encoder.device) if masked else None
     return encoder(to_device(words.input_ids, encoder.device), attention_mask=mask, output_hidden_states=True)
+
+
+class Reach:
+    """How far into a text the encoders of a base model read.
+
+    Usage::
+
+        reach = Reach(family.tokenizers)
+        tokens = reach.tokens_if_cut([text for text in texts if not reach.surely_covers(text)])
+
+    Attributes:
+        tokens: that all of them read, beside the two that mark a text's ends.
+    """
+
+    def __init__(self, tokenizers: Sequence[Any]) -> None:
+        rooms = [(t.model_max_length - t.num_special_tokens_to_add(), t) for t in tokenizers]
+        self.tokens = min(room for room, _ in rooms)
+        # SDXL's two have the same words; they would take texts apart alike.
+        self._distinct = {(room, frozenset(t.get_vocab().items())): t for room, t in rooms}
+
+    def surely_covers(self, text: str) -> bool:
+        """Return True only if no encoder cuts the text, told by its length.
+
+        An ASCII character is one byte, which is a token, a part of one, or white space, which is left out. Of others
+        NFC, by which tokenizers begin, and small letters may make several times as many bytes.
+        """
+        return text.isascii() and len(text) <= self.tokens
+
+    def tokens_if_cut(self, texts: Sequence[str]) -> list[int]:
+        """Return how many tokens each text has that an encoder cuts; 0 for one that all of them read whole."""
+        found = [0] * len(texts)
+        for (room, _), tokenizer in self._distinct.items():
+            ids = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+            found = [max(known, len(one) if len(one) > room else 0) for known, one in zip(found, ids, strict=True)]
+        return found

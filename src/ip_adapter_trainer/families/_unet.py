@@ -161,9 +161,14 @@ class UNetFamily(Family):
         return self._text("text_encoder")
 
     @property
+    def tokenizers(self) -> Sequence[Any]:
+        """See `Family.tokenizers`."""
+        return self._text("tokenizer")
+
+    @property
     def text_rules(self) -> str:
         """See `Family.text_rules`."""
-        words = [(sorted(t.get_vocab().items()), t.model_max_length) for t in self._text("tokenizer")]
+        words = [(sorted(t.get_vocab().items()), t.model_max_length) for t in self.tokenizers]
         rules: list[Any] = [words, self.pipeline.config.get("force_zeros_for_empty_prompt")]
         return json.dumps(rules + ([self.clip_skip] if self.clip_skip else []))
 

@@ -77,14 +77,39 @@ def load_base(
         settings["vae"] = dict(loaded["vae"].config)
         tell_of_other_latents(loaded["vae"], base.folder, config)
     entry.demand(settings, config.clip_skip, base.name)
-    for component in (component for component in own_names if component.startswith("tokenizer")):
-        encoder = settings[component.replace("tokenizer", "text_encoder")]
-        loaded[component] = load_tokenizer(base.folder / component, encoder, f"the base model's {component}")
+    loaded |= _tokenizers(base, own_names)
     loaded |= _load_modules(base, entry, modules, dtype)
     made = entry.assemble(loaded, base.index, own or entry.Config())
     made.clip_skip = config.clip_skip
     made.settle(device, storage, packed_on or device)
     return made
+
+
+def load_tokenizers(name: str, config: BaseConfig) -> list[Any]:
+    """Load the tokenizers of a base model, and nothing else of it.
+
+    Args:
+        name: see `load_base`.
+        config: which files of it.
+
+    Raises:
+        Problem: no base model of a known family there, or a tokenizer that is not its text encoder's.
+    """
+    base = Base.open(name, config)
+    entry = FAMILIES[base.family]
+    names = entry.components["text"]
+    base.demand_classes({component: entry.classes[component] for component in names})
+    return list(_tokenizers(base, names).values())
+
+
+def _tokenizers(base: Base, names: Sequence[str]) -> dict[str, Any]:
+    """Return the tokenizers among a base model's components by name, each whole and its text encoder's."""
+    loaded = {}
+    for name in names:
+        if name.startswith("tokenizer"):
+            encoder = base.settings(name.replace("tokenizer", "text_encoder"))
+            loaded[name] = load_tokenizer(base.folder / name, encoder, f"the base model's {name}")
+    return loaded
 
 
 def _load_modules(base: Base, entry: type[Family], names: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:

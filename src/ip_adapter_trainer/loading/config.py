@@ -14,18 +14,11 @@ from ip_adapter_trainer.diffusion.schedulers import NoiseConfig
 P = TypeVar("P", bound=Part)
 
 
-class BaseConfig(Part):
-    """Settings that name the files of base model and image encoder, and how texts are encoded."""
+class FoundConfig(Part):
+    """Settings by which a base model is found."""
 
-    resume = Resume(
-        must_match="clip_skip",
-        may_change="weights_variant revision base_config pretrained_vae_model_name_or_path image_encoder_subfolder",
-    )
+    resume = Resume(may_change="revision base_config pretrained_vae_model_name_or_path")
 
-    weights_variant: str | None = Field(
-        None,
-        description="Which weight files where there are several: fp16 for *.fp16.safetensors; None: the plain ones.",
-    )
     revision: str | None = Field(None, description="Branch, tag or commit of a base model on the hub.")
     base_config: str | None = Field(
         None,
@@ -34,6 +27,17 @@ class BaseConfig(Part):
     )
     pretrained_vae_model_name_or_path: str | None = Field(
         None, description="Another VAE than the base model's own: folder, hub id or .safetensors file."
+    )
+
+
+class BaseConfig(FoundConfig):
+    """Settings that name the files of base model and image encoder, and how texts are encoded."""
+
+    resume = Resume(must_match="clip_skip", may_change="weights_variant image_encoder_subfolder")
+
+    weights_variant: str | None = Field(
+        None,
+        description="Which weight files where there are several: fp16 for *.fp16.safetensors; None: the plain ones.",
     )
     image_encoder_subfolder: str | None = Field(
         None, description="Folder of the image encoder within its path or hub id, as models/image_encoder."

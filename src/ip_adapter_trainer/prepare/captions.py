@@ -19,7 +19,7 @@ def missing_captions(manifest: Manifest, prepared: PreparedSet, rank: int, world
     """The captions that the set lacks and that fall to one process; each falls to exactly one."""
     if prepared.recipe.text is None:
         return []
-    distinct = list(dict.fromkeys(["", *(row.text for row in manifest.rows)]))
+    distinct = list(dict.fromkeys(["", *(caption for row in manifest.rows for caption in row.captions)]))
     mine = [text for text in distinct if world == 1 or _share(text, world) == rank]
     left: list[str] = []
     for start in range(0, len(mine), _CHUNK):

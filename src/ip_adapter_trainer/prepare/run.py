@@ -28,6 +28,7 @@ from ip_adapter_trainer.images.decode import PictureFault
 from ip_adapter_trainer.loading.encoder import load_encoder
 from ip_adapter_trainer.prepare.captions import encode_captions, missing_captions
 from ip_adapter_trainer.prepare.config import PrepareConfig
+from ip_adapter_trainer.prepare.cut import tell_of_cut
 from ip_adapter_trainer.prepare.encode import Encoding, encode_with
 from ip_adapter_trainer.prepare.frozen import load_family, recipe_of
 from ip_adapter_trainer.prepare.work import Reading, missing, read_all, share_of
@@ -82,6 +83,8 @@ def prepare(config: PrepareConfig) -> Report:
         manifest = read_manifest(config)
         parts = ("autoencoder", "text") if config.prepare_text else ("autoencoder",)
         family = load_family(config, runtime.dtype, runtime.device, parts=parts)
+        if config.prepare_text and runtime.is_main:
+            tell_of_cut(manifest, family.tokenizers)
         kinds = FEATURES if config.both_features else (VARIANTS[config.variant].feature,)
         report, stopping = Report(folder), Stopping(signal, runtime)
         for path in dict.fromkeys((config.image_encoder_path, *config.more_image_encoders)):

@@ -16,6 +16,7 @@ from ip_adapter_trainer.core.stopping import Stopping
 from ip_adapter_trainer.data.manifest import Manifest
 from ip_adapter_trainer.diffusion import NoiseProcess, ObjectiveConfig
 from ip_adapter_trainer.model import Model
+from ip_adapter_trainer.prepare.cut import tell_of_cut
 from ip_adapter_trainer.prepare.frozen import load_frozen
 from ip_adapter_trainer.train import guard
 from ip_adapter_trainer.train.aside import set_aside
@@ -119,6 +120,8 @@ def _make_trainer(
     model = build_model(config, runtime)
     if config.pretrained_ip_adapter_path:
         _start_from(config.pretrained_ip_adapter_path, model, point)
+    if runtime.is_main:
+        tell_of_cut(rows.manifest, model.family.tokenizers)
     marks = marks_of(model)
     model.place_encoders(runtime.device)
     prepared = prepared_set(config, runtime, model, rows, stopping)

@@ -1,0 +1,49 @@
+"""`ip-adapter check`: what is wrong with rows and pictures and, beside a base model, which captions it cuts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pydantic import Field
+
+from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.data import check as rows
+from ip_adapter_trainer.data import config as data
+from ip_adapter_trainer.loading.base import load_tokenizers
+from ip_adapter_trainer.loading.config import BaseConfig, FoundConfig, part_of
+from ip_adapter_trainer.prepare.cut import cut_captions
+
+
+class CheckConfig(data.CheckConfig, FoundConfig):
+    """Read every row and picture of a training set and list the faults."""
+
+    pretrained_model_name_or_path: str | None = Field(
+        None, description="Base model, of which the tokenizers alone are read: captions that it would cut are counted."
+    )
+
+
+def check(config: CheckConfig) -> rows.Report:
+    """Read every row and picture, and count the captions that the base model cuts if one is named.
+
+    Raises:
+        Problem: the manifest or the base model cannot be read at all.
+    """
+    name = config.pretrained_model_name_or_path
+    if name is None:
+        _demand_base(config)
+        return rows.check(config)
+    tokenizers = load_tokenizers(name, part_of(config, BaseConfig))  # before hours of reading pictures
+    report = rows.check(config)
+    return replace(report, captions=str(cut_captions(report.manifest, tokenizers)))
+
+
+def _demand_base(config: CheckConfig) -> None:
+    """Refuse settings by which a base model is found where none is named.
+
+    Raises:
+        Problem: there is one.
+    """
+    given = [f"--{name}" for name in FoundConfig.model_fields if getattr(config, name) is not None]
+    if given:
+        what = "no base model is named that these settings are for"
+        raise Problem(what, where=" ".join(given), remedy="give --pretrained_model_name_or_path too, or leave them out")

@@ -45,7 +45,7 @@ def test_faults_notes_and_unread_columns_are_told(tmp_path: Path, workers: int) 
     assert text.splitlines()[0].split() == ["unsafe_path", *str(report.faults[0]).split()]
     assert "and 2 more" in text and "               2  truncated" in text and "several_frames" in text
     assert "columns that nothing reads: width" in text
-    assert text.endswith("too many faults: 4 of 6 rows; the limit is 3 (--max_fault_rate 0.5); training would stop")
+    assert text.endswith("too many faults: 4 of 6 rows are faulty, over the limit of 50.00%; training would stop")
 
 
 def test_a_few_faults_are_usable(tmp_path: Path) -> None:

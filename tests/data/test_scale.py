@@ -20,7 +20,8 @@ from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.types import Row
 from ip_adapter_trainer.data import json_array
 from ip_adapter_trainer.data.config import ReadConfig
-from ip_adapter_trainer.data.dataset import MAX_TRIES, TrainingSet
+from ip_adapter_trainer.data.dataset import TrainingSet
+from ip_adapter_trainer.data.layout import MAX_TRIES
 from ip_adapter_trainer.data.manifest import read_manifest
 from ip_adapter_trainer.data.pictures import map_rows
 from ip_adapter_trainer.data.table import RowTable

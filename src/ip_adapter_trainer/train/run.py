@@ -14,7 +14,7 @@ from ip_adapter_trainer.core.launch import Runtime, claim, start
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.signals import StopSignal
 from ip_adapter_trainer.core.stopping import Stopping
-from ip_adapter_trainer.data.manifest import Manifest, read_manifest
+from ip_adapter_trainer.data.manifest import Manifest, usable_manifest
 from ip_adapter_trainer.diffusion import NoiseProcess, ObjectiveConfig
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.prepare.frozen import load_frozen
@@ -95,7 +95,7 @@ def train(config: TrainConfig, write_resolved: WriteResolved) -> None:
         ) as runtime,
     ):
         point = _starting_point(config, runtime)
-        manifest = read_manifest(config)
+        manifest = usable_manifest(config)
         if point.folder:
             _demand_same_run(config, runtime, manifest, point)
             if _is_over(config, runtime, manifest, point):

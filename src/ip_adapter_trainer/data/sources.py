@@ -13,6 +13,7 @@ from ip_adapter_trainer.data.delimited import read_delimited
 from ip_adapter_trainer.data.entries import MAX_LINE_BYTES, Entry, lines_of, open_manifest
 from ip_adapter_trainer.data.folder import read_folder
 from ip_adapter_trainer.data.json_array import read_array
+from ip_adapter_trainer.data.kohya import Listed
 from ip_adapter_trainer.data.noticed import Noticed
 from ip_adapter_trainer.data.rows import Columns
 from ip_adapter_trainer.data.splits import METADATA, METADATA_IMAGE_KEY, metadata_in, trained_part
@@ -58,15 +59,17 @@ def open_source(config: ReadConfig, columns: Columns, noticed: Noticed) -> Sourc
         remedy = f"give a file that ends in {', '.join(_FORMS)}, or a folder"
         raise Problem(f"a manifest cannot end in {path.suffix!r}", where=str(path), remedy=remedy)
     unit, read = form
-    entries = read(path, columns)
+    entries = read(path, columns, Path(config.data_root_path or path.parent))
     if path.stem == METADATA:
         entries = (_with_image_key(entry, columns.image) for entry in entries)
     return Source(path, unit, entries)
 
 
-def _read_json(path: Path) -> Iterator[Entry]:
+def _read_json(path: Path, columns: Columns, root: Path) -> Iterator[Entry]:
+    listed = Listed(root, columns)
     with open_manifest(path) as stream:
-        for number, (line, fields, complaints) in enumerate(read_array(path, stream), 1):
+        for number, (line, key, value, complaints) in enumerate(read_array(path, stream), 1):
+            fields = value if key is None else listed.fields(key, value)
             yield Entry(number, fields, tuple(complaints), f"line {line}")
 
 
@@ -103,9 +106,9 @@ def _with_image_key(entry: Entry, key: str) -> Entry:
     return entry._replace(fields=fields)
 
 
-_FORMS: dict[str, tuple[str, Callable[[Path, Columns], Iterator[Entry]]]] = {
-    ".json": ("element", lambda path, _: _read_json(path)),
-    ".jsonl": ("line", lambda path, _: _read_jsonl(path)),
-    ".csv": ("line", lambda path, columns: read_delimited(path, columns, ",")),
-    ".tsv": ("line", lambda path, columns: read_delimited(path, columns, "\t")),
+_FORMS: dict[str, tuple[str, Callable[[Path, Columns, Path], Iterator[Entry]]]] = {
+    ".json": ("element", _read_json),
+    ".jsonl": ("line", lambda path, columns, root: _read_jsonl(path)),
+    ".csv": ("line", lambda path, columns, root: read_delimited(path, columns, ",")),
+    ".tsv": ("line", lambda path, columns, root: read_delimited(path, columns, "\t")),
 }

@@ -27,7 +27,7 @@ def paths(lab: Lab) -> Iterator[Finding]:
     escapes += outside
     known = [case.name for case in cases(root)]
     _, _, seen_outside = _watched(lab, root, known, allow_outside_root=True)  # or the watch would see nothing
-    good = code == 0 and read > 0 and not escapes and len(seen_outside) > 1
+    good = code == 3 and read > 0 and not escapes and len(seen_outside) > 1
     note = f"{len(taken):,} taken, all of them under the root; a check of the same rows opened {read} files there, "
     note += (
         f"none of the decoys, and asked for no address; with --allow_outside_root it opened {len(seen_outside)} decoys"

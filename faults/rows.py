@@ -51,11 +51,11 @@ def names(lab: Lab) -> Iterator[Finding]:
     listed = cases(root)
     manifest = root / "names.jsonl"
     manifest.write_text("".join(row(case.name) + "\n" for case in listed))
-    wrong = _misnamed(check(lab, manifest), listed)
+    wrong = _misnamed(check(lab, manifest), listed, 3)  # so many in turn that training would stop
     folder = lab.place("captions") / "root"
     folder.mkdir()
     captioned = lay_captions(folder)
-    wrong += _misnamed(check(lab, folder), captioned)
+    wrong += _misnamed(check(lab, folder), captioned, 0)
     listed += captioned
     verdicts = Counter(case.kinds[0] if case.kinds else "read" for case in listed)
     note = ", ".join(f"{count} {kind}" for kind, count in verdicts.most_common()) + _listed(wrong)
@@ -85,9 +85,9 @@ def endless(lab: Lab) -> Iterator[Finding]:
     yield Finding(f"manifests of {ENDLESS_MB} MB that do not end", len(ENDLESS), len(wrong), not wrong, note)
 
 
-def _misnamed(checked: Checked, listed: Sequence[NameCase]) -> list[str]:
+def _misnamed(checked: Checked, listed: Sequence[NameCase], exit_code: int) -> list[str]:
     """Names whose row was not told as one of its faults, in one printable line, or as none."""
-    wrong = [] if checked.exit_code == 0 else [f"exit {checked.exit_code}"]
+    wrong = [] if checked.exit_code == exit_code else [f"exit {checked.exit_code}"]
     for number, case in enumerate(listed, 1):
         told = checked.faults.get(number, [])
         if not (

@@ -194,7 +194,7 @@ FILES = [
     ),
     FileCase("a table with a column twice", "a.csv", b"image_file,text,text\n", 2, ("'text' is there twice", "line 1")),
     FileCase("a table with a misspelt column", "a.csv", b"image_file,text,prompt_image\n", 2, ("prompt_image_file",)),
-    FileCase("a table between semicolons", "a.csv", b"image_file;text\nok.png;x\n", 2, ("'image_file' is missing",)),
+    FileCase("a table between pipes", "a.csv", b"image_file|text\nok.png|x\n", 2, ("'image_file' is missing",)),
     FileCase("a table whose lines end in CR", "a.csv", _TABLE.replace(b"\n", b"\r"), 2, ("line 1", "to do:")),
     FileCase("a table with a line of 2 MB", "a.csv", _TABLE + b"x" * 2 * _LONG, 2, ("line 3", "1 MB")),
     FileCase("a terminal's escapes in a header", "a.csv", b"image_file,te\x1b[2Jxt\n", 2, ("\\x1b", "line 1")),

@@ -45,7 +45,7 @@ def test_faults_notes_and_unread_columns_are_told(tmp_path: Path, workers: int) 
     assert text.splitlines()[0].split() == ["unsafe_path", *str(report.faults[0]).split()]
     assert "and 2 more" in text and "               2  truncated" in text and "several_frames" in text
     assert "columns that nothing reads: width" in text
-    assert text.endswith("too many faults: 4 of 6 rows; the limit is 3 (--max_fault_rate 0.5); training would stop")
+    assert text.endswith("too many faults: 4 of 6 rows are faulty, over the limit of 50.00%; training would stop")
 
 
 def test_a_few_faults_are_usable(tmp_path: Path) -> None:
@@ -57,3 +57,17 @@ def test_no_sound_row_at_all(tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text(json.dumps([{"image_file": 1, "text": ""}]))
     report = _check(tmp_path / "data.json", max_fault_rate=1.0)
     assert report.exit_code == 3 and "shorter side" not in str(report)
+
+
+def test_what_was_noticed_in_a_folder_is_in_the_report(tmp_path: Path) -> None:
+    for name in write_pictures(tmp_path, 2):
+        (tmp_path / name).with_suffix(".txt").write_text("")
+    (tmp_path / "c.psd").touch()
+    text = str(_check(tmp_path))
+    assert f"noticed in the folder\n{1:>16}  .psd files, not read: c.psd\n" in text and text.endswith("noticed")
+
+
+def test_pictures_that_training_enlarges_are_counted_where_a_resolution_is_given(tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path, write_pictures(tmp_path, 3, sizes=((32, 48), (40, 40), (64, 40))))
+    assert "enlarged" not in str(_check(manifest))
+    assert "1 of 3 pictures have a side under 40 px and are enlarged" in str(_check(manifest, resolution=40))

@@ -18,7 +18,8 @@ def _fault(row: int, kind: str = "damaged") -> Fault:
 
 
 @pytest.mark.parametrize(
-    ("rows", "rate", "allowed"), [(1000, 0.01, 10), (10, 0.01, 1), (100, 0.29, 29), (10**6, 0.0, 0), (5, 1.0, 5)]
+    ("rows", "rate", "allowed"),
+    [(1000, 0.01, 10), (10, 0.01, 1), (100, 0.29, 29), (10**6, 0.0, 0), (5, 1.0, 4), (1, 0.01, 0)],
 )
 def test_the_limit(rows: int, rate: float, allowed: int) -> None:
     assert allowed_rows(rows, rate) == allowed

@@ -12,9 +12,10 @@ import pytest
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.types import Row
 from ip_adapter_trainer.data.config import ReadConfig
+from ip_adapter_trainer.data.entries import MAX_LINE_BYTES
+from ip_adapter_trainer.data.folder import MAX_CAPTION_BYTES
 from ip_adapter_trainer.data.json_array import read_array
 from ip_adapter_trainer.data.manifest import Manifest, read_manifest
-from ip_adapter_trainer.data.sources import MAX_CAPTION_BYTES, MAX_LINE_BYTES
 
 ROWS = [Row("a.png", "one"), Row("sub/b.png", ""), Row("c.png", 'th"r,ee\nünï', "d.png")]
 OBJECTS = [

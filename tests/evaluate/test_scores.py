@@ -145,7 +145,7 @@ def test_unreadable_rows_are_left_out_up_to_the_limit(rows: Path, clip_folder: P
     with pytest.raises(DataProblem, match="2 of 6 rows"):
         scores.read_prompts(settings(rows, clip_folder))
     rows.write_text(json.dumps([{"image_file": "2.png", "text": ""}]))
-    with pytest.raises(DataProblem, match="no row can be used"):
+    with pytest.raises(DataProblem, match="none is left"):
         scores.read_prompts(settings(rows, clip_folder))
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ip_adapter_trainer.config import parse_train
-from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.errors import DataProblem, Problem
 from ip_adapter_trainer.data.hold_out import hold_out
 from ip_adapter_trainer.data.manifest import read_manifest
 from tests.train.test_prepared import losses, own_rows
@@ -72,7 +72,7 @@ def test_a_validation_set_that_cannot_be_used_is_refused_before_models_are_loade
 ) -> None:
     (tmp_path / "none.json").write_text('[{"image_file": 1, "text": "a"}]')
     missing = {"pretrained_model_name_or_path": tmp_path, "family": "sd"}
-    with pytest.raises(Problem, match="no row of the validation set"):
+    with pytest.raises(DataProblem, match="1 of 1 rows are faulty"):
         run(tmp_path / "out", validation_data=tmp_path / "none.json", **missing)
     with pytest.raises(Problem, match="validation_data is not looked at"):
         run(tmp_path / "out", validation_data=tmp_path / "none.json", num_validation_images=0, **missing)

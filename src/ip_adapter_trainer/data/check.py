@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from ip_adapter_trainer.core.types import Fault, Row
 from ip_adapter_trainer.data.config import CheckConfig
-from ip_adapter_trainer.data.faults import allowed_rows
+from ip_adapter_trainer.data.faults import allowed_rows, excess
+from ip_adapter_trainer.data.layout import Size, first_without_stand_in, lay_out
 from ip_adapter_trainer.data.manifest import Manifest, read_manifest
 from ip_adapter_trainer.data.pictures import Pictures, fault_of, map_rows
 from ip_adapter_trainer.images.decode import Note, Picture, PictureFault
@@ -26,7 +27,7 @@ _LIMITS = (0.5, 2 / 3, 0.99, 1.01, 1.5, 2.0)
 class Seen:
     """What reading one row showed."""
 
-    size_px: tuple[int, int] | None  # height, width of the target; None if it could not be read
+    size_px: Size | None  # height, width of the target; None if it could not be read
     notes: tuple[Note, ...] = ()
     faults: tuple[Fault, ...] = ()
 
@@ -39,8 +40,8 @@ class Report:
     faults: tuple[Fault, ...]  # of the manifest, then of the pictures in the order of the rows
     by_note: Counter[str]  # rows with each thing worth knowing that is no fault
     sides_px: array[int]  # height and width of each readable target in turn
-    max_fault_rate: float
-    show_faults: int  # how many are printed one by one
+    config: CheckConfig
+    stuck_at: str = ""  # a row that cannot be read, nor can those that would stand in for it
     captions: str = ""  # what was found of their lengths, if they were looked at
 
     def __str__(self) -> str:
@@ -54,8 +55,14 @@ class Report:
     @property
     def exit_code(self) -> int:
         """0, or 3 if training would stop for the faults."""
-        too_many = self.faulty_rows > allowed_rows(self.manifest.entries, self.max_fault_rate)
-        return 3 if too_many or not self.manifest.rows else 0
+        return 3 if self.stop else 0
+
+    @property
+    def stop(self) -> str:
+        """Why training would stop; empty if it would not."""
+        stuck = f"{self.stuck_at} cannot be read, nor any row that would be taken in its place"
+        many = excess(self.faulty_rows, self.manifest.entries, self.config.max_fault_rate)
+        return many or (stuck if self.stuck_at else "")
 
     @property
     def by_kind(self) -> Counter[str]:
@@ -63,7 +70,7 @@ class Report:
         return Counter(fault.kind for fault in self.faults)
 
     @property
-    def sizes_px(self) -> list[tuple[int, int]]:
+    def sizes_px(self) -> list[Size]:
         """Height and width of each readable target."""
         return list(zip(self.sides_px[::2], self.sides_px[1::2], strict=True))
 
@@ -83,13 +90,21 @@ def check(config: CheckConfig) -> Report:
     manifest = read_manifest(config)
     see = partial(_see, Pictures.of(manifest.root, config))
     named = ((row, manifest.where(number)) for number, row in enumerate(manifest.rows))
-    faults, notes, sides_px = list(manifest.faults), Counter[str](), array("i")
+    faults, faulty, notes, sides_px = list(manifest.faults), list[int](), Counter[str](), array("i")
     rows = map_rows(see, named, config.dataloader_num_workers)
-    for seen in tqdm(rows, total=len(manifest.rows), unit="images", disable=None):
+    for number, seen in enumerate(tqdm(rows, total=len(manifest.rows), unit="images", disable=None)):
         faults += seen.faults
+        faulty += [number] if seen.faults else []
         notes.update(seen.notes)
         sides_px.extend(seen.size_px or ())
-    return Report(manifest, tuple(faults), notes, sides_px, config.max_fault_rate, config.show_faults)
+    return Report(manifest, tuple(faults), notes, sides_px, config, _stuck_at(manifest, faulty, config))
+
+
+def _stuck_at(manifest: Manifest, faulty: list[int], config: CheckConfig) -> str:
+    if not faulty:
+        return ""
+    number = first_without_stand_in(lay_out(manifest, config).bucket_of_row, faulty)
+    return "" if number is None else manifest.where(number)
 
 
 def _see(pictures: Pictures, named: tuple[Row, str]) -> Seen:
@@ -113,14 +128,15 @@ def _try(pictures: Pictures, name: str, where: str) -> tuple[Picture | None, tup
 
 def render(report: Report) -> str:
     """The report as plain text: the first faults one by one, counts, the verdict on the last line."""
-    shown = [f"{fault.kind:>16}  {fault}" for fault in report.faults[: report.show_faults]]
+    shown = [f"{fault.kind:>16}  {fault}" for fault in report.faults[: report.config.show_faults]]
     hidden = len(report.faults) - len(shown)
     parts = [
         [*shown, f"{'':>16}  and {hidden} more"] if hidden else shown,
         _table("faults by kind", dict(report.by_kind.most_common())),
         _table("noted, no faults", dict(report.by_note.most_common())),
         _table("width to height", report.by_shape) if report.sizes_px else [],
-        _sizes(report.sizes_px),
+        _sizes(report.sizes_px, report.config.resolution),
+        _table("noticed in the folder", report.manifest.noticed.named()),
         _unread(report.manifest.unread_columns),
         [report.captions] if report.captions else [],
         [_verdict(report)],
@@ -132,11 +148,15 @@ def _table(title: str, counts: dict[str, int]) -> list[str]:
     return [title, *(f"{count:>16}  {name}" for name, count in counts.items())] if counts else []
 
 
-def _sizes(sizes_px: list[tuple[int, int]]) -> list[str]:
+def _sizes(sizes_px: list[Size], resolution_px: int) -> list[str]:
     if not sizes_px:
         return []
     shorter = sorted(map(min, sizes_px))
-    return [f"shorter side: {shorter[0]} px at least, {median(shorter):g} in the middle, {shorter[-1]} at most"]
+    lines = [f"shorter side: {shorter[0]} px at least, {median(shorter):g} in the middle, {shorter[-1]} at most"]
+    if resolution_px:
+        small = bisect_left(shorter, resolution_px)
+        lines.append(f"{small} of {len(shorter)} pictures have a side under {resolution_px} px and are enlarged")
+    return lines
 
 
 def _unread(columns: tuple[str, ...]) -> list[str]:
@@ -144,10 +164,10 @@ def _unread(columns: tuple[str, ...]) -> list[str]:
 
 
 def _verdict(report: Report) -> str:
-    rows, faulty = report.manifest.entries, report.faulty_rows
+    rows, faulty, rate = report.manifest.entries, report.faulty_rows, report.config.max_fault_rate
     if not faulty:
-        return f"clean: {rows} rows, all read"
-    limit = f"the limit is {allowed_rows(rows, report.max_fault_rate)} (--max_fault_rate {report.max_fault_rate:g})"
-    if report.exit_code:
-        return f"too many faults: {faulty} of {rows} rows; {limit}; training would stop"
+        return f"clean: {rows} rows, all read" + ("; see what was noticed" if report.manifest.noticed.counts else "")
+    if report.stop:
+        return f"too many faults: {report.stop}; training would stop"
+    limit = f"the limit is {allowed_rows(rows, rate)} (--max_fault_rate {rate:g})"
     return f"usable: {faulty} of {rows} rows are faulty and will be replaced by others; {limit}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -18,12 +18,13 @@ class ReadConfig(Part):
 
     resume = Resume(
         must_match="allow_outside_root alpha_ground min_side_px max_aspect max_picture_megapixels max_picture_mb",
-        may_change="data_json_file data_root_path image_column text_column prompt_image_column picture_hashes_file",
+        may_change="data_json_file data_root_path image_column text_column prompt_image_column picture_hashes_file "
+        "caption_extension missing_captions",
         free="max_fault_rate dataloader_num_workers",
     )
 
     data_json_file: str = Field(
-        description="Manifest: a .json, .jsonl or .csv file, or a folder of pictures with captions."
+        description="Manifest: a .json, .jsonl, .csv or .tsv file, or a folder of pictures with captions."
     )
     data_root_path: str = Field("", description="Folder that image paths start from; empty: the manifest's own folder.")
     image_column: str = Field("image_file", min_length=1, description="Key of the picture's path in the manifest.")
@@ -32,6 +33,12 @@ class ReadConfig(Part):
     )
     prompt_image_column: str = Field(
         "prompt_image_file", min_length=1, description="Key of the path of another picture to prompt with; optional."
+    )
+    caption_extension: str = Field(
+        ".txt", min_length=1, description="In a folder of pictures: suffix of the file beside each, with its caption."
+    )
+    missing_captions: Literal["error", "empty"] = Field(
+        "error", description="In a folder: a picture without a caption file is a fault, or has the empty caption."
     )
     picture_hashes_file: str = Field(
         "", description="List of the pictures' SHA-256, as `sha256sum` writes it; a picture of another hash is a fault."
@@ -52,6 +59,13 @@ class ReadConfig(Part):
     dataloader_num_workers: int = Field(
         0, ge=0, le=512, description="Processes that read pictures; 0: the main process reads."
     )
+
+    @field_validator("caption_extension")
+    @classmethod
+    def _with_dot(cls, value: str) -> str:
+        if "/" in value:
+            raise ValueError(f"{value!r} is no suffix; give one as .txt")
+        return f".{value.removeprefix('.')}".lower()
 
     @field_validator("alpha_ground")
     @classmethod
@@ -133,7 +147,15 @@ class DataConfig(CutConfig):
         return self
 
 
-class CheckConfig(ReadConfig):
-    """Settings of `ip-adapter check`."""
+class CheckConfig(DataConfig):
+    """Read every row and picture of a training set and list the faults, under the data settings of its training."""
 
+    resolution: int = Field(
+        0, ge=0, le=16384, description="Count the pictures that training at this resolution enlarges; 0: do not."
+    )
     show_faults: int = Field(20, ge=0, description="Faults printed one by one; the rest are counted.")
+
+    def buckets(self) -> Buckets:
+        """The sizes that training images are cut to, at training's own resolution where none is given."""
+        usual = {} if self.resolution else {"resolution": CutConfig.model_fields["resolution"].default}
+        return CutConfig.buckets(self.model_copy(update=usual))

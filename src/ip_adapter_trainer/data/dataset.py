@@ -12,7 +12,7 @@ from ip_adapter_trainer.core.errors import DataProblem
 from ip_adapter_trainer.core.rng import stream
 from ip_adapter_trainer.core.types import Batch, Fault, Geometry, Row
 from ip_adapter_trainer.data.config import DataConfig
-from ip_adapter_trainer.data.layout import Layout, Size
+from ip_adapter_trainer.data.layout import MAX_TRIES, Layout, Size
 from ip_adapter_trainer.data.manifest import Manifest
 from ip_adapter_trainer.data.order import Pair
 from ip_adapter_trainer.data.pictures import Pictures, fault_of
@@ -20,7 +20,6 @@ from ip_adapter_trainer.data.prepared import PreparedSet
 from ip_adapter_trainer.data.reading import CutReading, Cutter, PreparedReading, Preprocess, Reading, Slot
 from ip_adapter_trainer.images.decode import PictureFault
 
-MAX_TRIES = 16  # rows tried for one image unless told otherwise; so many broken neighbours are no accident
 _AHEAD_ROWS = 256  # looked through at first for rows of the same bucket; a set has millions
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,8 +21,34 @@ _REMOVE = "remove it; faults are met again"
 
 
 def allowed_rows(rows: int, max_fault_rate: float) -> int:
-    """How many rows may be faulty: the rate of them and at least one; none if the rate is 0."""
-    return max(1, int(rows * max_fault_rate + 1e-9)) if max_fault_rate else 0
+    """How many rows may be faulty: the rate of them and at least one, but never all; none if the rate is 0."""
+    return min(rows - 1, max(1, int(rows * max_fault_rate + 1e-9))) if max_fault_rate else 0
+
+
+def excess(faulty: int, rows: int, max_fault_rate: float) -> str:
+    """Return what is said of so many faulty rows if nothing may be done with the others; nothing if it may."""
+    if faulty <= allowed_rows(rows, max_fault_rate):
+        return ""
+    why = f"over the limit of {max_fault_rate:.2%}" if faulty < rows else "none is left"
+    return f"{faulty} of {rows} rows are faulty, {why}"
+
+
+def demand_usable(faults: Sequence[Fault], rows: int, max_fault_rate: float) -> None:
+    """Demands that so many rows are usable in spite of these faults.
+
+    Raises:
+        DataProblem: they are not.
+    """
+    faulty = len({fault.where for fault in faults})
+    if what := excess(faulty, rows, max_fault_rate):
+        kinds = Counter(fault.kind for fault in faults)
+        raise _problem(what, kinds, faults[0], "`ip-adapter check` names", is_left=faulty < rows)
+
+
+def _problem(what: str, kinds: Counter[str], example: Fault, named_by: str, *, is_left: bool) -> DataProblem:
+    told = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    remedy = f"mend the rows that {named_by}" + (", or raise --max_fault_rate" if is_left else "")
+    return DataProblem(f"{what} ({told})", where=str(example), remedy=remedy)
 
 
 class FaultLog:
@@ -110,15 +136,10 @@ class FaultLog:
         Raises:
             DataProblem: more rows are faulty than `max_fault_rate` allows.
         """
-        if self.faulty_rows > allowed_rows(self.rows, self.max_fault_rate):
-            raise self._problem(next(reversed(self._seen)))
-
-    def _problem(self, last: Fault) -> DataProblem:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in self.by_kind.most_common())
-        share = f"over the limit of {self.max_fault_rate:.2%}"
-        what = f"{self.faulty_rows} of {self.rows} rows are faulty, {share} ({kinds})"
-        remedy = f"mend the rows that {self._path} names, or raise --max_fault_rate"
-        return DataProblem(what, where=str(last), remedy=remedy)
+        if what := excess(self.faulty_rows, self.rows, self.max_fault_rate):
+            last = next(reversed(self._seen))
+            is_left = self.faulty_rows < self.rows
+            raise _problem(what, self.by_kind, last, f"{self._path} names", is_left=is_left)
 
 
 def _fault_of(line: bytes) -> Fault | None:

@@ -1,4 +1,4 @@
-"""One JSON array read element by element, of which only a window is ever held."""
+"""One JSON array, or object of objects, read element by element, of which only a window is ever held."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ MAX_JSON_BYTES = 2**30
 MAX_ELEMENT_CHARACTERS = 2**20
 _WINDOW_BYTES = 2**20
 
-Element = tuple[int, Any, list[Complaint]]  # line it begins on, counted from 1; value; what is wrong with it
+# Line it begins on, counted from 1; key if the file is an object; value; what is wrong with it.
+Element = tuple[int, str | None, Any, list[Complaint]]
 
 
 def read_array(path: Path, stream: BinaryIO) -> Iterator[Element]:
-    """The elements of a file that is one array, in order.
+    """The elements of a file that is one array, or one object whose values are objects, in order.
 
     Raises:
-        Problem: not an array, not valid JSON, not UTF-8, or it or an element is too large; where it breaks off.
+        Problem: neither of these, not valid JSON, not UTF-8, or it or an element is too large; where it breaks off.
     """
     if os.fstat(stream.fileno()).st_size > MAX_JSON_BYTES:
         what = f"the manifest is larger than {MAX_JSON_BYTES // 2**30} GB"
@@ -33,10 +34,17 @@ def read_array(path: Path, stream: BinaryIO) -> Iterator[Element]:
     while more:
         number += 1
         try:
-            value, complaints, line, more = _element(window, decoder)
+            (line, key, value, complaints), more = _element(window, decoder)
         except json.JSONDecodeError as error:
             raise window.broken(error, number) from error
-        yield line, value, complaints
+        if number == 1 and key is not None and not isinstance(value, dict):
+            raise _no_rows(path)
+        yield line, key, value, complaints
+
+
+def _no_rows(path: Path) -> Problem:
+    remedy = "write [{...}, {...}]; one object a line belongs in a .jsonl file"
+    return Problem("the manifest is not a JSON array of rows", where=str(path), remedy=remedy)
 
 
 class _Window:
@@ -49,6 +57,7 @@ class _Window:
         self._line, self._column = 1, 0  # of the window's first character: from 1; characters before it on its line
         self._counted, self._line_counted = 0, 1  # how far lines were counted, and the line there
         self.text, self.position, self.is_whole = "", 0, False
+        self.end = "]"  # what follows the last element
 
     def extend(self) -> None:
         """Reads on: as much as before, or twice as much if what is held was not enough for one element."""
@@ -94,14 +103,14 @@ def _enter(path: Path, window: _Window) -> bool:
         if inside < len(window.text) or window.is_whole or len(window.text) > MAX_ELEMENT_CHARACTERS:
             break
         window.extend()
-    if window.text[start : start + 1] != "[":
-        remedy = "write [{...}, {...}]; one object a line belongs in a .jsonl file"
-        raise Problem("the manifest is not a JSON array of rows", where=str(path), remedy=remedy)
-    window.position = inside
-    return window.text[inside : inside + 1] != "]"
+    ends = {"[": "]", "{": "}"}
+    if window.text[start : start + 1] not in ends:
+        raise _no_rows(path)
+    window.position, window.end = inside, ends[window.text[start]]
+    return window.text[inside : inside + 1] != window.end
 
 
-def _element(window: _Window, decoder: StrictDecoder) -> tuple[Any, list[Complaint], int, bool]:
+def _element(window: _Window, decoder: StrictDecoder) -> tuple[Element, bool]:
     """The element at the window's position, which moves to the next; the last value tells whether there is one.
 
     What fails to decode may only be cut off by the window's end, so it fails for good only once all is read, or so
@@ -109,8 +118,9 @@ def _element(window: _Window, decoder: StrictDecoder) -> tuple[Any, list[Complai
     """
     while True:
         try:
-            value, end, complaints = decoder.value_at(window.text, window.position)
-            following = _following(window.text, end, is_whole=window.is_whole)
+            key, start = _key(window, decoder)
+            value, end, complaints = decoder.value_at(window.text, start)
+            following = _following(window, end)
             break
         except json.JSONDecodeError:
             if window.is_whole or len(window.text) - window.position > MAX_ELEMENT_CHARACTERS:
@@ -118,17 +128,29 @@ def _element(window: _Window, decoder: StrictDecoder) -> tuple[Any, list[Complai
             window.extend()
     line = window.line()
     window.position = len(window.text) if following is None else following
-    return value, complaints, line, following is not None
+    return (line, key, value, complaints), following is not None
 
 
-def _following(text: str, end: int, *, is_whole: bool) -> int | None:
+def _key(window: _Window, decoder: StrictDecoder) -> tuple[str | None, int]:
+    """The key of the element at the window's position, None in an array, and where its value begins."""
+    if window.end == "]":
+        return None, window.position
+    key, end, _ = decoder.value_at(window.text, window.position)
+    mark = skip_space(window.text, end)
+    if not isinstance(key, str) or window.text[mark : mark + 1] != ":":
+        raise json.JSONDecodeError("Expecting a key and ':'", window.text, mark)
+    return key, mark + 1
+
+
+def _following(window: _Window, end: int) -> int | None:
     """Where the element after the one that ends at `end` begins; None after the last, once all is read."""
+    text = window.text
     mark = skip_space(text, end)
     after = skip_space(text, mark + 1)
     if text[mark : mark + 1] == ",":
         return after
-    if text[mark : mark + 1] != "]":
-        raise json.JSONDecodeError("Expecting ',' or ']'", text, mark)
-    if after < len(text) or not is_whole:
+    if text[mark : mark + 1] != window.end:
+        raise json.JSONDecodeError(f"Expecting ',' or '{window.end}'", text, mark)
+    if after < len(text) or not window.is_whole:
         raise json.JSONDecodeError("Text after the array", text, after)
     return None

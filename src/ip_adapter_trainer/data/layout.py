@@ -16,6 +16,8 @@ from ip_adapter_trainer.data.pictures import Pictures, fault_of, map_rows
 from ip_adapter_trainer.images.buckets import Buckets
 from ip_adapter_trainer.images.decode import PictureFault
 
+MAX_TRIES = 16  # rows tried for one image; so many broken neighbours are no accident
+
 Size = tuple[int, int]
 
 
@@ -34,6 +36,25 @@ class Layout:
     def only(self, wanted: NDArray[np.bool_]) -> Layout:
         """Return the layout of some rows alone, all keeping their numbers."""
         return replace(self, bucket_of_row=np.where(wanted, self.bucket_of_row, np.int16(-1)))
+
+
+def first_without_stand_in(bucket_of_row: NDArray[np.int16], faulty: Sequence[int]) -> int | None:
+    """Return the first row of the first bucket at which training stops, as no row after it stands in for it.
+
+    Args:
+        bucket_of_row: [rows].
+        faulty: numbers of the rows that cannot be read.
+    """
+    is_faulty = np.zeros(len(bucket_of_row), bool)
+    is_faulty[list(faulty)] = True
+    for bucket in np.unique(bucket_of_row[is_faulty]):
+        rows = np.flatnonzero(bucket_of_row == bucket)
+        tries = min(MAX_TRIES, len(rows))
+        faulty_before = np.cumsum(np.concatenate(([0], is_faulty[rows], is_faulty[rows[: tries - 1]])))  # once around
+        stuck = np.flatnonzero(faulty_before[tries:] - faulty_before[:-tries] == tries)
+        if len(stuck):
+            return int(rows[stuck[0]])
+    return None
 
 
 def lay_out(manifest: Manifest, config: CutConfig, known: Sequence[Size | None] | None = None) -> Layout:

@@ -10,12 +10,16 @@ from json.encoder import encode_basestring_ascii as quoted
 from pathlib import Path
 
 from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.shown import one_line
 from ip_adapter_trainer.core.types import Fault, Row
 from ip_adapter_trainer.data.config import ReadConfig
+from ip_adapter_trainer.data.entries import Entry
+from ip_adapter_trainer.data.faults import demand_usable
 from ip_adapter_trainer.data.fingerprint import Digest, Fingerprint
+from ip_adapter_trainer.data.noticed import Noticed
 from ip_adapter_trainer.data.rows import Columns, row_of
-from ip_adapter_trainer.data.sources import Entry, open_source
+from ip_adapter_trainer.data.sources import open_source
 from ip_adapter_trainer.data.strict_json import Complaint
 from ip_adapter_trainer.data.table import RowTable
 
@@ -32,6 +36,7 @@ class Manifest:
     unread_columns: tuple[str, ...]  # of the first sound entry: columns that nothing reads
     unit: str  # what a place is called: line, element, picture
     places: Sequence[int]  # of each row, counted from 1
+    noticed: Noticed  # in its folder, and no fault: what was passed over
 
     @property
     def entries(self) -> int:
@@ -49,10 +54,9 @@ def read_manifest(config: ReadConfig) -> Manifest:
     Raises:
         Problem: the manifest or its root cannot be read at all, or there is no row in it.
     """
-    source = Path(config.data_json_file)
-    root = _root(source, config.data_root_path)
-    columns = Columns(config.image_column, config.text_column, config.prompt_image_column)
-    opened = open_source(source, columns, allow_outside=config.allow_outside_root)
+    columns, noticed = Columns(config.image_column, config.text_column, config.prompt_image_column), Noticed()
+    opened = open_source(config, columns, noticed)
+    root = _root(Path(config.data_root_path or opened.root))
     rows, digest = RowTable(), Digest()
     places, faults, unread = array("q"), list[Fault](), tuple[str, ...]()
     for entry in opened.entries:
@@ -65,18 +69,34 @@ def read_manifest(config: ReadConfig) -> Manifest:
         else:
             faults.extend(_faults(opened.path, opened.unit, entry, [*entry.complaints, *row]))
     if not rows and not faults:
-        raise Problem("the manifest holds no rows", where=str(source), remedy="add pictures and captions")
-    return Manifest(opened.path, root, rows, tuple(faults), digest.fingerprint(), unread, opened.unit, places)
+        raise _no_rows(opened.path, noticed)
+    return Manifest(opened.path, root, rows, tuple(faults), digest.fingerprint(), unread, opened.unit, places, noticed)
 
 
-def _root(source: Path, data_root_path: str) -> Path:
-    if not source.exists():
-        raise Problem("there is no such manifest", where=str(source), remedy="correct --data_json_file")
-    own = source if source.is_dir() else source.parent
-    root = Path(data_root_path) if data_root_path else own
-    if not root.is_dir():
-        raise Problem("the root of the image paths is no folder", where=str(root), remedy="correct --data_root_path")
-    return root.resolve()
+def usable_manifest(config: ReadConfig) -> Manifest:
+    """Reads the rows to work on, and says in a line what was noticed in their folder.
+
+    Raises:
+        Problem: see `read_manifest`.
+        DataProblem: more rows are faulty than the settings allow; told before any model is loaded.
+    """
+    manifest = read_manifest(config)
+    if manifest.noticed.counts:
+        say(f"noticed in {config.data_json_file}: {manifest.noticed.in_short()} (`ip-adapter check` names them)")
+    demand_usable(manifest.faults, manifest.entries, config.max_fault_rate)
+    return manifest
+
+
+def _root(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise Problem("the root of the image paths is no folder", where=str(folder), remedy="correct --data_root_path")
+    return folder.resolve()
+
+
+def _no_rows(source: Path, noticed: Noticed) -> Problem:
+    what = "the manifest holds no rows"
+    what += f" ({noticed.in_short()})" if noticed.counts else ""
+    return Problem(what, where=str(source), remedy="add pictures of a kind that is read (PNG, JPEG), and captions")
 
 
 def _faults(source: Path, unit: str, entry: Entry, complaints: list[Complaint]) -> list[Fault]:

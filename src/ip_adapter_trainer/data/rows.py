@@ -15,6 +15,10 @@ from ip_adapter_trainer.core.types import Row
 from ip_adapter_trainer.data.strict_json import Complaint
 
 _NEAR = 0.8  # of difflib: `prompt_image` is near `prompt_image_file`, `image_id` is not
+_OTHER_NAMES = {  # of these columns in the sets of others
+    "image_column": ("file_name", "filename", "file", "image", "image_path", "img", "path"),
+    "text_column": ("caption", "captions", "prompt", "description", "tags"),
+}
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _TYPE_NAMES = {dict: "an object", list: "an array", float: "a number", bool: "true or false", type(None): "null"}
 
@@ -102,14 +106,15 @@ def _is_clean(row: Row, allow_outside: bool) -> bool:
 
 def missing_column(name: str, found: list[str], columns: Columns) -> Complaint:
     """The complaint about a column that must be there."""
+    flag = "image_column" if name == columns.image else "text_column"
     unread = [other for other in found if other not in columns.names]
     near = difflib.get_close_matches(name, unread, n=1, cutoff=0.6)
+    near += [other for other in _OTHER_NAMES[flag] if other in unread]
     if near:
-        remedy = f"did you mean your {near[0]!r}? Rename it, or name it with --{_flag(name, columns)}"
-    elif name == columns.text:
-        remedy = f"add it; {name!r} may be empty"
+        remedy = f"did you mean your {near[0]!r}? Rename it, or give --{flag} {near[0]}"
     else:
-        remedy = f"add it, or name the right one with --{_flag(name, columns)}"
+        empty = "" if name == columns.image else f" ({name!r} may be empty)"
+        remedy = f"add it{empty}, or name the right one with --{flag}"
     return Complaint("missing_column", f"{name!r} is missing (found: {', '.join(found) or 'nothing'})", remedy)
 
 
@@ -117,10 +122,6 @@ def unknown_column(name: str, columns: Columns) -> Complaint:
     """The complaint about a column that seems to be a misspelt one."""
     remedy = f"{did_you_mean(name, [columns.prompt_image])} Rename it, or name it with --prompt_image_column"
     return Complaint("unknown_column", f"the column {name!r} is not known", remedy)
-
-
-def _flag(name: str, columns: Columns) -> str:
-    return "image_column" if name == columns.image else "text_column"
 
 
 def _missing(fields: Mapping[str, Any], columns: Columns) -> list[Complaint]:

@@ -8,12 +8,11 @@ from functools import partial
 
 from PIL.Image import Image
 
-from ip_adapter_trainer.core.errors import DataProblem
 from ip_adapter_trainer.core.rng import stream
 from ip_adapter_trainer.core.types import Fault, Row
-from ip_adapter_trainer.data.faults import allowed_rows
+from ip_adapter_trainer.data.faults import demand_usable
 from ip_adapter_trainer.data.hold_out import plain_name
-from ip_adapter_trainer.data.manifest import read_manifest
+from ip_adapter_trainer.data.manifest import usable_manifest
 from ip_adapter_trainer.data.pictures import Pictures, fault_of, map_rows
 from ip_adapter_trainer.evaluate.config import EvaluateConfig
 from ip_adapter_trainer.images.decode import PictureFault
@@ -36,17 +35,14 @@ def read_prompts(config: EvaluateConfig) -> tuple[list[Prompt], tuple[Fault, ...
         Problem: the manifest cannot be read at all.
         DataProblem: more rows are faulty than the settings allow, or none is left.
     """
-    manifest = read_manifest(config)
+    manifest = usable_manifest(config)
     pictures = Pictures.of(manifest.root, config)
     chosen = sorted(stream(config.seed, "evaluate-rows").permutation(len(manifest.rows))[: config.num_rows].tolist())
     prompts = [_prompt(pictures, manifest.rows[number], number, config.seed) for number in chosen]
     errors = list(map_rows(_error, prompts, config.dataloader_num_workers))
     unread = tuple(fault_of(e, manifest.where(p.number)) for p, e in zip(prompts, errors, strict=True) if e is not None)
-    _limit(manifest.faults, manifest.entries, config.max_fault_rate)
-    _limit(unread, len(chosen), config.max_fault_rate)
+    demand_usable(unread, len(chosen), config.max_fault_rate)
     sound = [prompt for prompt, error in zip(prompts, errors, strict=True) if error is None]
-    if not sound:
-        raise DataProblem("no row can be used", where=str(manifest.source), remedy="mend them (ip-adapter check)")
     return sound, (*manifest.faults, *unread)
 
 
@@ -66,10 +62,3 @@ def _error(prompt: Prompt) -> PictureFault | None:
     except PictureFault as error:
         return error
     return None
-
-
-def _limit(faults: tuple[Fault, ...], rows: int, max_fault_rate: float) -> None:
-    faulty = len({fault.where for fault in faults})
-    if faulty > allowed_rows(rows, max_fault_rate):
-        what = f"{faulty} of {rows} rows are faulty, over the limit of {max_fault_rate:.2%}"
-        raise DataProblem(what, where=str(faults[0]), remedy="mend them (ip-adapter check), or raise --max_fault_rate")

@@ -21,9 +21,12 @@ from ip_adapter_trainer.core.files import NotRegularError, open_regular
 from ip_adapter_trainer.images.colour import NotFiniteSamplesError, fold_key, to_rgb
 from ip_adapter_trainer.images.ground import Colour
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF")
 SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm")
+    (
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"),
+        *(".ppm", ".pgm", ".pbm", ".pnm"),
+    )
 )
 
 FaultKind = Literal[

@@ -18,7 +18,7 @@ from ip_adapter_trainer.core.stopping import Poll, Stopping
 from ip_adapter_trainer.core.types import Fault
 from ip_adapter_trainer.data.config import CutConfig
 from ip_adapter_trainer.data.faults import FILE_NAME, FaultLog
-from ip_adapter_trainer.data.manifest import Manifest, read_manifest
+from ip_adapter_trainer.data.manifest import Manifest, usable_manifest
 from ip_adapter_trainer.data.pictures import Pictures, fault_of
 from ip_adapter_trainer.data.prepared import PreparedSet
 from ip_adapter_trainer.data.recipe import Recipe, drawn_anew
@@ -80,7 +80,7 @@ def prepare(config: PrepareConfig) -> Report:
             logging_dir="",
         ) as runtime,
     ):
-        manifest = read_manifest(config)
+        manifest = usable_manifest(config)
         parts = ("autoencoder", "text") if config.prepare_text else ("autoencoder",)
         family = load_family(config, runtime.dtype, runtime.device, parts=parts)
         if config.prepare_text and runtime.is_main:

@@ -13,9 +13,9 @@ from torch import Tensor
 from ip_adapter_trainer.core.errors import DataProblem
 from ip_adapter_trainer.core.rng import stream
 from ip_adapter_trainer.core.types import Batch, Encoded, map_tensors
-from ip_adapter_trainer.data.dataset import MAX_TRIES, TrainingSet
+from ip_adapter_trainer.data.dataset import TrainingSet
 from ip_adapter_trainer.data.hold_out import one_an_image
-from ip_adapter_trainer.data.layout import Layout
+from ip_adapter_trainer.data.layout import MAX_TRIES, Layout
 from ip_adapter_trainer.data.manifest import Manifest
 from ip_adapter_trainer.data.prepared import PreparedSet
 from ip_adapter_trainer.train.config import TrainConfig

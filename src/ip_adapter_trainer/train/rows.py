@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.data.hold_out import hold_out
-from ip_adapter_trainer.data.manifest import Manifest, read_manifest
+from ip_adapter_trainer.data.manifest import Manifest, usable_manifest
 from ip_adapter_trainer.train.config import TrainConfig
 
 
@@ -52,20 +51,17 @@ def read_rows(config: TrainConfig) -> RunRows:
     """Read the manifest, choose the rows that are held out, and read the set that stands in for them.
 
     Raises:
-        Problem: a manifest cannot be read, or no row of the validation set can be used.
+        Problem: a manifest cannot be read.
+        DataProblem: more of its rows are faulty than the settings allow.
     """
-    manifest = read_manifest(config)
+    manifest = usable_manifest(config)
     held_out = hold_out(manifest.rows, config.validation_share or 0)
     return RunRows(manifest, held_out, _validation(config) if config.validation_data else None)
 
 
 def _validation(config: TrainConfig) -> Manifest:
     where = {"data_json_file": config.validation_data, "data_root_path": config.validation_root_path}
-    manifest = read_manifest(config.model_copy(update={**where, "picture_hashes_file": ""}))
-    if not manifest.rows:
-        first = manifest.faults[0]
-        what = f"no row of the validation set can be used; the first: {first.what}"
-        raise Problem(what, where=f"--validation_data {first.where}", remedy=first.remedy)
+    manifest = usable_manifest(config.model_copy(update={**where, "picture_hashes_file": ""}))
     if manifest.faults:
         count = len(manifest.faults)
         say(f"{count} faults in --validation_data, whose rows are left out; the first: {manifest.faults[0]}")

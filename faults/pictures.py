@@ -20,7 +20,8 @@ from faults.corpus.pictures import GROUND, GROUND_FLAG, Sound, sound
 from faults.corpus.rows import row
 from faults.lab import ROWS, Finding, Lab
 from faults.watch import seen
-from ip_adapter_trainer.images.decode import Limits, PictureFault, decode
+from ip_adapter_trainer.images.decode import PictureFault, decode
+from ip_adapter_trainer.images.limits import Limits
 
 BOMB_LIMIT_MB = 50
 FLIPS = 1000

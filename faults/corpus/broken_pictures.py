@@ -11,7 +11,7 @@ from PIL import Image
 
 from faults.corpus.files import chunk, encoded, png_claiming, tiff_gray, tiff_tiled, with_scans
 from faults.corpus.pictures import BLOCKS, GRAY, RGB, UNIT, H, W
-from ip_adapter_trainer.images.decode import FaultKind
+from ip_adapter_trainer.images.decode import FORMATS, FaultKind
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,9 @@ def _cut() -> Iterator[Broken]:
     for format, ending in (("WEBP", ".webp"), ("BMP", ".bmp"), ("TIFF", ".tif"), ("PPM", ".ppm")):
         content = encoded(RGB, format, **({"lossless": True} if format == "WEBP" else {}))
         yield Broken(f"{format}, cut in half", ending, content[: len(content) // 2], cut)
+    if "AVIF" in FORMATS:
+        content = encoded(RGB, "AVIF")
+        yield Broken("AVIF, cut in half", ".avif", content[: len(content) // 2], cut)
     content = encoded(GRAY, "GIF")
     yield Broken("GIF, cut in half", ".gif", content[: len(content) // 2], cut)
 
@@ -120,6 +123,9 @@ def _bombs() -> Iterator[Broken]:
     bmp[18:26] = (60_000).to_bytes(4, "little") * 2
     yield Broken("BMP that claims 3.6 billion pixels", ".bmp", bytes(bmp), pixels, bomb=True)
     yield Broken("PPM that claims 3.6 billion pixels", ".ppm", b"P6 60000 60000 255\n", pixels, bomb=True)
+    if "AVIF" in FORMATS:
+        content = encoded(Image.new("L", (2100, 2100)), "AVIF", speed=10)
+        yield Broken("AVIF of 1 KB for 4.4 million pixels", ".avif", content, pixels, bomb=True)
     jpeg = bytearray(encoded(BLOCKS, "JPEG"))
     at = jpeg.index(b"\xff\xc0") + 5
     jpeg[at : at + 4] = b"\xff\xff\xff\xff"

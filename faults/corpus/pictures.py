@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from faults.corpus.files import Array, chunk, encoded, gray, over, packed_12_bits, pfm, png, tiff_gray
+from ip_adapter_trainer.images.decode import FORMATS
 
 GROUND = (10, 200, 90)  # what transparent pictures are laid on
 GROUND_FLAG = "#0ac85a"
@@ -62,7 +63,8 @@ class Sound:
 
 def sound() -> list[Sound]:
     """All of them, the same at every call."""
-    return [*_eight_bits(), *_transparent(), *_deep(), *_jpegs(), *_turned(), *_moving(), *_odd()]
+    avif = _avif() if "AVIF" in FORMATS else ()
+    return [*_eight_bits(), *_transparent(), *_deep(), *_jpegs(), *avif, *_turned(), *_moving(), *_odd()]
 
 
 def _eight_bits() -> Iterator[Sound]:
@@ -142,7 +144,7 @@ def _deep() -> Iterator[Sound]:
 
 def _jpegs() -> Iterator[Sound]:
     fine = {"quality": 100, "subsampling": 0}
-    yield Sound("JPEG", ".jpg", encoded(BLOCKS, "JPEG", **fine), BLOCKS)
+    yield Sound("JPEG", ".jfif", encoded(BLOCKS, "JPEG", **fine), BLOCKS)
     yield Sound("progressive JPEG", ".jpeg", encoded(BLOCKS, "JPEG", progressive=True, **fine), BLOCKS)
     yield Sound("gray JPEG", ".jpg", encoded(BLOCKS[..., 0], "JPEG", quality=100), gray(BLOCKS[..., 0]))
     ink = Image.fromarray(np.dstack([255 - BLOCKS, np.zeros((H, W), np.uint8)]), "CMYK")
@@ -151,6 +153,16 @@ def _jpegs() -> Iterator[Sound]:
     yield Sound("YCbCr TIFF", ".tif", encoded(luma, "TIFF"), _ycbcr_to_rgb(np.asarray(luma)))
     boxed = encoded(BLOCKS[..., 0], "TIFF", compression="jpeg", quality=100)
     yield Sound("TIFF of JPEG", ".tif", boxed, gray(BLOCKS[..., 0]))
+
+
+def _avif() -> Iterator[Sound]:
+    gray_blocks = BLOCKS[..., 0]
+    yield Sound("gray AVIF", ".avif", encoded(gray_blocks, "AVIF", quality=100), gray(gray_blocks))
+    turned = encoded(gray_blocks, "AVIF", quality=100, exif=_exif(6))
+    yield Sound("AVIF, orientation 6", ".avif", turned, UPRIGHT[6](gray(gray_blocks)))
+    frames = [Image.new("L", (W, H), level) for level in (255, 0)]
+    several = encoded(frames[0], "AVIF", save_all=True, append_images=frames[1:], quality=100)
+    yield Sound("AVIF of several frames", ".avif", several, np.full((H, W, 3), 255), frames=2)
 
 
 def _turned() -> Iterator[Sound]:
@@ -163,11 +175,15 @@ def _turned() -> Iterator[Sound]:
     yield Sound("PNG, broken EXIF", ".png", broken, RGB)
 
 
-def _turned_file(format: str, orientation: int) -> bytes:
+def _exif(orientation: int) -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = orientation
+    return exif
+
+
+def _turned_file(format: str, orientation: int) -> bytes:
     options: dict[str, dict[str, Any]] = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}
-    return encoded(BLOCKS, format, exif=exif, **options.get(format, {}))
+    return encoded(BLOCKS, format, exif=_exif(orientation), **options.get(format, {}))
 
 
 def _moving() -> Iterator[Sound]:

@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 import warnings
@@ -20,7 +21,11 @@ from PIL import Image, ImageDraw
 from faults.corpus.broken_pictures import broken
 from faults.corpus.files import Array, encoded, png_claiming
 from faults.corpus.pictures import GRAY, GROUND, RGB, UNIT, UPRIGHT, sound
-from ip_adapter_trainer.images.decode import FaultKind, Limits, PictureFault, decode, read_size
+from ip_adapter_trainer.data.config import ReadConfig
+from ip_adapter_trainer.data.pictures import Pictures
+from ip_adapter_trainer.images.crop import random_part
+from ip_adapter_trainer.images.decode import FaultKind, PictureFault, decode, read_size
+from ip_adapter_trainer.images.limits import Limits
 
 LIMITS = Limits(min_side_px=1)
 RNG = np.random.default_rng(0)
@@ -168,9 +173,57 @@ def test_a_large_picture_is_refused_where_a_few_kilobytes_claim_it() -> None:
         decode(data, Limits())
 
 
+FLAT = encoded(Image.new("L", (2500, 2500)), "PNG")  # 6.25 million pixels
+BEYOND: dict[str, tuple[bytes, dict[str, float], list[str]]] = {
+    "pixels, then pixels a byte": (
+        FLAT, {"max_picture_megapixels": 5}, ["max_picture_megapixels", "max_pixels_per_byte"]
+    ),
+    "a side": (encoded(RGB[:9], "PNG"), {}, ["min_side_px"]),
+    "the aspect": (encoded(RGB[:16, :5].repeat(11, axis=0), "PNG"), {"min_side_px": 5}, ["max_aspect"]),
+    "megabytes": (encoded(RGB, "BMP"), {"max_picture_mb": 0.001}, ["max_picture_mb"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BEYOND)
+def test_who_does_what_a_limit_asks_for_has_the_picture(what: str, tmp_path: Path) -> None:
+    content, given, flags = BEYOND[what]
+    (tmp_path / "a.png").write_bytes(content)
+    for flag in flags:
+        with pytest.raises(PictureFault) as caught:
+            _pictures(tmp_path, given).read("a.png")
+        (told,) = re.findall(r"(?:raise|lower) --(\w+) to (\d+)$", caught.value.remedy)
+        assert told[0] == flag
+        given = given | {flag: float(told[1])}
+    assert _pictures(tmp_path, given).read("a.png").image.size == _pictures(tmp_path, given).size_px("a.png")[::-1]
+
+
+def _pictures(folder: Path, given: dict[str, float]) -> Pictures:
+    return Pictures.of(folder, ReadConfig.model_validate({"data_json_file": "a.json", **given}))
+
+
+def test_pictures_beyond_what_pillow_takes_are_read_where_our_limit_is_higher(monkeypatch: pytest.MonkeyPatch) -> None:
+    side_px = 64
+    content = encoded(np.zeros((side_px, side_px), np.uint8), "PNG")
+    for pillows in (side_px**2 - 1, side_px**2 // 3):  # at which it warns; it refuses what has more than twice as many
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillows)
+        with pytest.raises(PictureFault, match=r"raise --max_picture_megapixels to 1$"):
+            decode(content, Limits(max_pixels=100))
+        assert pillows == Image.MAX_IMAGE_PIXELS
+        picture = decode(content, Limits(max_pixels=10_000)).image
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert random_part(picture, 1.0, (0, 0, 0)).size == (side_px, side_px)
+
+
+def test_more_pixels_than_can_be_allowed_are_to_be_shrunk() -> None:
+    with pytest.raises(PictureFault, match=r"1000.0 million pixels, over .* 64 million; shrink it to 500 million"):
+        decode(png_claiming(100_000, 10_000, b""), Limits())
+
+
 MEASURE = """
 import pickle, resource, sys
-from ip_adapter_trainer.images.decode import Limits, PictureFault, decode
+from ip_adapter_trainer.images.decode import PictureFault, decode
+from ip_adapter_trainer.images.limits import Limits
 def peak_mb(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
 bombs = pickle.load(sys.stdin.buffer)
 from PIL import Image; Image.init()

@@ -9,15 +9,15 @@ from pydantic import Field, field_validator, model_validator
 from ip_adapter_trainer.core.settings import Part, Resume, alias
 from ip_adapter_trainer.images.buckets import LATENT_STEP_PX, Buckets
 from ip_adapter_trainer.images.ground import parse_colour
-
-PILLOW_MEGAPIXELS = 89.0  # above it Pillow itself warns of a decompression bomb
+from ip_adapter_trainer.images.limits import MOST_MEGAPIXELS
 
 
 class ReadConfig(Part):
     """Where rows and pictures are, and which of them are refused."""
 
     resume = Resume(
-        must_match="allow_outside_root alpha_ground min_side_px max_aspect max_picture_megapixels max_picture_mb",
+        must_match="allow_outside_root alpha_ground min_side_px max_aspect max_picture_megapixels max_picture_mb "
+        "max_pixels_per_byte",
         may_change="data_json_file data_root_path image_column text_column prompt_image_column picture_hashes_file "
         "caption_extension missing_captions",
         free="max_fault_rate dataloader_num_workers",
@@ -50,7 +50,10 @@ class ReadConfig(Part):
     min_side_px: int = Field(16, ge=1, description="Pictures with a shorter side than this are faults.")
     max_aspect: float = Field(10.0, ge=1, description="Pictures longer than this many times their width are faults.")
     max_picture_megapixels: float = Field(
-        64.0, gt=0, le=PILLOW_MEGAPIXELS, description="Pictures of more pixels are faults, found before decoding."
+        64.0, gt=0, le=MOST_MEGAPIXELS, description="Pictures of more pixels are faults, found before decoding."
+    )
+    max_pixels_per_byte: float = Field(
+        250.0, gt=0, description="Pictures over 4 megapixels with more pixels to a byte of their file are faults."
     )
     max_picture_mb: float = Field(128.0, gt=0, description="Picture files of more MB are faults.")
     max_fault_rate: float = Field(

@@ -16,8 +16,9 @@ from ip_adapter_trainer.core.files import safe_join, stat_plain
 from ip_adapter_trainer.core.types import Fault
 from ip_adapter_trainer.data.config import ReadConfig
 from ip_adapter_trainer.data.hashes import Hashes
-from ip_adapter_trainer.images.decode import Limits, Picture, PictureFault, decode, read_file, read_size
+from ip_adapter_trainer.images.decode import Picture, PictureFault, decode, read_file, read_size
 from ip_adapter_trainer.images.ground import Colour, parse_colour
+from ip_adapter_trainer.images.limits import Limits
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -44,6 +45,7 @@ class Pictures:
             max_file_bytes=int(config.max_picture_mb * 2**20),
             min_side_px=config.min_side_px,
             max_aspect=config.max_aspect,
+            max_pixels_per_byte=config.max_pixels_per_byte,
         )
         hashes = Hashes.of(config.picture_hashes_file) if config.picture_hashes_file else None
         return cls(root, limits, parse_colour(config.alpha_ground), config.allow_outside_root, hashes)

@@ -17,7 +17,7 @@ from ip_adapter_trainer.data.pictures import Pictures
 from ip_adapter_trainer.data.recipe import ALL_USES, Recipe, Size
 from ip_adapter_trainer.data.shards import Table, TableKind
 from ip_adapter_trainer.images import crop
-from ip_adapter_trainer.images.decode import PictureFault, check_bytes, check_size
+from ip_adapter_trainer.images.decode import PictureFault, check_bytes, check_density, check_size
 
 _AGAIN = "run `ip-adapter prepare` again"
 _CHUNK_ROWS = 65536
@@ -215,6 +215,7 @@ class PreparedSet:
         limits = self._pictures.limits
         check_size(record.size_px[::-1], limits)
         check_bytes(record.file_bytes, limits)
+        check_density(record.size_px, record.file_bytes, limits)
 
     def _admits(self, record: Record) -> bool:
         try:

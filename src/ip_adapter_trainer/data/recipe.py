@@ -19,7 +19,7 @@ from ip_adapter_trainer.images.ground import Colour
 
 Size = tuple[int, int]
 
-FORMAT = 2  # part of every address; raise it when the same settings give other pixels or other encodings than before
+FORMAT = 3  # part of every address; raise it when the same settings give other pixels or other encodings than before
 TEXT_FORMAT = 1  # the same for captions
 TARGET, PROMPT, MIRRORED_PROMPT, ALL_USES = 1, 2, 4, 8  # what a picture is used as; added up, less than the last
 

@@ -16,7 +16,8 @@ from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.evaluate.config import GenerateConfig
 from ip_adapter_trainer.evaluate.sample import image_tokens, sample
 from ip_adapter_trainer.evaluate.start import load, sampling
-from ip_adapter_trainer.images.decode import Limits, PictureFault, decode
+from ip_adapter_trainer.images.decode import PictureFault, decode
+from ip_adapter_trainer.images.limits import Limits
 from ip_adapter_trainer.model import Adapter
 
 

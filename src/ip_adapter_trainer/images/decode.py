@@ -1,4 +1,4 @@
-"""From a path or bytes to an upright RGB picture, or to a fault with a name.
+"""From a path or bytes to an upright sRGB picture, or to a fault with a name.
 
 The header is checked before a pixel is touched: format, file size, pixels, sides. So a small file that claims a
 gigantic picture costs its header only.
@@ -7,27 +7,28 @@ gigantic picture costs its header only.
 from __future__ import annotations
 
 import io
+import math
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
 from ip_adapter_trainer.core.files import NotRegularError, open_regular
-from ip_adapter_trainer.images.colour import NotFiniteSamplesError, fold_key, to_rgb
+from ip_adapter_trainer.images.colour import NotFiniteSamplesError, fold_key, has_other_colours, to_rgb
+from ip_adapter_trainer.images.formats import HEAD_BYTES, is_known, package_for, readable
 from ip_adapter_trainer.images.ground import Colour
+from ip_adapter_trainer.images.limits import MOST_MEGAPIXELS, MOST_PROFILE_BYTES, Limits
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF")
-SUFFIXES = frozenset(
-    (
-        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"),
-        *(".ppm", ".pgm", ".pbm", ".pnm"),
-    )
-)
+_READABLE = readable()
+FORMATS = tuple(_READABLE)
+SUFFIXES = frozenset(chain(*_READABLE.values()))
 
 FaultKind = Literal[
     "missing_file", "not_a_file", "unreadable", "empty_file", "file_too_large", "not_a_picture", "damaged", "truncated",
@@ -37,13 +38,12 @@ FaultKind = Literal[
     "not_prepared", "damaged_values",  # told by a prepared set
 ]  # fmt: skip
 
-Note = Literal["several_frames"]
+Note = Literal["several_frames", "profile_left_out", "not_srgb"]
 
-_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _ORIENTATION_TAG, _TILE_WIDTH_TAG, _TILE_HEIGHT_TAG = 0x0112, 322, 323
 _START_OF_SCAN, _MAX_SCANS = b"\xff\xda", 100  # usual are 1 to 12 of them, and a few more in thumbnails
 _MAX_TILE_PIXELS = 2**20  # of pictures that are smaller than that
-_EASY_PIXELS, _MAX_PIXELS_PER_BYTE = 4_000_000, 250  # photographs have 1 to 40 pixels a byte, drawings some more
+_EASY_PIXELS = 4_000_000  # which a file of any size may have
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -58,6 +58,7 @@ _REPLACE = "replace the file by a sound copy, or remove the row"
 
 # Compressed text chunks are unpacked while the header is read; Pillow's own limit of 64 MiB is a bomb's worth.
 PngImagePlugin.MAX_TEXT_MEMORY = min(PngImagePlugin.MAX_TEXT_MEMORY, 8 * 2**20)
+PngImagePlugin.MAX_TEXT_CHUNK = MOST_PROFILE_BYTES  # colour profiles are chunks too
 
 
 class PictureFault(Exception):
@@ -72,25 +73,19 @@ class PictureFault(Exception):
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What a picture may be; the defaults bound the memory of decoding one picture at about 1 GB."""
-
-    max_pixels: int = 64_000_000
-    max_file_bytes: int = 128 * 2**20
-    min_side_px: int = 16
-    max_aspect: float = 10.0  # longer side over shorter side
-
-
-@dataclass(frozen=True)
 class Picture:
-    """A decoded picture: RGB, upright, and what is worth counting though no fault."""
+    """A decoded picture: upright sRGB, and what is worth counting though no fault.
+
+    Notes: `several_frames`, of which the first was taken; `profile_left_out`, a broken or unfitting colour profile;
+    `not_srgb`, colours of another kind by what the file says otherwise than by a profile. These two are taken as sRGB.
+    """
 
     image: Image.Image
     notes: tuple[Note, ...] = ()
 
 
 def decode(source: Path | bytes, limits: Limits, ground: Colour = (255, 255, 255)) -> Picture:
-    """The first frame of a picture as upright RGB, transparency laid on `ground`.
+    """The first frame of a picture as upright sRGB, transparency laid on `ground`.
 
     Raises:
         PictureFault: no such picture.
@@ -98,11 +93,15 @@ def decode(source: Path | bytes, limits: Limits, ground: Colour = (255, 255, 255
     with _opened(source, limits) as image:
         fold_key(image)
         _check_scans(image)
+        others = _has_other_colours(image)
         image.load()
         turn = _orientation(image)  # after load: Pillow turns a TIFF itself, and then no longer says so
-        picture = to_rgb(image, ground)
-        notes: tuple[Note, ...] = ("several_frames",) if _has_several_frames(image) else ()
-    return Picture(picture.transpose(_TURNS[turn]) if turn in _TURNS else picture, notes)
+        picture, left_out = to_rgb(image, ground)
+        noted: dict[Note, bool] = {
+            "several_frames": _has_several_frames(image), "profile_left_out": left_out, "not_srgb": others,
+        }  # fmt: skip
+    upright = picture.transpose(_TURNS[turn]) if turn in _TURNS else picture
+    return Picture(upright, tuple(note for note, is_so in noted.items() if is_so))
 
 
 def read_size(source: Path | bytes, limits: Limits) -> tuple[int, int]:
@@ -127,12 +126,13 @@ def read_file(path: Path, limits: Limits) -> tuple[bytes, os.stat_result]:
         try:
             return stream.read(), os.fstat(stream.fileno())
         except OSError as error:
-            raise _fault_of(error, stream) from error
+            raise _fault_of(error, stream, limits) from error
 
 
 @contextmanager
 def _opened(source: Path | bytes, limits: Limits) -> Iterator[ImageFile.ImageFile]:
     """The picture with its header checked; whatever goes wrong inside the block becomes a `PictureFault`."""
+    _raise_pillows_limit(limits.max_pixels)
     with _stream(source, limits) as stream, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -141,13 +141,19 @@ def _opened(source: Path | bytes, limits: Limits) -> Iterator[ImageFile.ImageFil
             stream.seek(0)
             with Image.open(stream, formats=FORMATS) as image:
                 check_size(image.size, limits)
-                _check_density(image.size, size_bytes)
+                check_density(image.size, size_bytes, limits)
                 _check_tiles(image)
                 yield image
         except PictureFault:
             raise
         except Exception as error:  # a broken file can make Pillow raise nearly anything
-            raise _fault_of(error, stream) from error
+            raise _fault_of(error, stream, limits) from error
+
+
+def _raise_pillows_limit(max_pixels: int) -> None:
+    """Has Pillow, which also looks at what is cropped later, take what our limits allow; its limit is never lowered."""
+    if Image.MAX_IMAGE_PIXELS is not None:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
 
 
 def _stream(source: Path | bytes, limits: Limits) -> BinaryIO:
@@ -175,7 +181,8 @@ def check_bytes(size_bytes: int, limits: Limits) -> None:
         raise PictureFault("empty_file", "the file is empty", _REPLACE)
     if size_bytes > limits.max_file_bytes:
         megabytes = f"{size_bytes / 2**20:.1f} MB, over the limit of {limits.max_file_bytes / 2**20:g} MB"
-        raise PictureFault("file_too_large", f"the file has {megabytes}", "shrink it, or raise --max_picture_mb")
+        remedy = f"shrink it, or raise --max_picture_mb to {math.ceil(size_bytes / 2**20)}"
+        raise PictureFault("file_too_large", f"the file has {megabytes}", remedy)
 
 
 def _open_file(path: Path) -> BinaryIO:
@@ -195,15 +202,31 @@ def check_size(size_px: tuple[int, int], limits: Limits) -> None:
     Raises:
         PictureFault: it is not.
     """
+    shorter, longer = sorted(size_px)
+    what = f"{size_px[0]}x{size_px[1]} pixels"
+    if shorter * longer > limits.max_pixels:
+        raise _too_many_pixels(what, shorter * longer, limits)
+    if shorter < limits.min_side_px:
+        remedy = f"use a larger copy, or lower --min_side_px to {shorter}" if shorter else _REPLACE
+        raise PictureFault("too_small", f"the picture is {what}, a side under {limits.min_side_px}", remedy)
+    if longer > limits.max_aspect * shorter:
+        remedy = f"crop it, or raise --max_aspect to {math.ceil(longer / shorter)}"
+        raise PictureFault("too_elongated", f"the picture is {what}, more than {limits.max_aspect:g} to 1", remedy)
+
+
+def check_density(size_px: tuple[int, int], size_bytes: int, limits: Limits) -> None:
+    """Demands that a large picture is no few kilobytes, which unpack to hundreds of megabytes where all is one colour.
+
+    Raises:
+        PictureFault: it is.
+    """
     width, height = size_px
-    if width * height > limits.max_pixels:
-        raise _too_many_pixels(f"{width}x{height} pixels, over the limit of {limits.max_pixels / 1e6:g} million")
-    if min(size_px) < limits.min_side_px:
-        what = f"the picture is {width}x{height} pixels, a side under {limits.min_side_px}"
-        raise PictureFault("too_small", what, "use a larger copy, or lower --min_side_px")
-    if max(size_px) > limits.max_aspect * min(size_px):
-        what = f"the picture is {width}x{height} pixels, more than {limits.max_aspect:g} to 1"
-        raise PictureFault("too_elongated", what, "crop it, or raise --max_aspect")
+    if width * height > max(_EASY_PIXELS, size_bytes * limits.max_pixels_per_byte):
+        what = f"{width}x{height} pixels in {size_bytes:,} bytes, over the limit of "
+        what += f"{limits.max_pixels_per_byte:g} to a byte"
+        remedy = f"shrink it to {_EASY_PIXELS / 1e6:g} million pixels, or raise --max_pixels_per_byte to "
+        remedy += str(math.ceil(width * height / size_bytes))
+        raise PictureFault("too_many_pixels", f"the picture claims {what}", remedy)
 
 
 def _check_tiles(image: ImageFile.ImageFile) -> None:
@@ -211,16 +234,8 @@ def _check_tiles(image: ImageFile.ImageFile) -> None:
     tags = getattr(image, "tag_v2", {})
     width, height = tags.get(_TILE_WIDTH_TAG, 0), tags.get(_TILE_HEIGHT_TAG, 0)
     if width * height > max(_MAX_TILE_PIXELS, image.width * image.height):
-        raise _too_many_pixels(f"tiles of {width}x{height} pixels for {image.width}x{image.height}")
-
-
-def _check_density(size_px: tuple[int, int], size_bytes: int) -> None:
-    """A few kilobytes unpack to hundreds of megabytes where a picture is all of one colour."""
-    width, height = size_px
-    if width * height > max(_EASY_PIXELS, size_bytes * _MAX_PIXELS_PER_BYTE):
-        what = f"{width}x{height} pixels in {size_bytes:,} bytes, over the limit of {_MAX_PIXELS_PER_BYTE} to a byte"
-        remedy = f"shrink it to {_EASY_PIXELS / 1e6:g} million pixels"
-        raise PictureFault("too_many_pixels", f"the picture claims {what}", remedy)
+        what = f"the picture claims tiles of {width}x{height} pixels for {image.width}x{image.height}"
+        raise PictureFault("too_many_pixels", what, "save it again without tiles")
 
 
 def _check_scans(image: ImageFile.ImageFile) -> None:
@@ -230,23 +245,41 @@ def _check_scans(image: ImageFile.ImageFile) -> None:
     image.fp.seek(0)
     scans = image.fp.read().count(_START_OF_SCAN)
     if scans > _MAX_SCANS:
-        raise PictureFault(
-            "damaged", f"the picture is made up of {scans} scans, over the limit of {_MAX_SCANS}", _REPLACE
-        )
+        what = f"the picture is made up of {scans} scans, over the limit of {_MAX_SCANS}"
+        raise PictureFault("damaged", what, "save it again as a baseline JPEG, or remove the row")
 
 
-def _too_many_pixels(what: str) -> PictureFault:
-    return PictureFault("too_many_pixels", f"the picture claims {what}", "shrink it, or raise --max_picture_megapixels")
+def _too_many_pixels(what: str, pixels: int, limits: Limits) -> PictureFault:
+    megapixels = math.ceil(pixels / 1e6)
+    remedy = f"shrink it, or raise --max_picture_megapixels to {megapixels}"
+    if megapixels > MOST_MEGAPIXELS:
+        remedy = f"shrink it to {MOST_MEGAPIXELS:g} million pixels at most"
+    over = f"over the limit of {limits.max_pixels / 1e6:g} million"
+    return PictureFault("too_many_pixels", f"the picture claims {what}, {over}", remedy)
 
 
-def _fault_of(error: Exception, stream: BinaryIO) -> PictureFault:
+def _has_other_colours(image: ImageFile.ImageFile) -> bool:
+    try:
+        return has_other_colours(image)
+    except Exception:  # what cannot be read says nothing, as with the orientation
+        return False
+
+
+def _fault_of(error: Exception, stream: BinaryIO, limits: Limits) -> PictureFault:
     if isinstance(error, NotFiniteSamplesError):
         return PictureFault("not_finite", str(error), _REPLACE)
-    if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError | MemoryError):
-        return _too_many_pixels("more pixels than can be decoded safely")
+    if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
+        pixels = int(re.findall(r"\d+", str(error))[0])  # Pillow raises it before it gives a size
+        return _too_many_pixels(f"{pixels / 1e6:.1f} million pixels", pixels, limits)
+    if isinstance(error, MemoryError):
+        return PictureFault("too_many_pixels", "the picture takes more memory than there is", "shrink it")
     if isinstance(error, OSError) and error.errno is not None:
         return PictureFault("unreadable", f"the file cannot be read ({error.strerror})", "check the disk and retry")
-    if isinstance(error, UnidentifiedImageError) and not _has_known_signature(stream):
+    head = _head(stream)
+    if isinstance(error, UnidentifiedImageError) and (package := package_for(head, FORMATS)):
+        remedy = f"install {package}, convert it to PNG or JPEG, or remove the row"
+        return PictureFault("not_a_picture", "a picture of a format that cannot be read here", remedy)
+    if isinstance(error, UnidentifiedImageError) and not is_known(head):
         what = f"not a picture of a known format ({', '.join(FORMATS)})"
         return PictureFault("not_a_picture", what, "convert it to PNG or JPEG, or remove the row")
     if isinstance(error, EOFError) or "truncated" in str(error).lower():
@@ -255,9 +288,9 @@ def _fault_of(error: Exception, stream: BinaryIO) -> PictureFault:
     return PictureFault("damaged", f"the picture is damaged, cut short or of an unusual kind ({reason})", _REPLACE)
 
 
-def _has_known_signature(stream: BinaryIO) -> bool:
+def _head(stream: BinaryIO) -> bytes:
     stream.seek(0)
-    return stream.read(8).startswith(_SIGNATURES)
+    return stream.read(HEAD_BYTES)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -30,6 +30,7 @@ from ip_adapter_trainer.train.posterior import POSTERIOR_IMAGES, tell_of_posteri
 from ip_adapter_trainer.train.source import Source
 from ip_adapter_trainer.train.starting import StartingPoint, starting_point
 from ip_adapter_trainer.train.step import Step
+from ip_adapter_trainer.train.trackers import trackers_named
 
 WriteResolved = Callable[[TrainConfig, Path], Path]
 
@@ -85,11 +86,11 @@ def train(config: TrainConfig, write_resolved: WriteResolved) -> None:
         Stopped: asked to stop, after saving.
     """
     with (
-        StopSignal() as signal,
+        StopSignal("nothing was trained yet; run the same command again") as signal,
         start(
             mixed_precision=config.mixed_precision,
             local_rank=config.local_rank,
-            report_to=config.report_to,
+            trackers=trackers_named(config.report_to),
             output_dir=config.output_dir,
             logging_dir=config.logging_dir,
         ) as runtime,

@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test slow coverage audit bench bench-gpu bench-gpu-techniques faults fuzz clean
+.PHONY: demo test smoke slow coverage audit bench bench-gpu bench-gpu-techniques faults fuzz clean
 
 demo: $(STAMP)
 	$(BIN)/ip-adapter demo --output_dir demo
@@ -15,6 +15,11 @@ test: $(STAMP)
 	$(BIN)/ruff format --check src tests benchmarks faults examples
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+# Every command once on each Python found (3.11 to 3.14), each in an environment of its own under .smoke (gigabytes where
+# torch comes with CUDA); a table at the end. PYTHON only starts it.
+smoke:
+	$(PYTHON) tests/smoke.py
 
 # Long proofs: compiled blocks, and real pictures through SD1.5 and ViT-H/14 at their real sizes (12 GB of memory, 5 GB of disk).
 slow: $(STAMP)
@@ -58,4 +63,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) .smoke demo

@@ -178,7 +178,7 @@ class OurStep:
     @cached_property
     def runtime(self) -> Runtime:
         """This process, alone."""
-        return start(mixed_precision=self.precision, local_rank=-1, report_to="none", output_dir="", logging_dir="")
+        return start(mixed_precision=self.precision, local_rank=-1, output_dir="", logging_dir="")
 
     def _recipe(self, files: Files) -> Recipe:
         """What a set of the pictures holds; made once, for it hashes the encoders, which are let go of later."""

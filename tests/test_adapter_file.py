@@ -160,8 +160,25 @@ def test_a_file_cut_anywhere_is_a_problem_and_nothing_else(layout: str, tmp_path
     whole = file.read_bytes()
     for end in {0, 1, 7, 8, 9, *range(16, len(whole), len(whole) // 23), len(whole) - 1}:
         file.write_bytes(whole[:end])
-        with pytest.raises(Problem, match=r"read|opened"):
+        with pytest.raises(Problem, match=r"read|opened|empty"):
             read_adapter(file)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+@pytest.mark.parametrize(
+    ("begin", "told"),
+    [
+        (b"\x89PNG\r\n\x1a\n", "a PNG picture"),
+        (b"\xff\xd8\xff\xe0\0\x10JFIF", "a JPEG picture"),
+        (b"RIFF\n\0\0\0WEBPVP8 ", "a WebP picture"),
+        (b"\n<!DOCTYPE html>\n<html>", "an HTML page, probably of a download"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS in place of the weights"),
+    ],
+)
+def test_what_people_have_in_place_of_weights_is_named(tmp_path: Path, suffix: str, begin: bytes, told: str) -> None:
+    (tmp_path / f"a{suffix}").write_bytes(begin + bytes(500))
+    with pytest.raises(Problem, match=f"the file is {told}"):
+        read_adapter(tmp_path / f"a{suffix}")
 
 
 def test_noise_is_a_problem_and_nothing_else(tmp_path: Path) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
-from ip_adapter_trainer.core.early import demand_free
 from ip_adapter_trainer.core.errors import Problem, Stopped, did_you_mean
 from ip_adapter_trainer.core.log import patient_stderr
 from ip_adapter_trainer.core.shown import redacted
+from ip_adapter_trainer.core.signals import interruptible, tell_at_once
 from ip_adapter_trainer.core.storage import told_as_storage
 
 COMMANDS = {
@@ -30,10 +33,27 @@ def usage() -> str:
     """The text of `ip-adapter --help`."""
     lines = ["usage: ip-adapter COMMAND [flags]", "", "Train and use image-prompt adapters (IP-Adapter).", ""]
     lines += [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
-    return "\n".join([*lines, "", "`ip-adapter COMMAND --help` lists a command's flags; --debug shows tracebacks."])
+    more = ["`ip-adapter help COMMAND` lists a command's flags; --debug shows tracebacks; --version tells versions."]
+    return "\n".join([*lines, "", *more])
+
+
+def versions() -> str:
+    """Return the text of `ip-adapter --version`: this package, what it computes with, and Python."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("ip_adapter_trainer", "torch", "diffusers", "transformers", "accelerate"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return "\n".join(f"{name} {number}" for name, number in (found | {"python": platform.python_version()}).items())
 
 
 def _train(argv: Sequence[str]) -> int:
+    from ip_adapter_trainer.core.early import demand_free
+
     demand_free(argv, "output_dir")
     from ip_adapter_trainer.config import parse_train
 
@@ -52,6 +72,8 @@ def run_training(config: object) -> int:
 
 
 def _prepare(argv: Sequence[str]) -> int:
+    from ip_adapter_trainer.core.early import demand_free
+
     demand_free(argv, "prepared_dir")
     from ip_adapter_trainer.config import parse
     from ip_adapter_trainer.core.log import say
@@ -129,33 +151,65 @@ RUN: dict[str, Callable[[Sequence[str]], int]] = {
 }  # fmt: skip
 
 
-@patient_stderr()
 def guarded(run: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """Runs a command and returns its exit code, every error told in three lines; `--debug` adds the traceback."""
-    from ip_adapter_trainer.core.settings import demand_no_secrets
 
-    debug = "--debug" in argv
+    def work() -> int:
+        """With flags that hold no secrets."""
+        from ip_adapter_trainer.core.settings import demand_no_secrets
+
+        demand_no_secrets(argv)
+        return run([a for a in argv if a != "--debug"])
+
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return _ended(work, debug="--debug" in argv)
+
+
+@patient_stderr()
+def _ended(work: Callable[[], int], *, debug: bool = False) -> int:
+    """Return the exit code of some work, whatever it raises told.
+
+    A reader of its output that is gone, as `head` is after ten lines, ends it as any program in a pipe: 141, no words.
+    """
     try:
-        with told_as_storage():
-            demand_no_secrets(argv)
-            return run([a for a in argv if a != "--debug"])
+        with interruptible(), told_as_storage():
+            try:
+                return work()
+            finally:
+                print(end="", flush=True)  # what is refused is told here, not at the interpreter's end
     except Stopped as stopped:
         return stopped.exit_code
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as asked:
+        tell_at_once("stopped")
+        return 128 + (asked.args[0] if asked.args else signal.SIGINT)
     except Problem as problem:
-        if debug:
-            print(redacted(traceback.format_exc()), file=sys.stderr)
+        _trace(debug)
         print(f"error: {problem}", file=sys.stderr)
         return problem.exit_code
     except Exception as error:
-        if debug:
-            print(redacted(traceback.format_exc()), file=sys.stderr)
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return 141
+        _trace(debug)
         told = f"bug: {type(error).__name__}: {error}\n  to do: run again with --debug and report it"
         print(redacted(told), file=sys.stderr)
         return 1
+
+
+def _trace(debug: bool) -> None:
+    if debug:
+        print(redacted(traceback.format_exc()), file=sys.stderr)
+
+
+def _reader_is_gone() -> bool:
+    """Return whether nobody reads standard output any more; what is left for it then goes nowhere."""
+    poll = select.poll()
+    poll.register(1, 0)  # the system tells of errors unasked
+    if not poll.poll(0):
+        return False
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+        os.dup2(nowhere.fileno(), 1)
+    return True
 
 
 def script(variant: str) -> None:
@@ -163,6 +217,8 @@ def script(variant: str) -> None:
 
     def run(argv: Sequence[str]) -> int:
         """Trains as the published script does where flags say nothing."""
+        from ip_adapter_trainer.core.early import demand_free
+
         demand_free(argv, "output_dir")
         from ip_adapter_trainer.config import parse_train
         from ip_adapter_trainer.train.config import PUBLISHED
@@ -170,16 +226,33 @@ def script(variant: str) -> None:
         defaults = PUBLISHED | {"variant": variant}
         return run_training(parse_train(argv, prog=os.path.basename(sys.argv[0]), defaults=defaults))  # noqa: PTH119
 
-    raise SystemExit(guarded(run, sys.argv[1:]))
+    _leave(guarded(run, sys.argv[1:]))
 
 
 def main() -> None:
     """Entry point of `ip-adapter`."""
     argv = sys.argv[1:]
-    if not argv or argv[0] in ("-h", "--help"):
+    if argv[:1] == ["help"] and len(argv) > 1:
+        argv = [argv[1], "--help"]
+    _leave(guarded(RUN[argv[0]], argv[1:]) if argv and argv[0] in RUN else _ended(lambda: _without_command(argv)))
+
+
+def _without_command(argv: Sequence[str]) -> int:
+    """Print what is asked for without a command's name; nothing heavy is imported.
+
+    Raises:
+        Problem: there is no such command.
+    """
+    asked = argv[0] if argv else "help"
+    if asked in ("-V", "--version"):
+        print(versions())
+    elif asked in ("-h", "--help", "help"):
         print(usage())
-        raise SystemExit(0 if argv else 2)
-    if argv[0] not in RUN:
-        print(f"error: unknown command {argv[0]!r}\n  to do: {did_you_mean(argv[0], RUN)}", file=sys.stderr)
-        raise SystemExit(2)
-    raise SystemExit(guarded(RUN[argv[0]], argv[1:]))
+    else:
+        raise Problem(f"unknown command {asked!r}", remedy=did_you_mean(asked, RUN))
+    return 0 if argv else 2
+
+
+def _leave(exit_code: int) -> NoReturn:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # on the way out one more loses nothing, and needs no traceback
+    raise SystemExit(exit_code)

@@ -18,6 +18,7 @@ from pydantic import ValidationError, create_model
 
 from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.core.errors import Problem, did_you_mean
+from ip_adapter_trainer.core.launcher import accumulation_steps, demand_same_accumulation
 from ip_adapter_trainer.core.settings import Alias, Part, as_flags, read_yaml
 from ip_adapter_trainer.core.staging import staged_file
 from ip_adapter_trainer.families import FAMILIES
@@ -73,7 +74,7 @@ def _flags_of(kind: type[Part], defaults: Mapping[str, Any]) -> Any:
     for name, info in kind.model_fields.items():
         arg = tyro.conf.arg(help=info.description, aliases=_aliases(info.metadata))
         extra = [mark for mark in info.metadata if not isinstance(mark, Alias)]
-        note: Any = Annotated.__class_getitem__((info.annotation, arg, *extra))  # type: ignore[attr-defined]
+        note: Any = Annotated[(info.annotation, arg, *extra)]  # type: ignore[valid-type]
         fields.append(
             (name, note, dataclasses.field())
             if info.is_required()
@@ -116,7 +117,12 @@ def parse_train(
     card = _small_card(str(family), chosen.get("low_memory"))
     chosen = card | chosen if "low_memory" in beneath and "low_memory" not in given else chosen | card
     # What a file says comes first, so that a flag given on the command line has the last word.
-    return parse(kind, [*as_flags(chosen), *flags], prog=prog, defaults=own)
+    launched = accumulation_steps()
+    if launched is not None and "gradient_accumulation_steps" not in beneath:
+        own["gradient_accumulation_steps"] = launched
+    config = parse(kind, [*as_flags(chosen), *flags], prog=prog, defaults=own)
+    demand_same_accumulation(config.gradient_accumulation_steps)
+    return config
 
 
 def _demand_variant(name: str) -> None:

@@ -27,6 +27,7 @@ from ip_adapter_trainer.core.log import silent_diffusers
 from ip_adapter_trainer.core.rng import stream
 from ip_adapter_trainer.core.settings import alias
 from ip_adapter_trainer.core.staging import staged_file, sweep_stages
+from ip_adapter_trainer.core.storage import demand_folder
 from ip_adapter_trainer.core.types import Geometry, TextCondition
 from ip_adapter_trainer.diffusion.schedulers import NoiseConfig
 from ip_adapter_trainer.loading.adapter import build_model, remembered_by
@@ -130,6 +131,7 @@ def _check_output(out: Path, overwrite: bool) -> None:
     if out.is_dir() or (out.exists() and not overwrite):
         remedy = "give another name with --output" + ("" if out.is_dir() else ", or --overwrite")
         raise Problem("the output exists", where=str(out), remedy=remedy)
+    demand_folder(out.parent)
 
 
 def _rounded(tables: dict[str, dict[str, Tensor]], dtype: str) -> dict[str, dict[str, Tensor]]:

@@ -257,10 +257,12 @@ def test_broken_off_it_goes_on_where_it_was(
 ) -> None:
     go(prepared_dir=tmp_path / "whole")
     argv = [sys.executable, "-c", SLOWLY, str(seal_s), *flags()]
-    process = subprocess.Popen(argv, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(argv, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"encoded\n"
     process.send_signal(number)
-    assert process.wait(timeout=60) == code
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert number == signal.SIGKILL or b"are made and kept; run the same command again to go on" in told
     assert 0 < (again := go()).encoded < 16
     assert again.read <= 8 and go().encoded == 0
     assert content(tmp_path / "set") == content(tmp_path / "whole")

@@ -8,11 +8,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, get_available_trackers
 
-from ip_adapter_trainer.core.errors import StorageProblem
+from ip_adapter_trainer.config import parse_train
+from ip_adapter_trainer.core.errors import Problem, StorageProblem
+from ip_adapter_trainer.core.launch import Runtime
 from ip_adapter_trainer.train import checkpoint, saver, trackers
 from ip_adapter_trainer.train.saver import Saver
-from ip_adapter_trainer.train.trackers import Trackers
+from ip_adapter_trainer.train.trackers import Trackers, start_trackers, trackers_named
 
 
 def snapshot(step: int) -> Any:
@@ -107,3 +112,44 @@ def test_a_tracker_that_hangs_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -
         served.report(lambda tracker, step=step: tracker.log({}, step=step))
     served.close()
     freed.set()
+
+
+@pytest.mark.parametrize(
+    ("report_to", "names"),
+    [("none", ()), ("tensorboard", ("tensorboard",)), ("tensorboard,tensorboard", ("tensorboard",))],
+)
+def test_trackers_are_named(report_to: str, names: tuple[str, ...]) -> None:
+    assert trackers_named(report_to) == names
+
+
+def test_all_trackers_are_those_that_are_installed() -> None:
+    assert set(trackers_named("all")) == {str(name) for name in get_available_trackers()} >= {"tensorboard"}
+
+
+@pytest.mark.parametrize(
+    ("report_to", "told"),
+    [
+        ("clearml", "clearml is not installed(?s:.*)pip install clearml, or give --report_to none"),
+        ("tensorboard,clearml", "clearml is not installed"),
+        ("tensorbord", "unknown tracker 'tensorbord'(?s:.*)did you mean 'tensorboard'"),
+    ],
+)
+def test_a_tracker_that_is_not_there_is_refused(report_to: str, told: str) -> None:
+    with pytest.raises(Problem, match=told):
+        trackers_named(report_to)
+
+
+class _LoggedOut(GeneralTracker):
+    """As one without a login."""
+
+    name, requires_logging_directory, tracker = "logged_out", False, None
+
+    def start(self) -> None:
+        raise ConnectionError("no API key\nrun login")
+
+
+def test_a_tracker_that_does_not_start_is_no_bug(flags: Any, tmp_path: Path) -> None:
+    runtime = Runtime(Accelerator(cpu=True, log_with=[_LoggedOut()]), 0, 1, torch.device("cpu"), "no")
+    with pytest.raises(Problem, match="a tracker did not start: ConnectionError: no API key") as refused:
+        start_trackers(runtime, parse_train(flags(tmp_path / "out")))
+    assert refused.value.exit_code == 2

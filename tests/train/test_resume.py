@@ -86,9 +86,14 @@ def test_a_signal_saves_and_exits(
     process = start(flags(output, max_train_steps=100_000, save_steps=5))
     wait_for(output / "checkpoint-5", process)
     process.send_signal(number)
-    assert process.wait(timeout=30) == code
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == code
     last = newest(output, verified)
     assert last is not None
+    step = last.name.split("-")[1]
+    told = f"stopped at step {step}, saved {last.name}; go on by the same command with --resume_from_checkpoint latest"
+    assert out.splitlines()[-1] == told and "stopping: " in out
+    assert f"step {step} of 100000, loss" in out and "step/s" not in out, "lines, and no bar"
     steps = len((output / "metrics.jsonl").read_text().splitlines())
     assert last.name == f"checkpoint-{steps}", "the step at which it stopped was saved"
 
@@ -121,6 +126,7 @@ def test_a_step_that_one_process_breaks_off_is_taken_by_none(flags: Callable, tm
     out, _ = process.communicate(timeout=20)
     last = newest(output, verified)
     assert last is not None and last.name == "checkpoint-1", out[-3000:]
+    assert out.count("stopped at step 1, saved checkpoint-1") == 1
     finish(launched(flags(output, resume_from_checkpoint="latest", **LONG)))
     whole = tmp_path / "whole"
     finish(launched(flags(whole, **LONG)))
@@ -180,8 +186,9 @@ def test_a_signal_before_the_first_step_is_done_leaves_no_checkpoint(flags: Call
     wait_for(output / "config.yaml", process)
     time.sleep(3)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=10) == 143
-    assert newest(output, lambda folder: True) is None
+    out, _ = process.communicate(timeout=10)
+    assert process.returncode == 143 and newest(output, lambda folder: True) is None
+    assert "nothing was trained or saved yet; run the same command again" in out
 
 
 def launched(arguments: list[str]) -> subprocess.Popen[str]:

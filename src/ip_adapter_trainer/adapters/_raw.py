@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ip_adapter_trainer.adapters._pickled import demand_table
 from ip_adapter_trainer.core.errors import Problem, first_line
+from ip_adapter_trainer.core.files import mistaken
 
 Container = Literal["safetensors", "bin"]
 V = TypeVar("V")
@@ -65,11 +66,13 @@ def _legible(path: Path) -> Iterator[None]:
         yield
     except Problem:
         raise
-    except pickle.UnpicklingError as error:
-        what = "the file holds something else than tensors, and was not opened further"
-        raise Problem(what, where=where, remedy="ask its maker for a .safetensors file") from error
     except Exception as error:
-        remedy = "copy or download it again; where git fetched it, `git lfs pull`"
+        if (known := mistaken(path)) is not None:
+            raise Problem(f"the file is {known[0]}", where=where, remedy=known[1]) from error
+        if isinstance(error, pickle.UnpicklingError):
+            what = "the file holds something else than tensors, and was not opened further"
+            raise Problem(what, where=where, remedy="ask its maker for a .safetensors file") from error
+        remedy = "copy or download it again"
         raise Problem(f"the file cannot be read: {first_line(error)}", where=where, remedy=remedy) from error
 
 

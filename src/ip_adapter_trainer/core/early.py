@@ -1,4 +1,4 @@
-"""What can be told before a command's heavy imports: another run is writing the folder that it is to write.
+"""What can be told before a command's heavy imports: its folder cannot be made, or another run is writing it.
 
 The claim comes when all is loaded; without a look beforehand, a second start would take as long as loading does to be
 refused. The look holds the lock for an instant only, for which a claim waits.
@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ip_adapter_trainer.core.staging import lock, was_claimed
+from ip_adapter_trainer.core.storage import demand_folder
 
 FOLDERS = {"output_dir": "sd-ip_adapter", "prepared_dir": "prepared"}  # settings, and what they are by default
 
@@ -26,16 +26,16 @@ def demand_free(argv: Sequence[str], setting: str) -> None:
         setting: one of `FOLDERS`.
 
     Raises:
-        Problem: another run holds the folder.
+        Problem: another run holds the folder, or it cannot be made.
     """
     if os.environ.get("RANK", "0") != "0" or {"-h", "--help"}.intersection(argv):
         return
     settings = _peek(argv, setting)
     if not settings.get("dry_run"):
         folder = Path(str(settings.get(setting, FOLDERS[setting])))
-        with suppress(OSError):  # a folder that cannot be entered is told of when it is claimed
-            if was_claimed(folder):
-                lock(folder, f"--{setting}").release()
+        demand_folder(folder)
+        if was_claimed(folder):
+            lock(folder, f"--{setting}").release()
 
 
 def _peek(argv: Sequence[str], setting: str) -> Mapping[str, Any]:

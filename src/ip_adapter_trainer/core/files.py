@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import stat
+from contextlib import suppress
 from pathlib import Path, PureWindowsPath
 from typing import BinaryIO
 
@@ -13,6 +14,14 @@ from ip_adapter_trainer.core.errors import Problem
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 _SUSPECT = re.compile(r"\A(?:\Z|/)|[\0\\:]|\.\.")  # in every name that `refusal` refuses, and in some others
+_PICTURE = "give the file of weights that this picture belongs to"
+_MISTAKEN = (  # the first bytes of what people have in place of weights; what it is, what to do
+    (rb"version https://git-lfs", "a pointer of Git LFS in place of the weights", "git lfs pull, or download the file"),
+    (rb"\s*<(!doctype html|html)", "an HTML page, probably of a download", "download it by the file's raw link"),
+    (rb"\x89PNG\r\n", "a PNG picture", _PICTURE),
+    (rb"\xff\xd8\xff", "a JPEG picture", _PICTURE),
+    (rb"RIFF....WEBP", "a WebP picture", _PICTURE),
+)
 _ALLOW = "give a path under the root, or pass --allow_outside_root if these files are trusted"
 
 
@@ -41,6 +50,18 @@ def open_regular(path: Path) -> BinaryIO:
 def _demand_regular(path: Path, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise NotRegularError(errno.EINVAL, "not a regular file", str(path))
+
+
+def mistaken(path: Path) -> tuple[str, str] | None:
+    """Return what a file is that does not hold the weights its name promises, and what to do; None: not known."""
+    with suppress(OSError), path.open("rb") as file:
+        begin = file.read(256)
+        if not begin:
+            return "empty", "copy or download it again"
+        for pattern, what, remedy in _MISTAKEN:
+            if re.match(pattern, begin, re.IGNORECASE | re.DOTALL):
+                return what, remedy
+    return None
 
 
 def refusal(name: str, *, allow_outside: bool = False) -> tuple[str, str] | None:

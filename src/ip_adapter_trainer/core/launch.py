@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from filelock import FileLock
 
 from ip_adapter_trainer.core.errors import Problem, Stopped, first_line
+from ip_adapter_trainer.core.launcher import demand_one_way, tell_if_alone
 from ip_adapter_trainer.core.precision import dtype_of, on_device
 from ip_adapter_trainer.core.staging import lock, sweep
 from ip_adapter_trainer.core.storage import told_as_storage
@@ -126,7 +127,7 @@ class Runtime:
         self.accelerator.state.destroy_process_group(None if together else self.hosts)
 
 
-def _accelerator(report_to: str, output_dir: str, logging_dir: str) -> Any:
+def _accelerator(trackers: Sequence[str], output_dir: str, logging_dir: str) -> Any:
     """An Accelerator whose group is real: without a GPU, several processes meet over gloo.
 
     `accelerate launch --multi_gpu` on a machine without a GPU starts processes that each believe to be alone; the
@@ -137,31 +138,33 @@ def _accelerator(report_to: str, output_dir: str, logging_dir: str) -> Any:
 
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     project = ProjectConfiguration(project_dir=output_dir, logging_dir=os.path.join(output_dir, logging_dir))  # noqa: PTH118
-    log_with = None if report_to == "none" else report_to
     cpu = not alone and not torch.cuda.is_available()
-    return Accelerator(mixed_precision="no", cpu=cpu, log_with=log_with, project_config=project)
+    return Accelerator(mixed_precision="no", cpu=cpu, log_with=list(trackers) or None, project_config=project)
 
 
 def start(
-    *, mixed_precision: str | None, local_rank: int, report_to: str, output_dir: str, logging_dir: str
+    *, mixed_precision: str | None, local_rank: int, trackers: Sequence[str] = (), output_dir: str, logging_dir: str
 ) -> Runtime:
     """Joins the group that the launcher started, or runs alone.
 
     Raises:
-        Problem: the launcher started several processes and they do not form one group, or an unknown tracker.
+        Problem: the launcher started several processes and they do not form one group, or it asks for what is not done.
     """
+    demand_one_way()
     if local_rank >= 0:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
     try:
-        accelerator = _accelerator(report_to, output_dir, logging_dir)
-    except ValueError as error:
-        what = f"cannot start: {first_line(error)}"
-        raise Problem(what, where="--report_to", remedy="name an installed tracker, or none") from error
+        accelerator = _accelerator(trackers, output_dir, logging_dir)
+    except ValueError as error:  # a variable of the group is missing
+        what = f"cannot join the other processes: {first_line(error)}"
+        raise Problem(what, where="the launcher", remedy="start with accelerate launch, or torchrun") from error
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != world:
         what = f"{world} processes were launched but this one sees {accelerator.num_processes}"
         raise Problem(what, where="accelerate launch", remedy="launch with --cpu, or with as many GPUs as processes")
     device = accelerator.device
+    if world == 1:
+        tell_if_alone(device.type)
     asked = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     precision = on_device(asked, device.type)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # a launcher that does not tell: nothing is shared

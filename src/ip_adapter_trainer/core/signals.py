@@ -6,12 +6,56 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 WATCHED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 ECHO_S = 2.0  # launchers send on what a scheduler has sent to their children as well: that is no second signal
+_OWN = os.getpid()  # workers that are forked inherit the handlers, and say nothing
+
+
+def tell_at_once(line: str) -> None:
+    """Print a line from the first process only, past all buffers: a signal may have come while one was written."""
+    if os.getpid() == _OWN and os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):
+            end_of_bar = "\n" if os.isatty(2) else ""
+            os.write(2, f"{end_of_bar}{line}\n".encode())
+
+
+def leave(number: int, line: str) -> NoReturn:
+    """Print a line and end this process at once, with the exit code that tells of a signal."""
+    tell_at_once(line)
+    os._exit(128 + number)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """In this block every stop signal raises KeyboardInterrupt with its number, as Python does for SIGINT alone.
+
+    While a module is imported it ends the process at once: there is nothing to save, and whoever is importing might
+    take the exception for one of the module's.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != _OWN or _is_importing(frame):
+            leave(number, "stopped while loading")
+        raise KeyboardInterrupt(number)
+
+    previous = {number: signal.signal(number, interrupt) for number in WATCHED}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 class StopSignal:
@@ -24,9 +68,11 @@ class StopSignal:
         received: the first signal's number that was noted, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, nothing_yet: str = "") -> None:
+        """Make one; `nothing_yet` is what to tell of a stop that comes before there was anything to note."""
         self.received: int | None = None
         self._received_s = 0.0
+        self._nothing_yet = nothing_yet
         self._is_noting = False
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._previous: dict[int, Any] = {}
@@ -44,7 +90,7 @@ class StopSignal:
     @contextmanager
     def noted(self) -> Iterator[None]:
         """In this block a signal is kept for whoever asks; one that comes `ECHO_S` or more after it leaves at once."""
-        self._is_noting = True
+        self._is_noting, self._nothing_yet = True, ""
         try:
             yield
         finally:
@@ -59,9 +105,10 @@ class StopSignal:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self._is_noting:
-            os._exit(128 + number)
+            leave(number, f"stopped: {self._nothing_yet}" if self._nothing_yet else "stopped")
         now_s = time.monotonic()
         if self.received is None:
             self.received, self._received_s = number, now_s
+            tell_at_once("stopping: what was done is saved first; another signal leaves at once")
         elif now_s - self._received_s > ECHO_S:
-            os._exit(128 + number)
+            leave(number, "stopped at once, by a second signal: what was not saved yet is lost")

@@ -1,14 +1,26 @@
-"""What writers say when a disk refuses: each in its own way, here as one."""
+"""What writers say when a disk or a path refuses: each in its own way, here as one."""
 
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from ip_adapter_trainer.core.errors import StorageProblem, first_line
+from ip_adapter_trainer.core.errors import Problem, StorageProblem, first_line
 
 _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
+
+_OF_THE_PATH = {  # and what it means, where the system's words do not say it
+    errno.EEXIST: "a file has the name of a folder that is needed",
+    errno.ENOTDIR: "a file is where a folder is needed",
+    errno.EISDIR: "a folder is where a file is needed",
+    errno.ENAMETOOLONG: "",
+    errno.ELOOP: "",
+    errno.EACCES: "",
+    errno.EPERM: "",
+}
 
 
 def refusals() -> tuple[type[Exception], ...]:
@@ -28,15 +40,49 @@ def reason_of(error: Exception) -> str:
 
 @contextmanager
 def told_as_storage() -> Iterator[None]:
-    """A disk that is full, read-only or broken is a problem of storage, whoever wrote.
+    """A disk that is full, read-only or broken is a problem of storage, whoever wrote; a path is one of its giver.
 
     Raises:
         StorageProblem: in place of what the system said.
+        Problem: so too; there can be no file or folder of this path, or this user may not write there.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in _OF_THE_DISK:
-            raise
-        remedy = "make room, or choose another folder"
-        raise StorageProblem(reason_of(error), where=str(error.filename or ""), remedy=remedy) from error
+        where = str(error.filename or "")
+        if error.errno in _OF_THE_DISK:
+            remedy = "make room, or choose another folder"
+            raise StorageProblem(reason_of(error), where=where, remedy=remedy) from error
+        if error.errno in _OF_THE_PATH and where:
+            what = _OF_THE_PATH[error.errno] or reason_of(error)
+            raise Problem(what, where=where, remedy="give another path, or change what is there") from error
+        raise
+
+
+def demand_folder(folder: Path) -> None:
+    """Demand a folder to write into, or a path at which one can be made; nothing is made.
+
+    Raises:
+        Problem: a file is there, or on the way to it, or this user may not write there.
+        StorageProblem: the disk is read-only.
+    """
+    with told_as_storage():
+        there = _first_that_exists(folder.absolute())
+        if not there.is_dir():
+            raise _refused(errno.ENOTDIR, there)
+        if not os.access(there, os.W_OK | os.X_OK):
+            is_read_only = os.statvfs(there).f_flag & os.ST_RDONLY
+            raise _refused(errno.EROFS if is_read_only else errno.EACCES, there)
+
+
+def _first_that_exists(path: Path) -> Path:
+    """The path itself or the closest above it; what the system says of one that cannot be is raised."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return path if path.is_symlink() else _first_that_exists(path.parent)
+    return path
+
+
+def _refused(code: int, path: Path) -> OSError:
+    return OSError(code, os.strerror(code), str(path))

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from tqdm import tqdm
 
 from ip_adapter_trainer.adapters import weights_sha256
 from ip_adapter_trainer.card import package_version
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
+from ip_adapter_trainer.core.progress import Progress
 from ip_adapter_trainer.evaluate.config import GenerateConfig
 from ip_adapter_trainer.evaluate.sample import image_tokens, sample
 from ip_adapter_trainer.evaluate.start import load, sampling
@@ -33,13 +33,13 @@ def generate(config: GenerateConfig) -> list[Path]:
     model = load(config)
     how, tokens = sampling(config, model), image_tokens(model, [references])
     facts = _facts(config, model.adapter) | {"size": f"{how.width_px}x{how.height_px}"}
-    with tqdm(total=len(seeds), unit="picture", disable=None) as bar:
+    with Progress(len(seeds), "picture") as progress:
         for start in range(0, len(seeds), config.batch_size):
             part = seeds[start : start + config.batch_size]
             drawn = sample(model, tokens, [config.prompt] * len(part), part, how)
             for file, seed, picture in zip(files[start:], part, drawn, strict=False):
                 _save(picture, file, facts | {"seed": str(seed)})
-            bar.update(len(part))
+            progress.update(len(part))
     return files
 
 

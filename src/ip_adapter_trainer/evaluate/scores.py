@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from ip_adapter_trainer.adapters import weights_sha256
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.core.log import say
+from ip_adapter_trainer.core.progress import Progress
 from ip_adapter_trainer.core.rng import key
 from ip_adapter_trainer.core.stopping import Poll, no_poll
 from ip_adapter_trainer.evaluate.clip import ClipScorer, clip_i, clip_t
@@ -113,7 +113,7 @@ def score(model: Model, clip: ClipScorer, prompts: Sequence[Prompt], plan: Plan,
     wrong = others([prompt.image for prompt in prompts], plan.seed, "evaluate-shuffle")
     values = {how: {name: np.full(len(prompts), np.nan) for name in (CLIP_I, CLIP_T)} for how in CONDITIONS}
     at_once = max(1, plan.how.batch_images // plan.pictures)
-    with tqdm(total=len(prompts), unit="row", disable=None) as bar:
+    with Progress(len(prompts), "row") as progress:
         for start in range(0, len(prompts), at_once):
             rows = range(start, min(start + at_once, len(prompts)))
             strangers = [] if wrong is None else [prompts[wrong[row]].read() for row in rows]
@@ -121,7 +121,7 @@ def score(model: Model, clip: ClipScorer, prompts: Sequence[Prompt], plan: Plan,
             for condition, metrics in scored.items():
                 for name, scores in metrics.items():
                     values[condition][name][start : rows.stop] = scores
-            bar.update(len(rows))
+            progress.update(len(rows))
     return values
 
 

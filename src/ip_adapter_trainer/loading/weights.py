@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ip_adapter_trainer.core.documents import read_json, read_text
 from ip_adapter_trainer.core.errors import Problem, first_line, told_as_not_loaded
+from ip_adapter_trainer.core.files import mistaken
 from ip_adapter_trainer.core.log import quiet_loading, say, silent_diffusers
 
 STEMS = ("diffusion_pytorch_model", "model")  # of weight files: diffusers' and transformers'
@@ -32,7 +33,6 @@ _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped
 # What lies beside the weights of a part without being read: the other half of CLIP, tables of positions.
 SPARE = r"(^|\.)(position_ids|logit_scale|logit_bias)$"
 _SHOWN = 3
-_LFS = b"version https://git-lfs"
 _REMEDY = "give a folder or hub id with config.json and weights in .safetensors files"
 
 
@@ -277,11 +277,9 @@ def damaged(file: Path, part: str, error: Exception) -> Problem:
         part: of a model, in messages.
         error: of the reader.
     """
-    is_pointer = file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(_LFS)
-    if is_pointer:
-        what, remedy = f"{part} is a pointer of Git LFS in place of the weights", "git lfs pull, or download the file"
-    else:
-        what, remedy = f"cannot load {part}: {first_line(error)}", "the file is damaged: copy or download it again"
+    if (known := mistaken(file)) is not None:
+        return Problem(f"{part} is {known[0]}", where=str(file), remedy=known[1])
+    what, remedy = f"cannot load {part}: {first_line(error)}", "the file is damaged: copy or download it again"
     return Problem(what, where=str(file), remedy=remedy)
 
 

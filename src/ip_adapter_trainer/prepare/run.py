@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ip_adapter_trainer.adapters import VARIANTS
-from ip_adapter_trainer.core.errors import Problem, StorageProblem
+from ip_adapter_trainer.core.errors import Problem, Stopped, StorageProblem
 from ip_adapter_trainer.core.launch import Runtime, claim, start
 from ip_adapter_trainer.core.log import say
+from ip_adapter_trainer.core.progress import Progress
 from ip_adapter_trainer.core.signals import StopSignal
 from ip_adapter_trainer.core.staging import sweep
 from ip_adapter_trainer.core.stopping import Poll, Stopping
@@ -71,11 +72,10 @@ def prepare(config: PrepareConfig) -> Report:
     demand_preparable(config)
     folder = Path(config.prepared_dir)
     with (
-        StopSignal() as signal,
+        StopSignal("nothing was encoded yet; run the same command again") as signal,
         start(
             mixed_precision=config.mixed_precision,
             local_rank=config.local_rank,
-            report_to="none",
             output_dir=str(folder),
             logging_dir="",
         ) as runtime,
@@ -152,7 +152,7 @@ class Job:
                 finally:
                     encoding.seal()
 
-            with stopping.noted():
+            with stopping.noted(), self._told_if_stopped(encoding):
                 stopping.together(fill)
             log = self._log()
             log.demand_limit()
@@ -162,6 +162,16 @@ class Job:
         pictures, encoded = self.runtime.total(len(self.items)), self.runtime.total(encoding.encoded)
         captions = self.runtime.total(len(self.captions))
         return Report(self.folder, pictures, read, encoded, captions, log.faulty_rows)
+
+    @contextmanager
+    def _told_if_stopped(self, encoding: Encoding) -> Iterator[None]:
+        """Tells what a stop, which comes to all processes alike, leaves behind."""
+        try:
+            yield
+        except Stopped:
+            kept = self.runtime.total(encoding.encoded)
+            say(f"stopped: {kept} encodings of pictures are made and kept; run the same command again to go on")
+            raise
 
     def _begin(self) -> None:
         """Removes what a killed run left; faults are met again, since faulty pictures are always tried again."""
@@ -178,22 +188,24 @@ class Job:
         log, faulty = self._log(), dict[str, PictureFault]()
         if self.runtime.is_main:
             log.add(self.manifest.faults)
-        for read in self._read(reading, poll):
-            poll()
-            if read.record is not None:
-                encoding.note(read.item.name, read.record)
-            if read.fault is not None:
-                faulty[read.item.name] = read.fault
-                log.add([fault_of(read.fault, self.manifest.where(read.item.row))])
-            for views, pixels in read.pixels:
-                encoding.take(views, pixels)
+        with Progress(len(self.left), self._unit, shown=self.runtime.is_main) as progress:
+            for read in read_all(self.left, reading, self.config, self.manifest.where, poll):
+                poll()
+                if read.record is not None:
+                    encoding.note(read.item.name, read.record)
+                if read.fault is not None:
+                    faulty[read.item.name] = read.fault
+                    log.add([fault_of(read.fault, self.manifest.where(read.item.row))])
+                for views, pixels in read.pixels:
+                    encoding.take(views, pixels)
+                progress.update(1)
         encoding.finish()
         log.add(self._faults_of_rows(faulty))
 
-    def _read(self, reading: Reading, poll: Poll) -> tqdm:  # type: ignore[type-arg]
-        reads = read_all(self.left, reading, self.config, self.manifest.where, poll)
-        hidden = None if self.runtime.is_main else True
-        return tqdm(reads, total=len(self.left), unit="images", desc=f"1 of {self.runtime.world}", disable=hidden)
+    @property
+    def _unit(self) -> str:
+        world = self.runtime.world
+        return "picture" if world == 1 else f"process 1 of {world}: picture"
 
     def _faults_of_rows(self, faulty: dict[str, PictureFault]) -> list[Fault]:
         """A faulty picture is a fault of every row that names it."""

@@ -166,7 +166,8 @@ class TrackConfig(Part):
 
     logging_dir: str = Field("logs", description="Folder for tracker files, under output_dir.")
     report_to: str = Field(
-        "tensorboard", description="Tracker by accelerate's name (tensorboard, wandb, ...), or none."
+        "tensorboard",
+        description="Trackers by accelerate's names, as tensorboard,wandb; all: those that are installed; or none.",
     )
     tracker_project_name: str = Field("ip_adapter", description="Project name given to the tracker.")
     logging_steps: int = Field(10, ge=1, description="Steps between reports to tracker, progress bar and metrics file.")

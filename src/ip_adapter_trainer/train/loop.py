@@ -33,6 +33,7 @@ from ip_adapter_trainer.train.source import Source
 from ip_adapter_trainer.train.spikes import Spikes
 from ip_adapter_trainer.train.step import Step
 from ip_adapter_trainer.train.track import Track
+from ip_adapter_trainer.train.trackers import start_trackers
 from ip_adapter_trainer.train.validate import Validator
 
 FP16_SCALE = 4096.0  # of the loss at first; higher, its calibration would look like steps that are not finite
@@ -210,7 +211,8 @@ class Trainer:
             NotFiniteProblem: loss or gradients were not finite for five steps in a row.
             StorageProblem: the disk refused the last checkpoint.
         """
-        self.runtime.accelerator.init_trackers(self.config.tracker_project_name, config=self._tracker_config())
+        start_trackers(self.runtime, self.config)
+        begun = self.done
         track = Track(self.runtime, self.output, self.plan.total_steps, self.done)
         batches = self.source.batches(self.done, stopping.poll)
         with stopping.noted(), self.model.attached(), lean(self.model, self.config):
@@ -222,6 +224,16 @@ class Trainer:
                 raise
             finally:
                 track.close()
+        if self.stopping:
+            say(self._farewell(begun))
+            raise Stopped(stopping.exit_code)
+
+    def _farewell(self, begun: int) -> str:
+        """Return what a stop leaves behind of a run that began at a step, and how to go on."""
+        if self.done == begun:
+            return "stopped before a step was done: nothing was trained or saved yet; run the same command again"
+        saved = f"stopped at step {self.done}, saved checkpoint-{self.done}"
+        return f"{saved}; go on by the same command with --resume_from_checkpoint latest"
 
     def _run(self, batches: Iterator[Batch], track: Track, stopping: Stopping) -> None:
         if self.done:
@@ -233,8 +245,6 @@ class Trainer:
         self._learn(track, keep=0)
         self.save(track)
         self.finish()
-        if self.stopping:
-            raise Stopped(stopping.exit_code)
 
     def _between_steps(self, track: Track, stopping: Stopping, resumed: bool = False) -> None:
         """Validation, then the checkpoint that remembers it."""
@@ -348,7 +358,3 @@ class Trainer:
             what = f"gradients were not finite for {MAX_BAD_STEPS} steps in a row"
             remedy = "lower --learning_rate, or train with --mixed_precision bf16; the last checkpoint is good"
             raise NotFiniteProblem(what, where=f"step {outcome.step}", remedy=remedy)
-
-    def _tracker_config(self) -> dict[str, Any]:
-        simple = (int, float, str, bool)
-        return {k: v if isinstance(v, simple) else str(v) for k, v in self.config.model_dump(mode="json").items()}

@@ -31,6 +31,7 @@ from ip_adapter_trainer.train.rows import RunRows, read_rows
 from ip_adapter_trainer.train.source import Source
 from ip_adapter_trainer.train.starting import StartingPoint, starting_point
 from ip_adapter_trainer.train.step import Step
+from ip_adapter_trainer.train.trackers import trackers_named
 
 WriteResolved = Callable[[TrainConfig, Path], Path]
 
@@ -86,11 +87,11 @@ def train(config: TrainConfig, write_resolved: WriteResolved) -> None:
         Stopped: asked to stop, after saving.
     """
     with (
-        StopSignal() as signal,
+        StopSignal("nothing was trained yet; run the same command again") as signal,
         start(
             mixed_precision=config.mixed_precision,
             local_rank=config.local_rank,
-            report_to=config.report_to,
+            trackers=trackers_named(config.report_to),
             output_dir=config.output_dir,
             logging_dir=config.logging_dir,
         ) as runtime,

@@ -1,7 +1,7 @@
-"""Where numbers go: metrics.jsonl always, any accelerate tracker by name, a progress bar for people.
+"""Where numbers go: metrics.jsonl always, any accelerate tracker by name, the progress for people.
 
 metrics.jsonl holds only what the training determines, so that a resumed run ends with the same bytes (`train.metrics`);
-speeds go to the tracker and the bar.
+speeds go to the tracker and to people.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ip_adapter_trainer.core.launch import Runtime
 from ip_adapter_trainer.core.lines import Lines
+from ip_adapter_trainer.core.progress import Progress
 from ip_adapter_trainer.train.metrics import METRICS
 from ip_adapter_trainer.train.trackers import Trackers
 
@@ -54,17 +53,16 @@ class Track:
         self._trackers = Trackers(runtime.accelerator)
         self._pending: list[tuple[int, dict[str, float]]] = []
         self.stopwatch = Stopwatch()
-        self._bar: Any = tqdm(
-            total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not runtime.is_main
-        )
+        self._progress = Progress(total_steps, "step", initial=first_step, shown=runtime.is_main)
+        self._speeds = ""  # the last ones that were read, for people
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Notes the numbers of one optimizer step."""
         self._pending.append((step, dict(values)))
-        self._bar.update(1)
+        self._tell(1, values["loss"])
 
     def flush(self) -> None:
-        """Writes what is pending; the last step also goes to the tracker and the bar, with the speeds."""
+        """Writes what is pending; the last step also goes to the tracker, with the speeds, which people are told."""
         if not self._pending or not self._runtime.is_main:
             self._pending.clear()
             return
@@ -74,8 +72,12 @@ class Track:
         speeds = self.stopwatch.read()
         last = {k: v for k, v in rows[-1].items() if k != "step"}
         self._report(int(rows[-1]["step"]), {**last, **speeds})
-        wait = f"{100 * speeds['data_wait_share']:.0f}%"
-        self._bar.set_postfix(loss=f"{last['loss']:.4f}", img_s=f"{speeds['images_per_s']:.1f}", wait=wait)
+        waiting = f"{100 * speeds['data_wait_share']:.0f} % waiting for data"
+        self._speeds = f", {speeds['images_per_s']:.3g} images/s, {waiting}"
+        self._tell(0, last["loss"])
+
+    def _tell(self, steps: int, loss: float) -> None:
+        self._progress.update(steps, f"loss {loss:.4f}{self._speeds}")
 
     def event(self, step: int, values: Mapping[str, float]) -> None:
         """Writes numbers that do not come every step, such as a validation's, at once."""
@@ -116,8 +118,8 @@ class Track:
             self._lines.cut(metrics_bytes)
 
     def close(self) -> None:
-        """Ends the bar and the trackers; lines that wait for room are tried a last time."""
+        """Ends the progress and the trackers; lines that wait for room are tried a last time."""
         self.flush()
         self._lines.add("")
-        self._bar.close()
+        self._progress.close()
         self._trackers.close()

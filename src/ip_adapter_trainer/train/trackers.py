@@ -7,11 +7,55 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from ip_adapter_trainer.core.errors import Problem, did_you_mean
+from ip_adapter_trainer.core.launch import Runtime
 from ip_adapter_trainer.core.log import say
-from ip_adapter_trainer.core.storage import reason_of
+from ip_adapter_trainer.core.storage import reason_of, told_as_storage
+from ip_adapter_trainer.train.config import TrainConfig
 
 _WAITING = 1000  # reports at most; a tracker that is so far behind hangs
 _PATIENCE_S = 5.0  # at the end
+
+
+def trackers_named(report_to: str) -> tuple[str, ...]:
+    """Return the trackers that `--report_to` names: one, several with commas between them, all that are installed.
+
+    Raises:
+        Problem: one that accelerate does not know, or that is not installed.
+    """
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    names, installed = report_to.split(","), [str(name) for name in get_available_trackers()]
+    for name in names:
+        if name not in (*LOGGER_TYPE_TO_CLASS, "all", "none"):
+            remedy = did_you_mean(name, [*LOGGER_TYPE_TO_CLASS, "all", "none"])
+            raise Problem(f"unknown tracker {name!r}", where="--report_to", remedy=remedy)
+        if name not in (*installed, "all", "none"):
+            remedy = f"pip install {name}, or give --report_to none"
+            raise Problem(f"{name} is not installed", where="--report_to", remedy=remedy)
+    if "none" in names:
+        return ()
+    return tuple(installed) if "all" in names else tuple(dict.fromkeys(names))
+
+
+def start_trackers(runtime: Runtime, config: TrainConfig) -> None:
+    """Start what `--report_to` names, on the first process.
+
+    Raises:
+        Problem: on every process alike, if one does not start: it is not logged in, or does not reach its server.
+    """
+    simple = (int, float, str, bool)
+    settings = {k: v if isinstance(v, simple) else str(v) for k, v in config.model_dump(mode="json").items()}
+    with runtime.agreed():
+        try:
+            with told_as_storage():
+                runtime.accelerator.init_trackers(config.tracker_project_name, config=settings)
+        except Problem:
+            raise
+        except Exception as error:
+            what = f"a tracker did not start: {type(error).__name__}: {reason_of(error)}"
+            remedy = "log in to it or mend its settings, or give --report_to none"
+            raise Problem(what, where=f"--report_to {config.report_to}", remedy=remedy) from error
 
 
 class Trackers:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii as quoted
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.shown import one_line
@@ -17,6 +18,9 @@ from ip_adapter_trainer.data.rows import Columns, row_of
 from ip_adapter_trainer.data.sources import Entry, open_source
 from ip_adapter_trainer.data.strict_json import Complaint
 from ip_adapter_trainer.data.table import RowTable
+
+if TYPE_CHECKING:
+    from ip_adapter_trainer.core.launch import Runtime
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,22 @@ def read_manifest(config: ReadConfig) -> Manifest:
     if not rows and not faults:
         raise Problem("the manifest holds no rows", where=str(source), remedy="add pictures and captions")
     return Manifest(opened.path, root, rows, tuple(faults), digest.fingerprint(), unread, opened.unit, places)
+
+
+def read_alike(config: ReadConfig, runtime: Runtime) -> Manifest:
+    """Reads every row on every process; see `read_manifest`.
+
+    Raises:
+        Problem: on all of them, also where they read other rows than the first one does.
+    """
+    with runtime.agreed():
+        manifest = read_manifest(config)
+    first, *others = runtime.gathered(manifest.fingerprint)
+    for rank, read in enumerate(others, 1):
+        if read.sha256 != first.sha256:
+            what = f"rank {rank} reads other rows than rank 0: {first.difference(read)}"
+            raise Problem(what, where=str(manifest.source), remedy="give every machine the same file")
+    return manifest
 
 
 def _root(source: Path, data_root_path: str) -> Path:

@@ -21,10 +21,9 @@ from ip_adapter_trainer.core.storage import told_as_storage
 T = TypeVar("T")
 
 _PATIENCE_S = 30.0  # until the others are asked for; torch itself gives up after half an hour
-_OTHERS = {
-    "where": "see what the other processes wrote, on the other machines too",
-    "remedy": "start all of them again, with --resume_from_checkpoint latest where a checkpoint was saved",
-}
+_AGAIN = (
+    "see what the other processes said; start all of them again, with --resume_from_checkpoint latest if it trained"
+)
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,8 @@ class Runtime:
         together = error is None or isinstance(error, Stopped)
         self.accelerator.state.destroy_process_group(None if together else self.hosts)
         if error is not None and _is_loss(error):
-            raise LostProblem(f"another process of the run is gone: {first_line(error)}", **_OTHERS) from error
+            what = f"another process of the run is gone: {first_line(error).split('. ')[0]}"
+            raise LostProblem(what, where=f"rank {self.rank} of {self.world}", remedy=_AGAIN) from error
 
 
 def _is_loss(error: BaseException) -> bool:
@@ -188,7 +188,8 @@ def start(
         what = f"cannot start: {first_line(error)}"
         raise Problem(what, where="--report_to", remedy="name an installed tracker, or none") from error
     except torch.distributed.DistError as error:
-        raise LostProblem(f"the processes of this run did not meet: {first_line(error)}", **_OTHERS) from error
+        what = f"the {world} processes of this run did not meet: {first_line(error)}"
+        raise LostProblem(what, where=f"rank {os.environ.get('RANK')}", remedy=_AGAIN) from error
     if accelerator.num_processes != world:
         what = f"{world} processes were launched but this one sees {accelerator.num_processes}"
         raise Problem(what, where="accelerate launch", remedy="launch with torchrun, or as many GPUs as processes")

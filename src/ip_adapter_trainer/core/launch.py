@@ -187,7 +187,9 @@ def start(
     except ValueError as error:
         what = f"cannot start: {first_line(error)}"
         raise Problem(what, where="--report_to", remedy="name an installed tracker, or none") from error
-    except torch.distributed.DistError as error:
+    except RuntimeError as error:
+        if not _is_loss(error):
+            raise
         what = f"the {world} processes of this run did not meet: {first_line(error)}"
         raise LostProblem(what, where=f"rank {os.environ.get('RANK')}", remedy=_AGAIN) from error
     if accelerator.num_processes != world:

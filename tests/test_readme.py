@@ -65,6 +65,7 @@ def commands(text: str) -> list[str]:
 def argv_of(line: str) -> tuple[str, list[str]] | None:
     """A command and its flags; None where a line names the program alone, or a command without flags."""
     line = re.split(r"ip-adapter (?=[a-z])|-m ip_adapter_trainer |(?=tutorial_train)", line)[-1]
+    line = line.split("' ")[0]  # a line that a script hands to another shell ends there
     words = [word for word in shlex.split(line, comments=True) if word not in ("...", "\\")]
     command, *flags = words or [""]
     if command.startswith("tutorial_train"):

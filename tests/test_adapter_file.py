@@ -229,7 +229,7 @@ def put(name: str, tensor: Tensor) -> Callable[[dict], None]:
         (put("2.to_k_ip.weight", torch.zeros(8, 8)), "odd numbers"),
         (put("x.to_k_ip.weight", torch.zeros(8, 8)), "no part of an adapter"),
         (put("1.to_k_ip.bias", torch.zeros(8)), "no part of an adapter"),
-        (put("0.to_q_lora.down.weight", torch.zeros(8, 8)), "no part of an adapter"),
+        (put("1.to_q.weight", torch.zeros(8, 8)), "no part of an adapter"),
         (put("1.to_k_ip.weight", torch.zeros(8)), r"shapes \[8\] and \[8, 8\]"),
         (put("1.to_k_ip.weight", torch.zeros(9, 8)), r"shapes \[9, 8\] and \[8, 8\]"),
         (put("1.to_k_ip.weight", torch.zeros(8, 8, dtype=torch.int8)), "int8, not floating point"),

@@ -12,12 +12,24 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ip_adapter_trainer.adapters import VARIANTS, AdapterFile, refusals, write_adapter
+from ip_adapter_trainer.adapters import (
+    VARIANTS,
+    AdapterCard,
+    AdapterFile,
+    fitting_config,
+    flags_to_fit,
+    read_adapter,
+    refusals,
+    write_adapter,
+)
+from ip_adapter_trainer.adapters._file import foreign_of
 from ip_adapter_trainer.adapters._guess import _SD_WIDTHS, _SDXL_WIDTHS, base_guess, encoder_guess
+from ip_adapter_trainer.adapters._raw import RawFile
 from ip_adapter_trainer.card import card_of
 from ip_adapter_trainer.config import parse
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.inspection import InspectConfig, examine, inspect
+from ip_adapter_trainer.loading.adapter import read_adapter_into
 from ip_adapter_trainer.train import checkpoint
 from tests.published import Trained
 from tests.test_model import build
@@ -105,7 +117,8 @@ def test_what_every_reader_builds_otherwise_all_refuse() -> None:
         assert found.keys() == {"diffusers", "original", "comfy"} and all(why in reason for reason in found.values())
     assert refusals(changed(base, {"proj.weight": wide})).keys() == {"diffusers", "comfy"}
     assert refusals(changed(base, {}, origin="comfy")).keys() == {"diffusers", "original"}
-    assert refusals(changed(base, {}, path=Path("my-unnorm.bin"))).keys() == {"comfy"}
+    for path in ("my-unnorm.bin", "all/Unnorm-faces/a.bin"):
+        assert refusals(changed(base, {}, path=Path(path))).keys() == {"comfy"}
 
 
 def test_guesses_say_how_certain_they_are() -> None:
@@ -152,7 +165,7 @@ def test_a_real_file_is_told_with_what_its_readers_must_know(tmp_path: Path) -> 
     report = examine(tmp_path / "a.safetensors")
     assert sum(report.parameters.values()) == 21_794_304 and report.dtypes == ["float16"] and report.tokens is None
     assert report.readers == {"diffusers": None, "original": None, "comfy": None}
-    assert any("num_tokens=" in remark and "257" in remark for remark in report.remarks)
+    assert any("num_tokens=" in r and "257" in r and "without it, the file loads" in r for r in report.remarks)
     assert any("ip-adapter-full-face_sd15" in remark for remark in report.remarks)
     assert "line\\x1b[2J\\nbreak" in str(report) and "x" * 201 not in str(report)
 
@@ -171,14 +184,14 @@ def face_mlp(tokens: int = 4) -> dict[str, tuple[int, ...]]:
 PAIR = {"1.to_k_ip.weight": (8, 8), "1.to_v_ip.weight": (8, 8)}
 LORA = {"0.to_q_lora.down.weight": (4, 8), **PAIR}
 PERCEIVER = {"perceiver_resampler.proj_in.weight": (8, 8)}
-RESAMPLER = {"latents": (1, 16, 8), "proj_in.weight": (8, 512), "proj_out.weight": (8, 8)}
+RESAMPLER = {"latents": (1, 16, 1280), "proj_in.weight": (1280, 512), "proj_out.weight": (2048, 1280)}
 TIMED = {"latents": (1, 64, 8), "time_embedding.linear_1.weight": (8, 8)}
 GLOBAL = {"proj.weight": (32, 8), "norm.weight": (8,)}
 FOREIGN: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]], int, set[str]]] = {
     "FaceID": (face_mlp(), LORA, 4, set()),
     "FaceID-Plus": (face_mlp() | PERCEIVER, LORA, 4, set()),
     "FaceID-Portrait": (face_mlp(16), PAIR, 16, set()),
-    "InstantID, or Portrait of un-normalised embeddings": (RESAMPLER, PAIR, 16, {"original"}),
+    "InstantID, or Portrait of un-normalised embeddings": (RESAMPLER, PAIR, 16, {"original", "comfy"}),
     "SD3.5, InstantX": (TIMED, {"0.to_k_ip.weight": (8, 8)}, 64, {"original", "comfy"}),
     "FLUX, InstantX": (face_mlp(128), {"0.to_k_ip.weight": (8, 8)}, 128, {"diffusers", "original", "comfy"}),
     "FLUX, XLabs in diffusers' layout": (GLOBAL, {"0.to_k_ip.bias": (8,)}, 4, {"original", "comfy"}),
@@ -196,17 +209,96 @@ def test_other_kinds_are_named_and_said_not_to_be_trained(name: str, tmp_path: P
     report = examine(tmp_path / "a.bin")
     assert report.variant == f"{name}: recognised, this trainer does not train it yet"
     assert report.tokens == tokens and {r for r, why in report.readers.items() if why} == refused
-    assert name in str(report)
+    assert name in str(report) and report.start_refusal
+    with pytest.raises(Problem):  # training does not start from it either
+        read_adapter(tmp_path / "a.bin")
 
 
-def test_the_xlabs_container_is_named(tmp_path: Path) -> None:
+def test_comfy_tells_some_face_adapters_by_the_whole_path(tmp_path: Path) -> None:
+    path = tmp_path / "unnorm" / "a.safetensors"
+    path.parent.mkdir()
+    projector = {f"image_proj.{name}": torch.zeros(shape) for name, shape in RESAMPLER.items()}
+    save_file(projector | {f"ip_adapter.{name}": torch.zeros(shape) for name, shape in PAIR.items()}, path)
+    assert examine(path).readers["comfy"] is None
+    path = path.rename(tmp_path / "a.safetensors")
+    assert "'unnorm'" in (examine(path).readers["comfy"] or "")
+
+
+@pytest.mark.parametrize("tokens", [4, 16])
+def test_the_xlabs_container_is_named(tokens: int, tmp_path: Path) -> None:
     weights = {
-        "ip_adapter_proj_model.proj.weight": torch.zeros(32, 8),
+        "ip_adapter_proj_model.proj.weight": torch.zeros(tokens * 8, 8),
+        "ip_adapter_proj_model.norm.weight": torch.zeros(8),
         "double_blocks.18.processor.ip_adapter_double_stream_k_proj.weight": torch.zeros(8, 8),
     }
     save_file(weights, tmp_path / "a.safetensors")
     report = examine(tmp_path / "a.safetensors")
-    assert report.variant.startswith("FLUX, XLabs:") and report.layers == [18]
+    assert report.variant.startswith("FLUX, XLabs:") and report.layers == [18] and report.tokens == tokens
+
+
+CARD = AdapterCard(
+    variant="plus", variant_config={"num_tokens": 16}, family="sdxl", num_tokens=16, step=9, images_seen=9,
+    pretrained_model_name_or_path="a/base", image_encoder_path="an/encoder", feature="penultimate", feature_dim=512,
+    context_dim=2048, package_version="0",
+)  # fmt: skip
+
+
+def test_a_card_is_believed_before_shapes_are_guessed_from() -> None:
+    faces = {f"image_proj.{name}": torch.empty(shape, device="meta") for name, shape in RESAMPLER.items()}
+    plus = published("plus", 768, 512)
+    small = {f"image_proj.{name}": tensor for name, tensor in plus.image_proj.items()}
+    for tensors, metadata, is_foreign in ((faces, {}, True), (faces, CARD.to_metadata(), False), (small, {}, False)):
+        raw = RawFile(Path("a.safetensors"), "safetensors", tensors, metadata, 0)
+        assert (foreign_of(raw) is not None) == is_foreign
+
+
+def test_a_card_that_the_shapes_contradict_is_told_and_nothing_is_started_from_it(
+    base_folder: Callable, encoder_folder: Path, tmp_path: Path
+) -> None:
+    model = build(base_folder("sd1"), encoder_folder, "plus")
+    card = card_of(model, base=str(base_folder("sd1")), step=3, images_seen=9, loaded_with={})
+    metadata = card.to_metadata() | {"variant": "base", "feature_dim": "47"}
+    write_adapter(tmp_path / "a.safetensors", model.adapter.published(), metadata)
+    report = examine(tmp_path / "a.safetensors")
+    for told in ("the card says variant 'base', the weights plus", "the card says feature_dim 47, the weights 48"):
+        assert any(told in remark for remark in report.remarks)
+    assert report.variant == "plus" and "the card says" in (report.start_refusal or "")
+    with pytest.raises(Problem, match="the card says"):
+        read_adapter_into(model, tmp_path / "a.safetensors")
+
+
+def test_what_inspect_says_of_starting_is_what_training_does(
+    base_folder: Callable, encoder_folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "a.bin"
+    wide = build(base_folder("sd1"), encoder_folder, "plus", num_tokens=32, resampler_heads=8)
+    write_adapter(file, wide.adapter.published(), {})
+    flags = f"--pretrained_ip_adapter_path {file} --variant plus --num_tokens 32 --resampler_heads 8"
+    assert examine(file).start_flags == flags
+    read_adapter_into(wide, file)
+    with pytest.raises(Problem, match="other sizes") as caught:
+        read_adapter_into(build(base_folder("sd1"), encoder_folder, "plus"), file)
+    assert caught.value.remedy == "take --num_tokens 32 --resampler_heads 8"
+    tables = wide.adapter.published()
+    tables["image_proj"]["pos_emb.weight"] = torch.zeros(5, 64)
+    write_adapter(file, tables, {})
+    assert "pos_emb.weight has the shape [5, 64], and none" in (examine(file).start_refusal or "")
+    with pytest.raises(Problem, match="pos_emb"):
+        read_adapter_into(wide, file)
+
+
+@pytest.mark.parametrize(
+    "file, flags",
+    [
+        (published("base", 768, 1024), []),
+        (published("full", 1024, 1280), []),
+        (published("plus", 2048, 1280), []),
+        (published("plus", 768, 1280, resampler_dim=512), ["--resampler_dim 512"]),
+    ],
+)
+def test_published_adapters_can_be_started_from_with_these_flags(file: AdapterFile, flags: list[str]) -> None:
+    fitting_config(file)
+    assert flags_to_fit(file) == flags
 
 
 def test_what_is_no_adapter_is_a_problem(tmp_path: Path) -> None:

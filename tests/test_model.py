@@ -20,10 +20,10 @@ from tests import tiny
 GEOMETRY = Geometry((32, 32), (0, 0), (32, 32))
 
 
-def build(base: Path, encoder: Path, variant: str) -> Model:
+def build(base: Path, encoder: Path, variant: str, **config: int) -> Model:
     family = load_base(str(base), dtype=torch.float32, device="cpu")
     kind = VARIANTS[variant]
-    return Model(family, load_encoder(str(encoder), kinds=FEATURES, dtype=torch.float32), kind, kind.Config())
+    return Model(family, load_encoder(str(encoder), kinds=FEATURES, dtype=torch.float32), kind, kind.Config(**config))
 
 
 @pytest.fixture(params=[(b, v) for b in tiny.BASES for v in ("base", "plus", "full")], ids="-".join)

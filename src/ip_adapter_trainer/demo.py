@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 ASKED_OF_IMAGE, ASKED_OF_TEXT = ("colour", "pattern", "background"), ("shape",)
 ADAPTER_FILE = "ip-adapter_pocket.safetensors"
-GRID_ROWS = 6
+GRID_ROWS, GRID_BLOCKS = 6, 2
+GRID_CELL_PX = (96, 512)  # three times what is drawn: two blocks are as wide as a page
 
 
 class DemoConfig(Part):
@@ -136,7 +137,8 @@ def _grid(model: Model, pairs: list[Pair], references: list[Image], config: Demo
     how = Sampling(world.SIZE_PX, world.SIZE_PX, steps=config.steps, guidance_scale=config.guidance_scale)
     rows = range(GRID_ROWS)
     prompts = [_prompt(pairs[i]) for i in rows]
-    picture = grid(model, references[:GRID_ROWS], prompts, [config.seed + i for i in rows], how)
+    seeds = [config.seed + i for i in rows]
+    picture = grid(model, references[:GRID_ROWS], prompts, seeds, how, blocks=GRID_BLOCKS, cell_px=GRID_CELL_PX)
     picture.save(folder / "grid.png")
     return folder / "grid.png"
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,11 +14,24 @@ import tyro
 from pydantic import Field
 from torch import Tensor
 
-from ip_adapter_trainer.adapters import READERS, VARIANTS, AdapterFile, Reader, find_weights, read_adapter, refusals
-from ip_adapter_trainer.adapters._guess import Foreign, base_guess, encoder_guess, foreign_kind, tokens_guess
+from ip_adapter_trainer.adapters import (
+    READERS,
+    VARIANTS,
+    AdapterFile,
+    Reader,
+    find_weights,
+    fitting_config,
+    flags_to_fit,
+    read_adapter,
+    refusals,
+)
+from ip_adapter_trainer.adapters._file import foreign_of, published_shapes
+from ip_adapter_trainer.adapters._guess import Foreign, base_guess, encoder_guess, tokens_guess
 from ip_adapter_trainer.adapters._raw import RawFile, read_raw
-from ip_adapter_trainer.adapters._variant import shapes_of
+from ip_adapter_trainer.adapters._readers import foreign_refusals
+from ip_adapter_trainer.adapters._variant import SDXL_CONTEXT
 from ip_adapter_trainer.adapters.plus import KOLORS
+from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.settings import Part, alias
 from ip_adapter_trainer.core.shown import plain, redacted
 
@@ -56,7 +71,7 @@ class Report:
     layout: str
     variant: str
     base_model: str
-    tokens: int | None  # None: one a feature of the image encoder
+    tokens: int | None  # None: nothing in the file tells it
     layers: list[int]  # N of each
     parameters: dict[str, int]  # by part
     dtypes: list[str]
@@ -64,6 +79,8 @@ class Report:
     steps: int | None
     metadata: dict[str, str]
     readers: dict[Reader, str | None]  # None: takes it; else why not
+    start_flags: str | None  # with which `train` starts from it
+    start_refusal: str | None  # None: it can be started from; else why not
     remarks: list[str]
 
     def __str__(self) -> str:
@@ -73,7 +90,7 @@ class Report:
             ("container", f"{self.container}, {self.layout}"),
             ("variant", self.variant),
             ("base model", self.base_model),
-            ("tokens", "one a feature of the image encoder" if self.tokens is None else str(self.tokens)),
+            ("tokens", "the file does not tell" if self.tokens is None else str(self.tokens)),
             ("layers", f"{len(self.layers)}: N = {_numbers(self.layers)}"),
             ("parameters", f"{total:,} = {parts}"),
             ("dtypes", ", ".join(self.dtypes)),
@@ -81,6 +98,7 @@ class Report:
             *([("steps", f"{self.steps:,}")] if self.steps is not None else []),
             *((f"  {_plain(key)}", _plain(value)) for key, value in sorted(self.metadata.items())),
             *((READERS[reader], "takes it" if why is None else f"no: {why}") for reader, why in self.readers.items()),
+            ("train from it", f"with {self.start_flags}" if self.start_flags else f"no: {self.start_refusal}"),
             *(("note", remark) for remark in self.remarks),
         ]
         width = max(len(name) for name, _ in rows) + 2
@@ -108,19 +126,15 @@ def examine(path: str | Path) -> Report:
         Problem: unreadable, or nothing that is known to be an adapter.
     """
     raw = read_raw(find_weights(Path(path)))
-    published = {_published(name): tensor for name, tensor in raw.tensors.items() if tensor.numel() and tensor.ndim}
-    foreign = foreign_kind(shapes_of(published))
-    return _of_foreign(raw, published, foreign) if foreign else _of_adapter(read_adapter(raw.path))
-
-
-def _published(name: str) -> str:
-    return name.replace("adapter_modules.", "ip_adapter.", 1).replace("image_proj_model.", "image_proj.", 1)
+    foreign = foreign_of(raw)
+    return _of_foreign(raw, foreign) if foreign else _of_adapter(read_adapter(raw.path))
 
 
 def _of_adapter(file: AdapterFile) -> Report:
     facts, card, why = file.facts, file.card, refusals(file)
     context_dim, feature_dim, kind = facts["context_dim"], facts["feature_dim"], file.variant.feature
     widths = [file.ip_adapter[f"{number}.to_k_ip.weight"].shape[0] for number in file.numbers]
+    flags, refusal = _start(file)
     return Report(
         file=str(file.path),
         container=file.container,
@@ -128,7 +142,7 @@ def _of_adapter(file: AdapterFile) -> Report:
         variant=VARIANTS.name_of(file.variant),
         base_model=base_guess(context_dim, widths)
         + (f"; the file names {_plain(card.pretrained_model_name_or_path)}" if card else ""),
-        tokens=facts.get("num_tokens"),
+        tokens=_tokens(file),
         layers=file.numbers,
         parameters={table: sum(t.numel() for t in tensors.values()) for table, tensors in file.tables.items()},
         dtypes=_dtypes([*file.image_proj.values(), *file.ip_adapter.values()]),
@@ -137,32 +151,53 @@ def _of_adapter(file: AdapterFile) -> Report:
         steps=file.step,
         metadata=file.metadata or (card.to_metadata() if card else {}),
         readers={reader: why.get(reader) for reader in READERS},
+        start_flags=flags,
+        start_refusal=refusal,
         remarks=_remarks(file, why),
     )
 
 
+def _tokens(file: AdapterFile) -> int | None:
+    return file.facts.get("num_tokens", file.card.num_tokens if file.card else None)
+
+
+def _start(file: AdapterFile) -> tuple[str | None, str | None]:
+    """The flags with which `train` starts from a file, or the reason why it does not."""
+    try:
+        fitting_config(file)
+    except Problem as problem:
+        return None, _plain(problem.what)
+    flags = [f"--variant {VARIANTS.name_of(file.variant)}", *flags_to_fit(file)]
+    return " ".join(["--pretrained_ip_adapter_path", shlex.quote(plain(str(file.path))), *flags]), None
+
+
 def _remarks(file: AdapterFile, why: Mapping[Reader, str]) -> list[str]:
     """What a reader must be told that the file does not say."""
-    facts, remarks = file.facts, []
-    tokens = facts.get("num_tokens", "the number of the encoder's features (257 for ViT-H/14)")
+    facts, remarks = file.facts, [f"the file contradicts itself: {_plain(text)}" for text in file.contradictions]
+    tokens = _tokens(file) or "the number of its image encoder's features (257 for ViT-H/14)"
     if file.card and file.card.loaded_with:
         how = ", ".join(f"{name} {value}" for name, value in file.card.loaded_with.items())
         remarks.append(f"its frozen models were loaded with {_plain(how)}")
     if "original" not in why and tokens != 4:
-        remarks.append(f"in the original code, give num_tokens={tokens}")
+        silent = "" if "num_tokens" in facts else ": without it, the file loads and another picture comes out"
+        remarks.append(f"in the original code, give num_tokens={tokens}{silent}")
     name = _UNIFIED.get((VARIANTS.name_of(file.variant), facts["context_dim"], facts["feature_dim"]))
     if name and "comfy" not in why:
         remarks.append(f"ComfyUI's unified loader finds it as {name}.safetensors or .bin")
+    if "comfy" not in why:
+        middle = "121 to 139" if facts["context_dim"] == SDXL_CONTEXT else "31"
+        remarks.append(f"ComfyUI_IPAdapter_plus (9d076a3) never applies N = {middle}, the middle block's; others do")
     if (facts.get("resampler_dim"), facts.get("resampler_heads")) == KOLORS:
         remarks.append("its resampler has the shape of Kolors', whose layers are SDXL's: likely made for Kolors")
     return remarks
 
 
-def _of_foreign(raw: RawFile, published: Mapping[str, Tensor], kind: Foreign) -> Report:
+def _of_foreign(raw: RawFile, kind: Foreign) -> Report:
     parameters: dict[str, int] = {}
-    for name, tensor in published.items():
+    published, why = published_shapes(raw), foreign_refusals(kind, raw.path)
+    for name, shape in published.items():
         table = name.split(".")[0]
-        parameters[table] = parameters.get(table, 0) + tensor.numel()
+        parameters[table] = parameters.get(table, 0) + math.prod(shape)
     numbers = {name.split(".")[1] for name in published if name.startswith(("ip_adapter.", "double_blocks."))}
     return Report(
         file=str(raw.path),
@@ -170,14 +205,16 @@ def _of_foreign(raw: RawFile, published: Mapping[str, Tensor], kind: Foreign) ->
         layout="that of its kind",
         variant=f"{kind.name}: recognised, this trainer does not train it yet",
         base_model="see the variant",
-        tokens=tokens_guess(shapes_of(published)),
+        tokens=tokens_guess(published),
         layers=sorted(int(number) for number in numbers if number.isdecimal() and len(number) < 5),
         parameters=parameters,
-        dtypes=_dtypes(list(published.values())),
+        dtypes=_dtypes(list(raw.tensors.values())),
         image_encoder="see the variant",
         steps=None,
         metadata=raw.metadata,
-        readers={reader: kind.refusals.get(reader) for reader in READERS},
+        readers={reader: why.get(reader) for reader in READERS},
+        start_flags=None,
+        start_refusal="it is of another kind",
         remarks=[kind.remark] if kind.remark else [],
     )
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ip_adapter_trainer.core.errors import Problem, did_you_mean, told_as_not_loaded
+from ip_adapter_trainer.core.errors import Problem, StorageProblem, did_you_mean, told_as_not_loaded
 from ip_adapter_trainer.core.launch import Runtime
 from ip_adapter_trainer.core.precision import on_device
 from ip_adapter_trainer.core.registry import Registry
@@ -59,13 +59,13 @@ def test_the_processes_of_a_machine_share_without_gap_or_overlap(count: int, pro
     assert max(map(len, portions)) - min(map(len, portions)) <= 1
 
 
-@pytest.mark.parametrize(("mine", "others", "raised"), [
-    (None, 0, None), (None, 1, "the first process found a problem"), ("no", 0, "no"), ("no", 1, "no"),
+@pytest.mark.parametrize(("mine", "other", "raised"), [
+    (None, None, None), (None, "full", r"full \(found by rank 1\)"), ("no", None, "no"), ("no", "full", "no"),
 ])  # fmt: skip
 def test_a_problem_of_one_process_is_raised_on_all(
-    monkeypatch: pytest.MonkeyPatch, mine: str | None, others: int, raised: str | None
+    monkeypatch: pytest.MonkeyPatch, mine: str | None, other: str | None, raised: str | None
 ) -> None:
-    monkeypatch.setattr(Runtime, "total", lambda self, number: number + others)
+    monkeypatch.setattr(Runtime, "gathered", lambda self, own: [own, StorageProblem(other) if other else None])
     runtime = Runtime(None, 0, 2, torch.device("cpu"), "no")
     with pytest.raises(Problem, match=raised) if raised else nullcontext(), runtime.agreed():
         if mine:

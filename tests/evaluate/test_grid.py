@@ -90,6 +90,23 @@ def test_sizes_in_the_sheet(size: tuple[int, int], shown: tuple[int, int]) -> No
     assert (black.min(0) == (1, left)).all() and (np.ptp(black, 0) + 1 == shown[::-1]).all()
 
 
+@pytest.mark.parametrize("rows", [4, 3])
+def test_rows_go_on_in_the_next_block_each_with_its_text_over_what_was_drawn(rows: int) -> None:
+    colours = [(200, 10 * row, 0) for row in range(rows)]
+    cells = [[Image.new("RGB", (32, 32), colour)] * 4 for colour in colours]
+    drawn = np.asarray(sheet.lay_out(HEADINGS, cells, ["a star", "", "a cross", ""][:rows], 2, (96, 512)))
+    layout = sheet.Sheet(96, (96, 96), 4, True, blocks=2)
+    assert drawn.shape[1::-1] == layout.size_px and layout.size_px[0] > 900
+    for row, colour in enumerate(colours):
+        left, top = layout.corner(row, 3)
+        assert (drawn[top : top + 96, left : left + 96] == colour).all()
+        assert layout.corner(row, 0)[1] == layout.corner((row + 2) % 4, 0)[1], "side by side"
+        line = drawn[top - layout.caption_px : top - 1]
+        reference, outputs = layout.corner(row, 0)[0], layout.corner(row, 1)[0]
+        assert (line[:, reference : outputs - 8] == 255).all(), "nothing over the reference"
+        assert (line[:, outputs : left + 96] < 128).any() == (row % 2 == 0)
+
+
 def test_long_captions_are_shortened_and_strange_ones_drawn() -> None:
     cells = [[Image.new("RGB", (32, 32))] * 4] * 3
     began = time.monotonic()

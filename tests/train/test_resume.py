@@ -228,19 +228,6 @@ def test_rows_of_a_bad_step_are_named_from_every_process(flags: Callable, tmp_pa
     assert len(skipped) == 5 and all(line.count("data.json, element ") == 4 for line in skipped)
 
 
-def test_two_killed_processes_go_on_as_if_nothing_had_happened(flags: Callable, tmp_path: Path) -> None:
-    length = {"max_train_steps": 24, "save_steps": 4}
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(launched(flags(whole, **length)))
-    process = launched(flags(killed, **length))
-    wait_for(killed / "checkpoint-8", process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (killed / "checkpoint-24").exists(), "it was killed before its end"
-    finish(launched(flags(killed, **length, resume_from_checkpoint="latest")))
-    assert_same_run(whole, killed, 24)
-
-
 def test_bad_steps_are_counted_across_a_resume(
     run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

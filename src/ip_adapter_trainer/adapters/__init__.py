@@ -10,6 +10,7 @@ from ip_adapter_trainer.adapters._file import (
     write_adapter,
 )
 from ip_adapter_trainer.adapters._readers import READERS, refusals
+from ip_adapter_trainer.adapters._start import fitting_config, flags_to_fit
 from ip_adapter_trainer.adapters._variant import VARIANTS, Reader, Variant
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "Variant",
     "check_suffix",
     "find_weights",
+    "fitting_config",
+    "flags_to_fit",
     "read_adapter",
     "refusals",
     "weights_sha256",

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ip_adapter_trainer.adapters._card import CARD, AdapterCard
+from ip_adapter_trainer.adapters._guess import Foreign, foreign_kind, published_name
 from ip_adapter_trainer.adapters._layout import Origin, tables_of
 from ip_adapter_trainer.adapters._raw import Container, RawFile, read_raw
 from ip_adapter_trainer.adapters._variant import VARIANTS, Shapes, Variant, shapes_of
@@ -72,11 +73,13 @@ class AdapterFile:
         Raises:
             Problem: of no variant here, or of several.
         """
-        owners = [entry for _, entry in VARIANTS.items() if entry.owns(self.shapes)]
+        owners = {name: entry for name, entry in VARIANTS.items() if entry.owns(self.shapes)}
+        if self.card and self.card.variant in owners:
+            return owners[self.card.variant]
         if len(owners) != 1:
             what = f"the projector belongs to {'several' if owners else 'none'} of the variants {', '.join(VARIANTS)}"
             raise Problem(what, where=str(self.path), remedy="`ip-adapter inspect` tells what kind of file it is")
-        return owners[0]
+        return next(iter(owners.values()))
 
     @cached_property
     def facts(self) -> dict[str, int]:
@@ -96,36 +99,44 @@ class AdapterFile:
         """The variant's settings: as the card says, else as the shapes imply.
 
         Raises:
-            Problem: settings that the variant does not take.
+            Problem: settings that the variant does not take, or a card that contradicts the weights.
         """
+        if self.contradictions:
+            raise Problem(self.contradictions[0], where=str(self.path), remedy="copy or download both again")
         kind = self.variant.Config
-        values: dict[str, object]
-        if self.card and self.card.variant == VARIANTS.name_of(self.variant):
-            values = self.card.variant_config
-            self._demand_true(values)
-        else:
-            values = {name: value for name, value in self.facts.items() if name in kind.model_fields}
+        told = self.card.variant_config if self.card else self.facts
+        values = {name: value for name, value in told.items() if self.card or name in kind.model_fields}
         try:
             return kind(**values)
         except ValueError as error:
             what = f"the variant's settings are not valid: {first_line(error)}"
             raise Problem(what, where=str(self.path), remedy="copy or download the file again") from error
 
-    def _demand_true(self, values: Mapping[str, object]) -> None:
-        """What a card says of sizes is what the weights have: a model is made of it before they are loaded."""
-        for name, value in values.items():
-            if value is not None and name in self.facts and value != self.facts[name]:
-                what = f"the card says {name} {value!r}, the weights {self.facts[name]}"
-                raise Problem(what, where=str(self.path), remedy="copy or download both again")
+    @cached_property
+    def contradictions(self) -> list[str]:
+        """Everything that the card says of the weights and that their names and shapes contradict."""
+        if self.card is None:
+            return []
+        facts = {"variant": VARIANTS.name_of(self.variant), "feature": self.variant.feature, **self.facts}
+        return [
+            f"the card says {name} {said[name]!r}, the weights {value}"
+            for said in (self.card.model_dump(), self.card.variant_config)
+            for name, value in facts.items()
+            if said.get(name) not in (None, value)
+        ]
 
 
 def read_adapter(path: str | Path) -> AdapterFile:
     """Reads an adapter from a file, a checkpoint's folder or a run's folder; every name, number and hash is checked.
 
     Raises:
-        Problem: nothing there that is an adapter, or a damaged one.
+        Problem: nothing there that is an adapter which is trained here, or a damaged one.
     """
     raw = read_raw(find_weights(Path(path)))
+    if foreign := foreign_of(raw):
+        what = f"this is an adapter of another kind ({foreign.name}), which this trainer does not train"
+        remedy = f"take one of the variants {', '.join(VARIANTS)}; of one trained here, the checkpoint or .safetensors"
+        raise Problem(what, where=str(raw.path), remedy=remedy)
     tables = tables_of(raw)
     adapter = AdapterFile(
         path=raw.path,
@@ -142,6 +153,20 @@ def read_adapter(path: str | Path) -> AdapterFile:
         remedy = f"copy or export it again; if it was changed on purpose, drop {SHA256} from its metadata"
         raise Problem("the weights are not the ones that were written", where=str(raw.path), remedy=remedy)
     return adapter
+
+
+def foreign_of(raw: RawFile) -> Foreign | None:
+    """Return the kind of an adapter that is not trained here; None where the shapes or a card tell of none.
+
+    Raises:
+        Problem: a card that cannot be read.
+    """
+    return None if _card(raw) else foreign_kind(published_shapes(raw))
+
+
+def published_shapes(raw: RawFile) -> Shapes:
+    """Return the shapes of everything in a file that holds numbers, by published names."""
+    return shapes_of({published_name(name): t for name, t in raw.tensors.items() if t.numel() and t.ndim})
 
 
 def _card(raw: RawFile) -> AdapterCard | None:

@@ -21,7 +21,15 @@ _ENCODERS = {
         1664: "CLIP ViT-bigG/14 (laion2B-39B-b160k)",
     },
 }  # fmt: skip
-_FACE_WIDTH = 512  # of an ArcFace embedding
+# A resampler over an ArcFace embedding: 512 wide, for SDXL. A Plus adapter with another encoder has other shapes.
+_FACE_RESAMPLER = {
+    "image_proj.latents": (1, 16, 1280), "image_proj.proj_in.weight": (1280, 512),
+    "image_proj.proj_out.weight": (SDXL_CONTEXT, 1280),
+}  # fmt: skip
+# How files name the two tables, and how published ones do.
+_OTHER_NAMES = {
+    "adapter_modules.": "ip_adapter.", "image_proj_model.": "image_proj.", "ip_adapter_proj_model.": "image_proj.",
+}  # fmt: skip
 
 
 def base_guess(context_dim: int, widths: Sequence[int]) -> str:
@@ -52,6 +60,7 @@ class Foreign:
     name: str
     refusals: Mapping[Reader, str] = field(default_factory=dict)
     remark: str = ""
+    is_unnorm: bool = False  # ComfyUI must find "unnorm" in its path, and takes no other kind that has it
 
 
 _FLUX_ONLY: Mapping[Reader, str] = {"original": "has no FLUX adapter", "comfy": "has no FLUX adapter"}
@@ -71,7 +80,7 @@ def _is_face_mlp(shapes: Shapes) -> bool:
 
 
 def _reads_face(shapes: Shapes) -> bool:
-    return "image_proj.latents" in shapes and shapes.get("image_proj.proj_in.weight", (0, 0))[-1] == _FACE_WIDTH
+    return all(shapes.get(name) == shape for name, shape in _FACE_RESAMPLER.items())
 
 
 _KINDS: tuple[tuple[Callable[[Shapes], bool], Foreign], ...] = (
@@ -85,7 +94,7 @@ _KINDS: tuple[tuple[Callable[[Shapes], bool], Foreign], ...] = (
     (lambda s: s.get("image_proj.perceiver_resampler.layers.0.0.to_out.weight", (0,))[0] == 4096, _KOLORS_FACE),
     (
         lambda s: _has(s, "image_proj.perceiver_resampler."),
-        Foreign("FaceID-Plus", remark="PlusV2 has the same tensors: ComfyUI tells it by 'plusv2' in the file's name"),
+        Foreign("FaceID-Plus", remark="PlusV2 has the same tensors: ComfyUI tells it by 'plusv2' in the file's path"),
     ),
     (
         lambda s: _has(s, ".to_q_lora."),
@@ -97,10 +106,18 @@ _KINDS: tuple[tuple[Callable[[Shapes], bool], Foreign], ...] = (
         Foreign(
             "InstantID, or Portrait of un-normalised embeddings",
             {"original": "has no such class"},
-            "ComfyUI takes it with 'unnorm' in the file's name only",
+            is_unnorm=True,
         ),
     ),
 )
+
+
+def published_name(name: str) -> str:
+    """Return the published name of a tensor of the projector or of an adapted layer."""
+    for other, published in _OTHER_NAMES.items():
+        if name.startswith(other):
+            return published + name.removeprefix(other)
+    return name
 
 
 def foreign_kind(shapes: Shapes) -> Foreign | None:

@@ -6,10 +6,13 @@ cubiq/ComfyUI_IPAdapter_plus (`IPAdapterPlus.py`, `utils.py`).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import get_args
 
 from ip_adapter_trainer.adapters._file import AdapterFile
+from ip_adapter_trainer.adapters._guess import Foreign
 from ip_adapter_trainer.adapters._layout import Origin
 from ip_adapter_trainer.adapters._variant import SDXL_CONTEXT, Reader
 
@@ -25,12 +28,29 @@ def refusals(file: AdapterFile) -> dict[Reader, str]:
     """For each reader that cannot take the file, the first reason."""
     sdxl = file.facts["context_dim"] == SDXL_CONTEXT
     reasons = [_of_layout(file.origin), _of_layers(file.numbers, sdxl), file.variant.refusals(file.shapes)]
-    if "unnorm" in file.path.name.lower():
-        reasons.append({"comfy": "takes a file for a face adapter when its name has 'unnorm' in it"})
+    return _first([*reasons, _of_path(file.path, is_unnorm=False)])
+
+
+def foreign_refusals(kind: Foreign, path: Path) -> dict[Reader, str]:
+    """The same of a file of a kind that is not trained here."""
+    return _first([dict(kind.refusals), _of_path(path, kind.is_unnorm)])
+
+
+def _first(reasons: Sequence[dict[Reader, str]]) -> dict[Reader, str]:
     first: dict[Reader, str] = {}
     for reason in reasons:
         first = reason | first
     return {reader: first[reader] for reader in READERS if reader in first}
+
+
+def _of_path(path: Path, is_unnorm: bool) -> dict[Reader, str]:
+    """ComfyUI tells adapters of un-normalised face embeddings by the file's path, its folders' names included."""
+    has_mark = "unnorm" in os.path.abspath(path).lower()  # noqa: PTH100 (links are not followed)
+    if has_mark and not is_unnorm:
+        return {"comfy": "takes a file for a face adapter when its path, with all folders, has 'unnorm' in it"}
+    if is_unnorm and not has_mark:
+        return {"comfy": "takes it for a Plus adapter unless its path has 'unnorm' in it: put that into the name"}
+    return {}
 
 
 def _of_layout(origin: Origin) -> dict[Reader, str]:

@@ -66,6 +66,12 @@ class NotFiniteProblem(Problem):
     exit_code = 5
 
 
+class LostProblem(Problem):
+    """Another process of the run ended or cannot be reached; what could be saved is saved (exit 143)."""
+
+    exit_code = 143
+
+
 class Stopped(Exception):
     """The run was asked to stop and has saved: 130 after SIGINT, 143 after SIGTERM."""
 

@@ -12,13 +12,19 @@ from typing import Any, TypeVar
 import torch
 from filelock import FileLock
 
-from ip_adapter_trainer.core.errors import Problem, Stopped, first_line
+from ip_adapter_trainer.core.errors import LostProblem, Problem, Stopped, first_line
 from ip_adapter_trainer.core.launcher import demand_one_way, tell_if_alone
+from ip_adapter_trainer.core.log import say_after
 from ip_adapter_trainer.core.precision import dtype_of, on_device
 from ip_adapter_trainer.core.staging import lock, sweep
 from ip_adapter_trainer.core.storage import told_as_storage
 
 T = TypeVar("T")
+
+_PATIENCE_S = 30.0  # until the others are asked for; torch itself gives up after half an hour
+_AGAIN = (
+    "see what the other processes said; start all of them again, with --resume_from_checkpoint latest if it trained"
+)
 
 
 @dataclass(frozen=True)
@@ -55,13 +61,13 @@ class Runtime:
         """Whether this process writes."""
         return self.rank == 0
 
-    def gathered(self, values: list[int]) -> list[int]:
+    def gathered(self, value: T) -> list[T]:
         """The values of all processes, by rank; each process must ask."""
         if self.world == 1:
-            return values
-        parts: list[list[int]] = [[] for _ in range(self.world)]
-        torch.distributed.all_gather_object(parts, values)
-        return [value for part in parts for value in part]
+            return [value]
+        values: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(values, value, group=self.hosts)
+        return values
 
     def barrier(self) -> None:
         """Waits for every process."""
@@ -94,6 +100,8 @@ class Runtime:
     def agreed(self) -> Iterator[None]:
         """Raises a problem that any process meets in this block on all of them, once all are through it.
 
+        No collective may be in it: the processes that meet no problem would wait there for those that do.
+
         Raises:
             Problem: there is one.
         """
@@ -105,13 +113,16 @@ class Runtime:
         self.agree(problem)
 
     def agree(self, problem: Problem | None) -> None:
-        """Raises a problem that the first process found, on every process alike, so that none waits for another.
+        """Raises a problem that any process found, on every process alike, so that none waits for another.
 
         Raises:
             Problem: there is one.
         """
-        if self.total(int(problem is not None)):
-            raise problem or Problem("the first process found a problem and stopped")
+        found = [(rank, other) for rank, other in enumerate(self.gathered(problem)) if other]
+        if problem:
+            raise problem
+        for rank, other in found:
+            raise type(other)(f"{other.what} (found by rank {rank})", other.where, other.remedy)
 
     def __enter__(self) -> Runtime:
         return self
@@ -120,11 +131,24 @@ class Runtime:
         """Leaves the groups: one of their threads that met the interpreter's end would abort the process.
 
         The way out of a group of devices is a collective, and of most errors the others know nothing: then it is kept.
+
+        Raises:
+            LostProblem: in place of what the library raised because another process did not answer.
         """
         if self.world == 1:
             return
         together = error is None or isinstance(error, Stopped)
         self.accelerator.state.destroy_process_group(None if together else self.hosts)
+        if error is not None and _is_loss(error):
+            what = f"another process of the run is gone: {first_line(error).split('. ')[0]}"
+            raise LostProblem(what, where=f"rank {self.rank} of {self.world}", remedy=_AGAIN) from error
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Whether a library says that another process did not answer; gloo does so without a class of its own."""
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and "/gloo/" in str(error)
+    )
 
 
 def _accelerator(trackers: Sequence[str], output_dir: str, logging_dir: str) -> Any:
@@ -153,15 +177,29 @@ def start(
     demand_one_way()
     if local_rank >= 0:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    waiting = (
+        f"waiting for the {world} processes of this run to meet: see on every machine that they started, and that none "
+        "ended with an error of its own, such as a model that its machine lacks"
+    )
     try:
-        accelerator = _accelerator(trackers, output_dir, logging_dir)
+        with say_after(_PATIENCE_S, waiting):
+            accelerator = _accelerator(trackers, output_dir, logging_dir)
     except ValueError as error:  # a variable of the group is missing
         what = f"cannot join the other processes: {first_line(error)}"
         raise Problem(what, where="the launcher", remedy="start with accelerate launch, or torchrun") from error
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    except RuntimeError as error:
+        if not _is_loss(error):
+            raise
+        what = f"the {world} processes of this run did not meet: {first_line(error)}"
+        raise LostProblem(what, where=f"rank {os.environ.get('RANK')}", remedy=_AGAIN) from error
     if accelerator.num_processes != world:
         what = f"{world} processes were launched but this one sees {accelerator.num_processes}"
-        raise Problem(what, where="accelerate launch", remedy="launch with --cpu, or with as many GPUs as processes")
+        raise Problem(what, where="accelerate launch", remedy="launch with torchrun, or as many GPUs as processes")
+    if world == 1 and os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ:
+        what = "this process is alone: with --cpu, accelerate starts one on each machine, and they never meet"
+        remedy = "put --multi_gpu in place of --cpu, which needs no GPU here; for one process alone, unset MASTER_ADDR"
+        raise Problem(what, where="accelerate launch", remedy=remedy)
     device = accelerator.device
     if world == 1:
         tell_if_alone(device.type)

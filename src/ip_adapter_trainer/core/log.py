@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from typing import Any
@@ -20,6 +21,19 @@ def say(line: str) -> None:
     """Prints a line from the first process only."""
     if os.environ.get("RANK", "0") == "0":
         print(redacted(line), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def say_after(seconds: float, line: str) -> Iterator[None]:
+    """Says a line, from the first process of each machine, if this block takes longer than so many seconds."""
+    timer = threading.Timer(seconds, lambda: print(redacted(line), file=sys.stderr, flush=True))
+    timer.daemon = True
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class _Patient(io.FileIO):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii as quoted
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.log import say
@@ -22,6 +23,9 @@ from ip_adapter_trainer.data.rows import Columns, row_of
 from ip_adapter_trainer.data.sources import open_source
 from ip_adapter_trainer.data.strict_json import Complaint
 from ip_adapter_trainer.data.table import RowTable
+
+if TYPE_CHECKING:
+    from ip_adapter_trainer.core.launch import Runtime
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,22 @@ def usable_manifest(config: ReadConfig) -> Manifest:
     if manifest.noticed.counts:
         say(f"noticed in {config.data_json_file}: {manifest.noticed.in_short()} (`ip-adapter check` names them)")
     demand_usable(manifest.faults, manifest.entries, config.max_fault_rate)
+    return manifest
+
+
+def read_alike(config: ReadConfig, runtime: Runtime) -> Manifest:
+    """Reads the rows to work on, on every process; see `usable_manifest`.
+
+    Raises:
+        Problem: on all of them, also where they read other rows than the first one does.
+    """
+    with runtime.agreed():
+        manifest = usable_manifest(config)
+    first, *others = runtime.gathered(manifest.fingerprint)
+    for rank, read in enumerate(others, 1):
+        if read.sha256 != first.sha256:
+            what = f"rank {rank} reads other rows than rank 0: {first.difference(read)}"
+            raise Problem(what, where=str(manifest.source), remedy="give every machine the same file")
     return manifest
 
 

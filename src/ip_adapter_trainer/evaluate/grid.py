@@ -13,7 +13,7 @@ from ip_adapter_trainer.core.stopping import Poll, no_poll
 from ip_adapter_trainer.core.types import Batch, Pixels
 from ip_adapter_trainer.evaluate.config import ValidationConfig
 from ip_adapter_trainer.evaluate.sample import Sampling, image_tokens, sample, tokens_of
-from ip_adapter_trainer.evaluate.sheet import lay_out
+from ip_adapter_trainer.evaluate.sheet import CELL_PX, lay_out
 from ip_adapter_trainer.model import Model
 
 if TYPE_CHECKING:
@@ -30,19 +30,24 @@ def grid(
     seeds: Sequence[int],
     how: Sampling,
     poll: Poll = no_poll,
+    blocks: int = 1,
+    cell_px: tuple[int, int] = CELL_PX,
 ) -> Image:
     """The grid of some RGB pictures, a row each.
 
     Args:
         model: attached or not; it is given back as it was found.
         references: the image prompts.
-        prompts: a text for each; those that are not empty are printed beneath their rows.
+        prompts: a text for each; those that are not empty are printed over what was drawn with them.
         seeds: one for each row.
         how: size, steps, guidance; its scale is not used.
         poll: called before the first step of every drawing and after every step.
+        blocks: in which rows stand side by side.
+        cell_px: see `lay_out`.
     """
     tokens = image_tokens(model, [[reference] for reference in references])
-    return lay_out(HEADINGS, _rows(model, references, tokens, prompts, seeds, how, poll), prompts)
+    rows = _rows(model, references, tokens, prompts, seeds, how, poll)
+    return lay_out(HEADINGS, rows, prompts, blocks, cell_px)
 
 
 def validation_grid(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 
 CELL_PX = (160, 512)  # smallest and largest longer side of a cell
-INK, FAINT, PAPER = (34, 34, 34), (214, 214, 214), (255, 255, 255)
+INK, FADED, FAINT, PAPER = (34, 34, 34), (110, 110, 110), (214, 214, 214), (255, 255, 255)
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -20,28 +20,49 @@ class Sheet:
     """Where things stand on a sheet, in pixels."""
 
     cell_width_px: int
-    row_heights_px: tuple[int, ...]  # of the pictures alone
+    row_heights_px: tuple[int, ...]  # of the pictures alone, in one block
     columns: int
     has_captions: bool
+    blocks: int = 1  # side by side, each with all columns
 
     @property
     def unit_px(self) -> int:
         """Height of the letters, and the measure of every gap."""
         return max(13, self.cell_width_px // 14)
 
+    @property
+    def caption_px(self) -> int:
+        """Height of the line above each row."""
+        return 2 * self.unit_px if self.has_captions else 0
+
+    @property
+    def _block_px(self) -> int:
+        """Width of a block and of the gap after it."""
+        return self.columns * (self.cell_width_px + self.unit_px) + (self.unit_px if self.columns > 1 else 0)
+
     def corner(self, row: int, column: int) -> tuple[int, int]:
-        """Left and top of a cell; the first column stands a little apart."""
-        below_px = (3 if self.has_captions else 1) * self.unit_px
-        left = self.unit_px + column * (self.cell_width_px + self.unit_px) + (self.unit_px if column else 0)
-        return left, 3 * self.unit_px + sum(self.row_heights_px[:row]) + row * below_px
+        """Left and top of a cell; rows go on in the next block. The first column stands a little apart."""
+        block, row = divmod(row, len(self.row_heights_px))
+        apart_px = (self.unit_px if column else 0) + 2 * self.unit_px * block
+        left = self.unit_px + block * self._block_px + column * (self.cell_width_px + self.unit_px) + apart_px
+        above_px = 2 * self.unit_px + (row + 1) * self.caption_px + row * self.unit_px
+        return left, above_px + sum(self.row_heights_px[:row])
 
     @property
     def size_px(self) -> tuple[int, int]:
         """Width and height of the whole sheet."""
-        return self.corner(0, self.columns)[0], self.corner(len(self.row_heights_px), 0)[1]
+        width = self.unit_px + self.blocks * self._block_px + 2 * self.unit_px * (self.blocks - 1)
+        rows = len(self.row_heights_px)
+        return width, self.corner(rows - 1, 0)[1] + self.row_heights_px[-1] + self.unit_px
 
 
-def lay_out(headings: Sequence[str], rows: Sequence[Sequence[Image.Image]], captions: Sequence[str]) -> Image.Image:
+def lay_out(
+    headings: Sequence[str],
+    rows: Sequence[Sequence[Image.Image]],
+    captions: Sequence[str],
+    blocks: int = 1,
+    cell_px: tuple[int, int] = CELL_PX,
+) -> Image.Image:
     """Rows of RGB pictures as one picture.
 
     The last picture of a row decides how large the row's cells are, the others are fitted into as much.
@@ -49,37 +70,42 @@ def lay_out(headings: Sequence[str], rows: Sequence[Sequence[Image.Image]], capt
     Args:
         headings: one for each column.
         rows: as many pictures in each as there are headings.
-        captions: one for each row; there is no room for any if all are empty.
+        captions: one for each row, over what was drawn with it: all but the first column; no room if all are empty.
+        blocks: in which rows stand side by side, filled one after the other.
+        cell_px: smallest and largest longer side of a cell.
     """
-    shown = [[_fitted(picture, _cell_px(row[-1])) for picture in row] for row in rows]
+    shown = [[_fitted(picture, *_cell_px(row[-1], cell_px)) for picture in row] for row in rows]
     widest_px = max(picture.width for row in shown for picture in row)
-    heights_px = tuple(max(picture.height for picture in row) for row in shown)
-    sheet = Sheet(widest_px, heights_px, len(headings), any(captions))
+    lines = math.ceil(len(rows) / blocks)
+    heights_px = tuple(max(p.height for row in shown[line::lines] for p in row) for line in range(lines))
+    sheet = Sheet(widest_px, heights_px, len(headings), any(captions), blocks)
     paper = Image.new("RGB", sheet.size_px, PAPER)
     draw, font = ImageDraw.Draw(paper), ImageFont.load_default(sheet.unit_px)
-    for column, heading in enumerate(headings):
-        left, top = sheet.corner(0, column)
-        draw.text((left + widest_px / 2, top - 0.8 * sheet.unit_px), heading, INK, font, anchor="ms")
-    for number, (row, caption) in enumerate(zip(shown, captions, strict=True)):
-        for column, picture in enumerate(row):
-            _place(paper, picture, sheet, number, column)
-        left, top = sheet.corner(number, 0)
-        text = _shortened(" ".join(caption.split()), font, paper.width - 2 * left)
-        draw.text((left, top + heights_px[number] + 1.4 * sheet.unit_px), text, INK, font, anchor="ls")
+    for row, (pictures, caption) in enumerate(zip(shown, captions, strict=True)):
+        for column, (picture, heading) in enumerate(zip(pictures, headings, strict=True)):
+            left, top = sheet.corner(row, column)
+            if row % lines == 0:
+                above_px = sheet.caption_px + 0.8 * sheet.unit_px
+                draw.text((left + widest_px / 2, top - above_px), heading, FADED, font, anchor="ms")
+            _place(paper, picture, sheet, row, column)
+        left, top = sheet.corner(row, min(1, len(headings) - 1))
+        quoted = f"“{' '.join(caption.split())}”" if caption else ""
+        text = _shortened(quoted, font, sheet.corner(row, len(headings))[0] - left - sheet.unit_px)
+        draw.text((left, top - 0.5 * sheet.unit_px), text, INK, font, anchor="ls")
     return paper
 
 
-def _cell_px(picture: Image.Image) -> tuple[int, int]:
+def _cell_px(picture: Image.Image, bounds_px: tuple[int, int]) -> tuple[int, int]:
     """The size at which a picture is shown: a whole multiple if it is tiny, reduced if it is huge."""
-    least, most = CELL_PX
+    least, most = bounds_px
     longer = max(picture.size)
     factor = math.ceil(least / longer) if longer < least else min(1, most / longer)
     return round(picture.width * factor), round(picture.height * factor)
 
 
-def _fitted(picture: Image.Image, cell_px: tuple[int, int]) -> Image.Image:
+def _fitted(picture: Image.Image, width_px: int, height_px: int) -> Image.Image:
     """The picture as large as it goes into a cell; a tiny one by a whole factor, pixel for pixel."""
-    factor = min(cell_px[0] / picture.width, cell_px[1] / picture.height)
+    factor = min(width_px / picture.width, height_px / picture.height)
     tiny = max(picture.size) < CELL_PX[0] and factor >= 1
     factor = int(factor) if tiny else factor
     method = Image.Resampling.NEAREST if tiny else Image.Resampling.LANCZOS
@@ -90,7 +116,7 @@ def _place(paper: Image.Image, picture: Image.Image, sheet: Sheet, row: int, col
     """Pastes a picture into the middle of its cell, in a thin frame that shows where a white one ends."""
     left, top = sheet.corner(row, column)
     left += (sheet.cell_width_px - picture.width) // 2
-    top += (sheet.row_heights_px[row] - picture.height) // 2
+    top += (sheet.row_heights_px[row % len(sheet.row_heights_px)] - picture.height) // 2
     frame = (left - 1, top - 1, left + picture.width, top + picture.height)
     ImageDraw.Draw(paper).rectangle(frame, outline=FAINT)
     paper.paste(picture, (left, top))

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ip_adapter_trainer.adapters import VARIANTS, AdapterFile, read_adapter
+from ip_adapter_trainer.adapters import VARIANTS, AdapterFile, fitting_config, flags_to_fit, read_adapter
+from ip_adapter_trainer.adapters._variant import shapes_of
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.diffusion.schedulers import NoiseConfig
@@ -59,7 +60,7 @@ def build_model(
     how: Part | None = None,
 ) -> Model:
     """See `load_model`; of a file that has been read already."""
-    config = file.config()  # before the minutes of loading a base model
+    config = fitting_config(file)  # before the minutes of loading a base model
     remembered = remembered_by(file, base, image_encoder)
     chosen = read_as(BaseConfig, how or BaseConfig(), remembered, str(file.path))
     noise = read_as(NoiseConfig, how or NoiseConfig(), remembered, str(file.path))
@@ -102,11 +103,15 @@ def read_adapter_into(model: Model, path: str | Path) -> AdapterFile:
 
 def load_into(model: Model, file: AdapterFile) -> None:
     """See `read_adapter_into`; of a file that has been read already."""
+    fitting_config(file)
     if file.variant is not model.variant:
         mine, theirs = (VARIANTS.name_of(variant) for variant in (model.variant, file.variant))
         what, remedy = f"the file holds a {theirs} adapter, the model has a {mine} one", f"take --variant {theirs}"
         raise Problem(what, where=str(file.path), remedy=remedy)
     _check_widths(file, model.family, model.encoder)
+    if flags := flags_to_fit(file, shapes_of(model.adapter.image_proj_model.state_dict())):
+        what = "the model's projector has other sizes than the file's"
+        raise Problem(what, where=str(file.path), remedy=f"take {' '.join(flags)}")
     _check_layers(model, file)
     model.adapter.load_published(file.tables, str(file.path))
 

@@ -19,7 +19,7 @@ from ip_adapter_trainer.core.stopping import Poll, Stopping
 from ip_adapter_trainer.core.types import Fault
 from ip_adapter_trainer.data.config import CutConfig
 from ip_adapter_trainer.data.faults import FILE_NAME, FaultLog
-from ip_adapter_trainer.data.manifest import Manifest, usable_manifest
+from ip_adapter_trainer.data.manifest import Manifest, read_alike
 from ip_adapter_trainer.data.pictures import Pictures, fault_of
 from ip_adapter_trainer.data.prepared import PreparedSet
 from ip_adapter_trainer.data.recipe import Recipe, drawn_anew
@@ -80,15 +80,17 @@ def prepare(config: PrepareConfig) -> Report:
             logging_dir="",
         ) as runtime,
     ):
-        manifest = usable_manifest(config)
+        manifest = read_alike(config, runtime)
         parts = ("autoencoder", "text") if config.prepare_text else ("autoencoder",)
-        family = load_family(config, runtime.dtype, runtime.device, parts=parts)
+        with runtime.agreed():
+            family = load_family(config, runtime.dtype, runtime.device, parts=parts)
         if config.prepare_text and runtime.is_main:
             tell_of_cut(manifest, family.tokenizers)
         kinds = FEATURES if config.both_features else (VARIANTS[config.variant].feature,)
         report, stopping = Report(folder), Stopping(signal, runtime)
         for path in dict.fromkeys((config.image_encoder_path, *config.more_image_encoders)):
-            encoder = load_encoder(path, config, kinds=kinds, dtype=runtime.dtype, device=runtime.device)
+            with runtime.agreed():
+                encoder = load_encoder(path, config, kinds=kinds, dtype=runtime.dtype, device=runtime.device)
             recipe = recipe_of(config, family, encoder, kinds, text=config.prepare_text)
             job = Job(config, runtime, manifest, recipe, folder)
             report = report.followed_by(job.run(family, encoder, config.encode_batch_size, stopping))

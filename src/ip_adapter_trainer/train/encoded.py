@@ -52,11 +52,12 @@ def _opened(config: TrainConfig, runtime: Runtime, manifest: Manifest, recipe: R
     """The set, once the processes of each machine have together looked for every row in the set as they see it."""
     prepared = PreparedSet(folder, recipe, Pictures.of(manifest.root, config))
     mine = prepared.lacking(manifest.rows, runtime.portion(len(manifest.rows)))
-    lacking = sorted(set(runtime.gathered(list(mine))))
+    lacking = sorted(set().union(*runtime.gathered(list(mine))))
     if lacking:
         what = f"the prepared set lacks {len(lacking)} of {len(manifest.rows)} rows as these settings need them"
-        where = f"{folder}; the first: {manifest.where(lacking[0])}"
-        remedy = f"run: {command(config.model_copy(update={'prepared_dir': str(folder)}))}"
+        where = f"{folder}{'' if mine else ' of another process'}; the first: {manifest.where(lacking[0])}"
+        alone = ", on each machine that has a disk of its own" if runtime.local_world < runtime.world else ""
+        remedy = f"run{alone}: {command(config.model_copy(update={'prepared_dir': str(folder)}))}"
         raise Problem(what, where=where, remedy=remedy)
     return prepared
 

@@ -343,7 +343,7 @@ class Trainer:
 
     def _named(self, outcome: Outcome) -> str:
         """The rows of a step, on all processes."""
-        return "; ".join(self.source.where(row) for row in self.runtime.gathered(outcome.rows))
+        return "; ".join(self.source.where(row) for rows in self.runtime.gathered(outcome.rows) for row in rows)
 
     def _note_spike(self, outcome: Outcome) -> None:
         if (times := self.spikes.excess(outcome.loss)) is not None:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ip_adapter_trainer.core.launch import Runtime
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.data.hold_out import hold_out
-from ip_adapter_trainer.data.manifest import Manifest, usable_manifest
+from ip_adapter_trainer.data.manifest import Manifest, read_alike, usable_manifest
 from ip_adapter_trainer.train.config import TrainConfig
 
 
@@ -47,16 +48,17 @@ class RunRows:
             say(f"nothing is held out ({why}): validation looks at rows that are trained on; {remedy}")
 
 
-def read_rows(config: TrainConfig) -> RunRows:
+def read_rows(config: TrainConfig, runtime: Runtime) -> RunRows:
     """Read the manifest, choose the rows that are held out, and read the set that stands in for them.
 
     Raises:
         Problem: a manifest cannot be read.
         DataProblem: more of its rows are faulty than the settings allow.
     """
-    manifest = usable_manifest(config)
+    manifest = read_alike(config, runtime)
     held_out = hold_out(manifest.rows, config.validation_share or 0)
-    return RunRows(manifest, held_out, _validation(config) if config.validation_data else None)
+    with runtime.agreed():
+        return RunRows(manifest, held_out, _validation(config) if config.validation_data else None)
 
 
 def _validation(config: TrainConfig) -> Manifest:

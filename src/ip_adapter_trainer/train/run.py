@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from ip_adapter_trainer.adapters import VARIANTS
+from ip_adapter_trainer.core.checkpoints import complete
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.launch import Runtime, claim, start
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.signals import StopSignal
+from ip_adapter_trainer.core.staging import was_claimed
 from ip_adapter_trainer.core.stopping import Stopping
 from ip_adapter_trainer.data.manifest import Manifest
 from ip_adapter_trainer.diffusion import NoiseProcess, ObjectiveConfig
@@ -97,16 +100,18 @@ def train(config: TrainConfig, write_resolved: WriteResolved) -> None:
         ) as runtime,
     ):
         point = _starting_point(config, runtime)
-        rows = read_rows(config)
-        if point.folder:
-            _demand_same_run(config, runtime, rows.manifest, point)
-            if _is_over(config, runtime, rows, point):
-                return
+        rows = read_rows(config, runtime)
+        with runtime.agreed():
+            if point.folder:
+                _demand_same_run(config, runtime, rows.manifest, point)
+        if point.folder and _is_over(config, runtime, rows, point):
+            return
         stopping = Stopping(signal, runtime)
         trainer = _make_trainer(config, runtime, stopping, rows, point)
         if config.dry_run:
             return
         claimed = claim(Path(config.output_dir), runtime)
+        _tell_of_unshared(Path(config.output_dir), runtime)
         try:
             _take_up(trainer, point, write_resolved)
             trainer.run(stopping)
@@ -118,9 +123,10 @@ def train(config: TrainConfig, write_resolved: WriteResolved) -> None:
 def _make_trainer(
     config: TrainConfig, runtime: Runtime, stopping: Stopping, rows: RunRows, point: StartingPoint
 ) -> Trainer:
-    model = build_model(config, runtime)
-    if config.pretrained_ip_adapter_path:
-        _start_from(config.pretrained_ip_adapter_path, model, point)
+    with runtime.agreed():
+        model = build_model(config, runtime)
+        if config.pretrained_ip_adapter_path:
+            _start_from(config.pretrained_ip_adapter_path, model, point)
     if runtime.is_main:
         tell_of_cut(rows.manifest, model.family.tokenizers)
     marks = marks_of(model)
@@ -160,7 +166,23 @@ def _starting_point(config: TrainConfig, runtime: Runtime) -> StartingPoint:
     with runtime.agreed():
         if runtime.is_main:
             point = starting_point(config)
-    return runtime.shared(point)
+    point = runtime.shared(point)
+    with runtime.agreed():
+        if point.folder and not complete(point.folder):
+            what = "the checkpoint lies on the first machine, and this one does not have it"
+            remedy = (
+                "put --output_dir on a disk that all machines share, or copy the checkpoint to the same path on each"
+            )
+            raise Problem(what, where=f"{point.folder.absolute()} on {platform.node()}", remedy=remedy)
+    return point
+
+
+def _tell_of_unshared(output: Path, runtime: Runtime) -> None:
+    """Tells of machines that do not see the folder that the first process has just claimed."""
+    blind = runtime.total(int(not was_claimed(output)))
+    if blind:
+        away = f"{blind} of {runtime.world} processes do not see {output}, which is on another machine's disk"
+        say(f"{away}: checkpoints are saved there alone, and to resume, every machine needs them at that path")
 
 
 def _demand_same_run(config: TrainConfig, runtime: Runtime, manifest: Manifest, point: StartingPoint) -> None:

@@ -93,12 +93,19 @@ def test_the_darkest_colour_of_a_profile_becomes_black() -> None:
     _demand(encoded(RGB, "PNG", icc_profile=profiles.rgb_profile(*space)), RGB)
 
 
-@pytest.mark.parametrize("icc", [profiles.rgb_profile(SRGB_PRIMARIES, D65, srgb_curve), None])
-def test_profiles_of_srgb_leave_every_value_as_it_is(icc: bytes | None) -> None:
-    own = icc or ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    gray_profile = profiles.gray_profile(srgb_curve)
-    for samples, profile in ((RGB, own), (GRAY, own), (np.dstack([RGB, ALPHA | 255]), own), (GRAY, gray_profile)):
-        picture = _read(encoded(samples, "PNG", icc_profile=profile))
+_SRGB = {
+    "Pillow's own": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
+    "by its numbers": profiles.rgb_profile(SRGB_PRIMARIES, D65, srgb_curve),
+    "rounded": profiles.rgb_profile(SRGB_PRIMARIES, D65, lambda samples: srgb_curve(samples) ** 1.008),
+}
+
+
+@pytest.mark.parametrize("name", _SRGB)
+def test_profiles_of_srgb_leave_every_value_as_it_is(name: str) -> None:
+    gray_profile = profiles.gray_profile(lambda samples: srgb_curve(samples) ** 1.008)
+    opaque = np.dstack([RGB, ALPHA | 255])
+    for samples, icc in ((RGB, _SRGB[name]), (GRAY, _SRGB[name]), (opaque, _SRGB[name]), (GRAY, gray_profile)):
+        picture = _read(encoded(samples, "PNG", icc_profile=icc))
         right = samples[..., :3] if samples.ndim == 3 else gray(samples)
         assert np.array_equal(np.asarray(picture.image), right) and not picture.notes
 

@@ -10,7 +10,7 @@ MOST_PROFILE_BYTES = 10 * 2**20  # of a colour profile; the largest ones of prin
 
 @dataclass(frozen=True)
 class Limits:
-    """What a picture may be; the defaults bound the memory of decoding one picture at about 1 GB."""
+    """Say what a picture may be; the defaults bound the memory of decoding one picture at about 1 GB."""
 
     max_pixels: int = 64_000_000
     max_file_bytes: int = 128 * 2**20

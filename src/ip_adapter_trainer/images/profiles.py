@@ -39,15 +39,17 @@ def to_srgb(image: Image.Image, mode: str, profile: object) -> tuple[Image.Image
     Returns:
         The picture, and whether it has a profile that was left out.
     """
-    if profile is None:
-        return image.convert(mode), False
     space = _space(profile)
-    if image.mode == "LAB":
-        return image.convert(mode), space != b"Lab "
+    if profile is None or (space, image.mode) == (b"Lab ", "LAB"):
+        return _spread(image, mode), False
     conversion = _conversion(profile, mode) if _fits(space, image.mode) else None
     if conversion is None:
-        return image.convert(mode), True
-    return conversion(image if space == b"CMYK" else image.convert(mode)), False
+        return _spread(image, mode), True
+    return conversion(image if space == b"CMYK" else _spread(image, mode)), False
+
+
+def _spread(image: Image.Image, mode: str) -> Image.Image:
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _space(profile: object) -> bytes:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ip_adapter_trainer.core.types import Row
 
 LEAST_IMAGES = 8  # are held out where there are enough; validation gives no verdict by fewer
-_ONE_IN = 4  # images at most, where they are few
+_ONE_IN = 3  # images at most, where they are few
 
 
 def hold_out(rows: Sequence[Row], share: float) -> NDArray[np.bool_]:
@@ -20,7 +20,7 @@ def hold_out(rows: Sequence[Row], share: float) -> NDArray[np.bool_]:
 
     Rows that share an image, as target or as prompt, are all on one side. Groups of such rows are taken in the order of
     a hash of their images' names, so that the choice depends on nothing but the names, and a set that grows keeps most
-    of it. At least `LEAST_IMAGES` are held out, but no more than a quarter unless the share is larger.
+    of it. At least `LEAST_IMAGES` are held out, but no more than a third unless the share is larger.
 
     Args:
         rows: of a manifest.

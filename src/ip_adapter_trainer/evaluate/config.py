@@ -58,7 +58,7 @@ class ValidationConfig(Part):
         le=0.5,
         validate_default=True,
         description="Share of the images that is held out from training for validation: 8 images at least, but no more "
-        "than a quarter of few. None: 0.01; 0 with validation_data, or where nothing is validated.",
+        "than a third of few. None: 0.01; 0 with validation_data, or where nothing is validated.",
     )
 
     @property

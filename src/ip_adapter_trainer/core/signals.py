@@ -38,6 +38,7 @@ def interruptible() -> Iterator[None]:
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
         if os.getpid() != _OWN or _is_importing(frame):
             leave(number, "stopped while loading")
         raise KeyboardInterrupt(number)

@@ -50,6 +50,8 @@ def _recipe(config: TrainConfig, model: Model) -> Recipe:
 
 def _opened(config: TrainConfig, runtime: Runtime, manifest: Manifest, recipe: Recipe, folder: Path) -> PreparedSet:
     """The set, once the processes of each machine have together looked for every row in the set as they see it."""
+    if folder.exists() and not folder.is_dir():
+        raise Problem("the prepared set is no folder", where=str(folder), remedy="give another --prepared_dir")
     prepared = PreparedSet(folder, recipe, Pictures.of(manifest.root, config))
     mine = prepared.lacking(manifest.rows, runtime.portion(len(manifest.rows)))
     lacking = sorted(set().union(*runtime.gathered(list(mine))))

@@ -249,7 +249,7 @@ def _without_command(argv: Sequence[str]) -> int:
     elif asked in ("-h", "--help", "help"):
         print(usage())
     else:
-        raise Problem(f"unknown command {asked!r}", remedy=did_you_mean(asked, RUN))
+        raise Problem(f"unknown command {asked!r}", remedy=did_you_mean(asked, [*RUN, "help"]))
     return 0 if argv else 2
 
 

@@ -28,6 +28,7 @@ from ip_adapter_trainer.loading.adapter import load_model
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.train import checkpoint
 from tests import tiny
+from tests.disks import limited
 from tests.published import Trained, with_processors
 from tests.test_model import build
 
@@ -303,10 +304,11 @@ def test_bad_outputs_are_refused_before_anything_is_loaded(model: Model, tmp_pat
 
 def test_an_output_that_cannot_be_written_is_told(model: Model, base: Path, tmp_path: Path) -> None:
     (tmp_path / "source.bin").touch()
-    with pytest.raises(StorageProblem, match="was not written"):
-        export(
-            ExportConfig(source=str(save(model, base, tmp_path / "run")), output=str(tmp_path / "source.bin" / "a.bin"))
-        )
+    source = str(save(model, base, tmp_path / "run"))
+    with pytest.raises(Problem, match="a file is where a folder is needed"):
+        export(ExportConfig(source=source, output=str(tmp_path / "source.bin" / "a.bin")))
+    with limited(1000), pytest.raises(StorageProblem, match="was not written"):
+        export(ExportConfig(source=source, output=str(tmp_path / "a.bin")))
     assert_nothing_new(tmp_path)
 
 

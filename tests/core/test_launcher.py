@@ -8,7 +8,7 @@ import pytest
 
 from ip_adapter_trainer.config import parse_train
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.core.launcher import demand_one_way, demand_same_accumulation, tell_if_alone
+from ip_adapter_trainer.core.launcher import demand_one_way, demand_same_accumulation, judge_alone
 
 WAYS = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
 
@@ -65,5 +65,5 @@ def test_processes_that_were_not_started_are_told(
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    tell_if_alone("cpu")
+    judge_alone("cpu")
     assert ("add --multi_gpu" in capsys.readouterr().err) is is_told

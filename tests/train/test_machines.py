@@ -118,7 +118,7 @@ def test_processes_that_accelerate_starts_alone_are_told(tmp_path: Path, monkeyp
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     with pytest.raises(Problem, match="this process is alone") as caught:
-        start(mixed_precision=None, local_rank=-1, report_to="none", output_dir=str(tmp_path), logging_dir="")
+        start(mixed_precision=None, local_rank=-1, output_dir=str(tmp_path), logging_dir="")
     assert "--multi_gpu" in caught.value.remedy
 
 

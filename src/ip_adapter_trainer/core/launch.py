@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock
 
 from ip_adapter_trainer.core.errors import LostProblem, Problem, Stopped, first_line
-from ip_adapter_trainer.core.launcher import demand_one_way, tell_if_alone
+from ip_adapter_trainer.core.launcher import demand_one_way, judge_alone
 from ip_adapter_trainer.core.log import say_after
 from ip_adapter_trainer.core.precision import dtype_of, on_device
 from ip_adapter_trainer.core.staging import lock, sweep
@@ -196,13 +196,9 @@ def start(
     if accelerator.num_processes != world:
         what = f"{world} processes were launched but this one sees {accelerator.num_processes}"
         raise Problem(what, where="accelerate launch", remedy="launch with torchrun, or as many GPUs as processes")
-    if world == 1 and os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ:
-        what = "this process is alone: with --cpu, accelerate starts one on each machine, and they never meet"
-        remedy = "put --multi_gpu in place of --cpu, which needs no GPU here; for one process alone, unset MASTER_ADDR"
-        raise Problem(what, where="accelerate launch", remedy=remedy)
     device = accelerator.device
     if world == 1:
-        tell_if_alone(device.type)
+        judge_alone(device.type)
     asked = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     precision = on_device(asked, device.type)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # a launcher that does not tell: nothing is shared

@@ -53,15 +53,23 @@ def demand_one_way() -> None:
         say(f"the launcher's dynamo backend {backend.lower()} is not used: --compile on compiles the denoiser's blocks")
 
 
-def tell_if_alone(device_type: str) -> None:
+def judge_alone(device_type: str) -> None:
     """Tell of processes that were asked for and not started: accelerate starts one where there are no two GPUs.
 
     It then sets the address of a group, and no size of it.
 
     Args:
         device_type: of this process, which is the only one.
+
+    Raises:
+        Problem: there may be one on each of several machines, which would each train a run of its own.
     """
-    is_alone = "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
-    if is_alone and "ACCELERATE_MIXED_PRECISION" in os.environ:
+    if "MASTER_ADDR" not in os.environ or "WORLD_SIZE" in os.environ:
+        return
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        what = "this process is alone: with --cpu, accelerate starts one on each machine, and they never meet"
+        remedy = "put --multi_gpu in place of --cpu, which needs no GPU here; for one process alone, unset MASTER_ADDR"
+        raise Problem(what, where="accelerate launch", remedy=remedy)
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
         way = "; add --multi_gpu, which starts them on a CPU too" if device_type == "cpu" else ""
         say(f"accelerate was asked for several processes and started one, as it found no two GPUs{way}")

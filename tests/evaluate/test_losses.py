@@ -96,7 +96,8 @@ def test_the_verdict_needs_rows_and_both_gaps(
     [
         (report(8, SURE, SURE), False),
         (report(8, SURE, (0.2, 0.01)), True),
-        (report(8, UNSURE, UNSURE), True),
+        (report(8, UNSURE, UNSURE), False),
+        (report(8, UNSURE, (0.0, 0.1)), True),
         (report(8, SURE, WORSE), True),
         (report(7, SURE, WORSE), False),
     ],

@@ -30,6 +30,7 @@ SETS: dict[str, tuple[str, dict[str, Any], int]] = {  # o: sound, t: cut short, 
     "many in turn, around the end": (f"{'t' * 8}oo{'t' * 8}", {"max_fault_rate": 1.0}, 3),
     "a whole bucket": ("oooW", {"max_fault_rate": 0.5} | BUCKETS, 3),
     "part of a bucket": ("ooowW", {"max_fault_rate": 0.5} | BUCKETS, 0),
+    "the sound rows held out": ("ottott", {"max_fault_rate": 1.0, "validation_share": 0.01}, 3),
 }
 
 
@@ -51,7 +52,7 @@ def _lay(folder: Path, kinds: str) -> Path:
 @pytest.mark.parametrize("name", SETS)
 def test_the_exit_codes_are_the_same(name: str, flags: Callable[..., list[str]], tmp_path: Path) -> None:
     kinds, settings, exit_code = SETS[name]
-    data = {"data_json_file": str(_lay(tmp_path, kinds)), **settings, "resolution": 32}
+    data = {"data_json_file": str(_lay(tmp_path, kinds)), "validation_share": 0, **settings, "resolution": 32}
     assert check(CheckConfig(**data)).exit_code == exit_code
     images = 1 if "aspect_ratio_buckets" in settings else len(kinds)  # a bucket fills batches of its own
     given = flags(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ def test_held_out_rows_are_looked_at_and_not_trained_on(
     """One of the held-out images is no picture: training never meets it, and validation does without."""
     rows: dict[str, object] = own_rows(tmp_path / "rows", 36) | {"validation_share": 0.01, "train_batch_size": 14}
     manifest = read_manifest(parse_train(flags(tmp_path / "out", **rows)))
-    held = np.flatnonzero(hold_out(manifest.rows, 0.01))
+    held = np.flatnonzero(hold_out(manifest.rows, 0.01, manifest.root))
     (tmp_path / "rows" / manifest.rows[held[0]].image_file).write_bytes(b"no picture")
     output = run(tmp_path / "out", **rows, num_validation_images=8, max_train_steps=2, max_fault_rate=0)
     said, last = capsys.readouterr().err, losses(output)[-1]
@@ -31,6 +32,7 @@ def test_held_out_rows_are_looked_at_and_not_trained_on(
     )
     assert "on 7 held-out rows" in said and "too few images to judge by" in said and "on 8 rows trained on" in said
     assert {"validation/gap_none", "validation/gap_shuffled", "training_rows/gap_shuffled"} <= set(last)
+    assert "rows that cannot be read are not looked at; the first: data.json" in said
     assert not (output / "faults.jsonl").exists()
 
 
@@ -67,15 +69,28 @@ def test_the_share_is_settled_when_a_run_begins(
     assert parse_train(asked).validation_share == share
 
 
-def test_a_validation_set_that_cannot_be_used_is_refused_before_models_are_loaded(
-    run: Callable, tmp_path: Path
-) -> None:
+def test_a_validation_set_that_is_none_is_refused(run: Callable, tmp_path: Path, rows_folder: Path) -> None:
     (tmp_path / "none.json").write_text('[{"image_file": 1, "text": "a"}]')
     missing = {"pretrained_model_name_or_path": tmp_path, "family": "sd"}
     with pytest.raises(DataProblem, match="1 of 1 rows are faulty"):
         run(tmp_path / "out", validation_data=tmp_path / "none.json", **missing)
+    with pytest.raises(Problem, match="all rows of the validation set show images that are trained on"):
+        run(tmp_path / "out", validation_data=rows_folder / "data.json", validation_root_path=rows_folder / "images")
     with pytest.raises(Problem, match="validation_data is not looked at"):
         run(tmp_path / "out", validation_data=tmp_path / "none.json", num_validation_images=0, **missing)
+
+
+def test_a_validation_set_that_cannot_be_read_is_refused_and_hashes_are_of_training_images(
+    run: Callable, tmp_path: Path, rows_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own_rows(tmp_path / "other", 3)
+    given = {"validation_data": tmp_path / "other" / "data.json", "max_train_steps": 1, "save_steps": 9}
+    with pytest.raises(Problem, match="no row of the validation set can be read"):
+        run(tmp_path / "out", **given, validation_root_path=tmp_path)
+    hashes = [f"{sha256(f.read_bytes()).hexdigest()}  {f.name}" for f in (rows_folder / "images").iterdir()]
+    (tmp_path / "sums").write_text("\n".join(hashes))
+    run(tmp_path / "out", **given, picture_hashes_file=tmp_path / "sums")
+    assert "on 2 rows of --validation_data" in capsys.readouterr().err
 
 
 def test_images_that_a_step_has_too_many_of_are_told(

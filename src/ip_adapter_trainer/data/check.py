@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ip_adapter_trainer.core.types import Fault, Row
 from ip_adapter_trainer.data.config import CheckConfig
 from ip_adapter_trainer.data.faults import allowed_rows, excess
+from ip_adapter_trainer.data.hold_out import hold_out
 from ip_adapter_trainer.data.layout import Size, first_without_stand_in, lay_out
 from ip_adapter_trainer.data.manifest import Manifest, read_manifest
 from ip_adapter_trainer.data.pictures import Pictures, fault_of, map_rows
@@ -103,7 +104,8 @@ def check(config: CheckConfig) -> Report:
 def _stuck_at(manifest: Manifest, faulty: list[int], config: CheckConfig) -> str:
     if not faulty:
         return ""
-    number = first_without_stand_in(lay_out(manifest, config).bucket_of_row, faulty)
+    held_out = hold_out(manifest.rows, config.validation_share, manifest.root)
+    number = first_without_stand_in(lay_out(manifest, config).only(~held_out).bucket_of_row, faulty)
     return "" if number is None else manifest.where(number)
 
 

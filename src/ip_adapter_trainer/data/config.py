@@ -11,6 +11,8 @@ from ip_adapter_trainer.images.buckets import LATENT_STEP_PX, Buckets
 from ip_adapter_trainer.images.ground import parse_colour
 from ip_adapter_trainer.images.limits import MOST_MEGAPIXELS
 
+HELD_OUT_SHARE = 0.01  # of the images, unless a run says otherwise
+
 
 class ReadConfig(Part):
     """Where rows and pictures are, and which of them are refused."""
@@ -153,6 +155,9 @@ class DataConfig(CutConfig):
 class CheckConfig(DataConfig):
     """Read every row and picture of a training set and list the faults, under the data settings of its training."""
 
+    validation_share: float = Field(
+        HELD_OUT_SHARE, ge=0, le=0.5, description="As in training: rows that are held out stand in for no faulty one."
+    )
     resolution: int = Field(
         0, ge=0, le=16384, description="Count the pictures that training at this resolution enlarges; 0: do not."
     )

@@ -42,12 +42,12 @@ def first_without_stand_in(bucket_of_row: NDArray[np.int16], faulty: Sequence[in
     """Return the first row of the first bucket at which training stops, as no row after it stands in for it.
 
     Args:
-        bucket_of_row: [rows].
+        bucket_of_row: [rows]; -1: not trained on.
         faulty: numbers of the rows that cannot be read.
     """
     is_faulty = np.zeros(len(bucket_of_row), bool)
     is_faulty[list(faulty)] = True
-    for bucket in np.unique(bucket_of_row[is_faulty]):
+    for bucket in np.unique(bucket_of_row[is_faulty & (bucket_of_row >= 0)]):
         rows = np.flatnonzero(bucket_of_row == bucket)
         tries = min(MAX_TRIES, len(rows))
         faulty_before = np.cumsum(np.concatenate(([0], is_faulty[rows], is_faulty[rows[: tries - 1]])))  # once around

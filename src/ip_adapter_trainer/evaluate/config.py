@@ -7,11 +7,10 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ip_adapter_trainer.core.settings import Part, Resume, alias
-from ip_adapter_trainer.data.config import ReadConfig
+from ip_adapter_trainer.data.config import HELD_OUT_SHARE, ReadConfig
 from ip_adapter_trainer.diffusion.schedulers import NoiseConfig
 from ip_adapter_trainer.loading.config import BaseConfig
 
-HELD_OUT_SHARE = 0.01
 Scheduler = Literal["auto", "ddim", "euler", "dpm++"]  # auto: the base model's own
 
 

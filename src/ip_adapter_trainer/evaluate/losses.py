@@ -105,7 +105,7 @@ class ValidationReport:
             return False
         gap = unseen.gaps[NONE]
         most = (gap.mean + 2 * (gap.standard_error or 0)) / gap.loss
-        return not unseen.is_used or most < self.gaps[NONE].relative / 2
+        return most < self.gaps[NONE].relative / 2
 
 
 def validation_losses(

@@ -48,7 +48,7 @@ def read_prompts(config: EvaluateConfig) -> tuple[list[Prompt], tuple[Fault, ...
 
 def _prompt(pictures: Pictures, row: Row, number: int, seed: int) -> Prompt:
     name = row.prompt_image_file or row.image_file
-    return Prompt(partial(_read, pictures, name), row.caption(seed, number), plain_name(name), number)
+    return Prompt(partial(_read, pictures, name), row.caption(seed, number), plain_name(name, pictures.root), number)
 
 
 def _read(pictures: Pictures, name: str) -> Image:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ip_adapter_trainer.core.errors import DataProblem
+from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.rng import stream
 from ip_adapter_trainer.core.types import Batch, Encoded, map_tensors
 from ip_adapter_trainer.data.dataset import TrainingSet
@@ -38,6 +38,9 @@ class FixedRows:
 
         held_out = FixedRows(manifest, numbers, config, layout, preprocess, prepared)
         for batch in held_out.batches(16): ...
+
+    Attributes:
+        problem: where the first row is that could not be read, and why; empty: all could.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class FixedRows:
         self._pixels, self._samples = samples(None), samples(prepared)
         self._is_prepared = prepared is not None
         self._encoded: list[Batch] = []
+        self.problem = ""
 
     @property
     def is_encoded(self) -> bool:
@@ -93,13 +97,22 @@ class FixedRows:
         for tried, number in enumerate(self._order()):
             if len(found) == count or tried - len(found) > MAX_TRIES:
                 break
-            with suppress(DataProblem):  # training and `check` tell of rows that cannot be read
+            try:
                 found.append((self._pixels if pixels else self._samples).batch([(number, number)]))
+            except DataProblem as problem:
+                self._note(problem)
         return found
+
+    def _note(self, problem: DataProblem) -> None:
+        """Tell of the first row that cannot be read; training tells of its own."""
+        if not self.problem:
+            self.problem = f"{problem.where}: {problem.what}"
+            say(f"rows that cannot be read are not looked at; the first: {self.problem}")
 
     def _order(self) -> Iterator[int]:
         chance = stream(self._config.validation_seed, "validation-rows")
-        return one_an_image(self._manifest.rows, chance.permutation(self._numbers).tolist())
+        drawn = chance.permutation(self._numbers).tolist()
+        return one_an_image(self._manifest.rows, drawn, self._manifest.root)
 
 
 def _joined(rows: Sequence[Batch]) -> Batch:

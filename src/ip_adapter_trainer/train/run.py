@@ -139,6 +139,8 @@ def _make_trainer(
     say("\n".join(plan.lines()))
     rows.tell(config)
     source.tell(plan.total_steps)
+    with runtime.agreed():
+        source.demand_validation()
     if prepared:
         source.encode_unseen(model)
         model.release_encoders(texts=config.prepare_text)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.launch import Runtime
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.stopping import Poll
@@ -21,7 +22,7 @@ from ip_adapter_trainer.data.order import Order
 from ip_adapter_trainer.data.prepared import PreparedSet
 from ip_adapter_trainer.train.config import TrainConfig
 from ip_adapter_trainer.train.fixed import FixedRows
-from ip_adapter_trainer.train.rows import RunRows
+from ip_adapter_trainer.train.rows import RunRows, of_validation
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -69,8 +70,8 @@ class Source:
 
     def _unseen(self, rows: RunRows, layout: Layout, preprocess: Callable[[Image], Tensor]) -> FixedRows | None:
         if rows.validation:
-            all_rows, own_layout = range(len(rows.validation.rows)), lay_out(rows.validation, self._config)
-            return FixedRows(rows.validation, all_rows, self._config, own_layout, preprocess)
+            config = of_validation(self._config)
+            return FixedRows(rows.validation, rows.looked_at, config, lay_out(rows.validation, config), preprocess)
         numbers = np.flatnonzero(rows.held_out).tolist()
         return FixedRows(rows.manifest, numbers, self._config, layout, preprocess, self._prepared) if numbers else None
 
@@ -84,6 +85,17 @@ class Source:
         log.add(self._early_faults, writes=self._runtime.is_main)
         rank, world, pin = self._runtime.rank, self._runtime.world, self._runtime.device.type == "cuda"
         return Loader(self._samples, self.order, log, rank=rank, world=world, pin=pin).from_step(first_step, poll)
+
+    def demand_validation(self) -> None:
+        """Demand that some row of another validation set can be read, before anything is trained.
+
+        Raises:
+            Problem: none can.
+        """
+        if self._config.validation_data and self.unseen and not self.unseen.batches(1):
+            what = f"no row of the validation set can be read; the first: {self.unseen.problem}"
+            remedy = "correct --validation_root_path, or give another set"
+            raise Problem(what, where=f"--validation_data {self._config.validation_data}", remedy=remedy)
 
     def encode_unseen(self, model: Model) -> None:
         """Encode what validation will look at of another set, before the encoders that a prepared set replaces go."""

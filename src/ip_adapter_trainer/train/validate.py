@@ -49,6 +49,8 @@ class Validator:
             if report:
                 metrics |= report.as_metrics(prefix)
                 say(f"step {done}: {report.summary(rows)}")
+        if self.source.unseen and not unseen:
+            say(f"step {done}: none of the {self._kind} can be read")
         if unseen and seen and seen.overfits(unseen):
             remedy = "add images, stop earlier, or lower --learning_rate"
             say(f"step {done}: over-fitting: the image helps rows trained on far more than {self._kind}; {remedy}")

@@ -1,4 +1,4 @@
-"""What the command line says before any command does its work, and how it ends in a pipe."""
+"""The command line's words before any command does its work, and its end in a pipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What README and docs tell people to type: every line is parsed, README's own commands run as they stand."""
+"""Command lines of README and docs: every line is parsed, README's own commands run as they stand."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def every_line() -> Iterator[tuple[str, str]]:
 
 
 def settled(command: str, flags: list[str]) -> Part:
-    """What the flags of a line come to; those that it cannot do without are added where it leaves them out."""
+    """Parse the flags of a line; those that it cannot do without are added where it leaves them out."""
     if "--config" in flags:  # a file of flags, not one of them
         flags = [*flags[: (at := flags.index("--config"))], *flags[at + 2 :]]
     variant = flags[flags.index("--variant") + 1] if "--variant" in flags else "base"

@@ -1,4 +1,4 @@
-"""What accelerate's launcher asks for by the environment is done, told or refused."""
+"""The requests of accelerate's launcher are done, told or refused."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def _lay(folder: Path, *names: str) -> Path:
 
 
 def _noticed(manifest: Manifest) -> dict[str, list[str]]:
-    """What was noticed, by the beginning of its kind."""
+    """Return notices by the beginning of their kind."""
     return {re.split(" file|,| beside| with| that| in| not", kind)[0]: n for kind, n in manifest.noticed.first.items()}
 
 

@@ -1,4 +1,4 @@
-"""What can be told before a command's heavy imports: its folder cannot be made, or another run is writing it.
+"""Tell before a command's heavy imports what is wrong with its folder: it cannot be made, or another run is writing it.
 
 The claim comes when all is loaded; without a look beforehand, a second start would take as long as loading does to be
 refused. The look holds the lock for an instant only, for which a claim waits.

@@ -145,7 +145,7 @@ class Runtime:
 
 
 def _is_loss(error: BaseException) -> bool:
-    """Whether a library says that another process did not answer; gloo does so without a class of its own."""
+    """Return whether a library says that another process did not answer; gloo does so without a class of its own."""
     return isinstance(error, torch.distributed.DistError) or (
         isinstance(error, RuntimeError) and "/gloo/" in str(error)
     )

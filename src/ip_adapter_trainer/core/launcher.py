@@ -1,4 +1,4 @@
-"""What `accelerate launch` asks for by the environment: it is done, told or refused, and never dropped in silence.
+"""Requests that `accelerate launch` makes by the environment: done, told or refused, and never dropped in silence.
 
 Done elsewhere: precision (`core.launch`), the CPU and CPU affinity (accelerate itself).
 """

@@ -1,4 +1,4 @@
-"""How far long work has come: a bar on a terminal; in a log, where a bar would be one endless line, lines now and then.
+"""Progress of long work: a bar on a terminal; in a log, where a bar would be one endless line, lines now and then.
 
 A log gets a line after `FIRST_S`, then one every `EVERY_S`, and the last state at the end.
 """

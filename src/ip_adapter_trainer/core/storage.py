@@ -1,4 +1,4 @@
-"""What writers say when a disk or a path refuses: each in its own way, here as one."""
+"""Errors of a disk or a path that refuses, which writers raise each in its own way, told in one."""
 
 from __future__ import annotations
 

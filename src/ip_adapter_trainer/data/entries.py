@@ -1,4 +1,4 @@
-"""What every form of manifest gives: entries, one by one; and how its file is opened and read by lines."""
+"""Entries, which every form of manifest gives one by one, and the reading of its file by lines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 class Entry(NamedTuple):
-    """What a manifest says at one place. `fields` is an object of strings if the entry is sound."""
+    """One place of a manifest. `fields` is an object if the entry is sound; texts may be lists."""
 
     number: int  # as people count: from 1
     fields: Any

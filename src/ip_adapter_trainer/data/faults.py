@@ -21,7 +21,7 @@ _REMOVE = "remove it; faults are met again"
 
 
 def allowed_rows(rows: int, max_fault_rate: float) -> int:
-    """How many rows may be faulty: the rate of them and at least one, but never all; none if the rate is 0."""
+    """Return how many rows may be faulty: the rate of them and at least one, but never all; none if the rate is 0."""
     return min(rows - 1, max(1, int(rows * max_fault_rate + 1e-9))) if max_fault_rate else 0
 
 

@@ -129,7 +129,7 @@ def _place(source: Path, unit: str, number: int, detail: str) -> str:
 
 
 def _line(row: Row) -> bytes:
-    """What the fingerprint hashes of a row: a JSON array of its fields, several captions being an array in it."""
+    """Return the bytes of a row that the fingerprint hashes: a JSON array of its fields, captions an array in it."""
     text = quoted(row.text) if isinstance(row.text, str) else json.dumps(row.text)
     prompt = "null" if row.prompt_image_file is None else quoted(row.prompt_image_file)
     return f"[{quoted(row.image_file)}, {text}, {prompt}]\n".encode()

@@ -1,4 +1,4 @@
-"""What reading a folder noticed that is no fault: above all what it passed over, which is never lost in silence."""
+"""Notices from reading a folder that are no faults: above all of files that were passed over."""
 
 from __future__ import annotations
 

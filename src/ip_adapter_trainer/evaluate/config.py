@@ -62,7 +62,7 @@ class ValidationConfig(Part):
 
     @property
     def validates(self) -> bool:
-        """Whether anything is looked at."""
+        """Return whether anything is looked at."""
         return bool(self.num_validation_images or self.grid_rows)
 
     @field_validator("validation_share")

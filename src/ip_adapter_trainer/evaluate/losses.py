@@ -75,7 +75,7 @@ class ValidationReport:
 
     @property
     def is_used(self) -> bool:
-        """Whether the rows' own images surely help, beside others' images and beside none."""
+        """Return whether the rows' own images surely help, beside others' images and beside none."""
         return self.rows >= LEAST_IMAGES and all(gap.surely == 1 for gap in self.gaps.values())
 
     @property
@@ -100,7 +100,7 @@ class ValidationReport:
         return f"loss {self.losses[RIGHT]:.4f} on {self.rows} {rows}; {gaps}: {self.verdict}"
 
     def overfits(self, unseen: ValidationReport) -> bool:
-        """Whether what the image gives these rows, which are trained on, is surely not half as much on unseen ones."""
+        """Return whether unseen rows surely gain less than half of what the image gives these, which are trained on."""
         if not self.is_used or unseen.rows < LEAST_IMAGES:
             return False
         gap = unseen.gaps[NONE]

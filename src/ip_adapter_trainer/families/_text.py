@@ -22,7 +22,7 @@ def run_text_encoder(tokenizer: Any, encoder: Any, texts: Sequence[str]) -> Any:
 
 
 class Reach:
-    """How far into a text the encoders of a base model read.
+    """The length of text that the encoders of a base model read.
 
     Usage::
 

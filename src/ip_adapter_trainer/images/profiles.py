@@ -66,7 +66,7 @@ def _fits(space: bytes, mode: str) -> bool:
 
 @lru_cache(maxsize=_KEPT)
 def _conversion(profile: Any, mode: str) -> Conversion | None:
-    """What turns a picture's colours, spread out to RGB or RGBA if they are not inks, into sRGB; None: broken."""
+    """Make the conversion of a picture's colours, spread out to RGB or RGBA if no inks, to sRGB; None: broken."""
     try:
         space = _space(profile)
         if space == b"CMYK":

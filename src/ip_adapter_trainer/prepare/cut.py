@@ -18,7 +18,7 @@ _CHUNK = 1024
 
 @dataclass(frozen=True)
 class CutCaptions:
-    """What was found of the lengths of captions.
+    """The captions that are too long, counted.
 
     Attributes:
         captions: how many there are, empty ones left out.

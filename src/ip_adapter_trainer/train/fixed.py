@@ -68,7 +68,7 @@ class FixedRows:
 
     @property
     def is_encoded(self) -> bool:
-        """Whether rows come encoded, unless pixels are asked for."""
+        """Return whether rows come encoded, unless pixels are asked for."""
         return self._is_prepared or bool(self._encoded)
 
     def batches(self, count: int, *, pixels: bool = False) -> list[Batch]:

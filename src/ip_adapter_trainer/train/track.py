@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl always, any accelerate tracker by name, the progress for people.
+"""Numbers to metrics.jsonl always, to accelerate's trackers by name, and to people as progress.
 
 metrics.jsonl holds only what the training determines, so that a resumed run ends with the same bytes (`train.metrics`);
 speeds go to the tracker and to people.

@@ -28,7 +28,7 @@ slow: $(STAMP)
 
 # Lines and branches of core, data, images and train that tests reach, commands that tests start among them.
 coverage: $(STAMP)
-	$(BIN)/python -m pytest --cov --cov-report=term tests/core tests/images tests/data tests/train tests/prepare tests/faults
+	$(BIN)/python -m pytest --cov --cov-report=term tests/core tests/storage tests/runtime tests/images tests/manifest tests/cache tests/feed tests/train tests/prepare tests/faults
 
 # Known vulnerabilities of the versions in constraints.txt, by PyPI's advisories; what cannot be looked up fails too.
 audit: $(STAMP)

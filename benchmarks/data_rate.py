@@ -20,19 +20,19 @@ import numpy as np
 import torch
 
 from benchmarks.pictures import write_pictures
-from ip_adapter_trainer.core.types import Row
-from ip_adapter_trainer.data.address import KEY, address
-from ip_adapter_trainer.data.config import DataConfig
-from ip_adapter_trainer.data.dataset import TrainingSet
-from ip_adapter_trainer.data.index import PICTURES, Record, name_key
-from ip_adapter_trainer.data.layout import lay_out
-from ip_adapter_trainer.data.manifest import read_manifest
-from ip_adapter_trainer.data.pictures import Pictures
-from ip_adapter_trainer.data.prepared import Asked, PreparedSet
-from ip_adapter_trainer.data.recipe import Recipe
-from ip_adapter_trainer.data.shards import TableKind, TableWriter, sums_of
+from ip_adapter_trainer.cache.index import PICTURES, Record, name_key
+from ip_adapter_trainer.cache.prepared import Asked, PreparedSet
+from ip_adapter_trainer.cache.shards import TableKind, TableWriter, sums_of
+from ip_adapter_trainer.cache.spec import Recipe
+from ip_adapter_trainer.core.values import Row
 from ip_adapter_trainer.encoders.clip import ClipPreprocess
+from ip_adapter_trainer.feed.bucketing import lay_out
+from ip_adapter_trainer.feed.config import DataConfig
+from ip_adapter_trainer.feed.dataset import TrainingSet
 from ip_adapter_trainer.images.buckets import Buckets
+from ip_adapter_trainer.manifest.images import Pictures
+from ip_adapter_trainer.manifest.manifest import read_manifest
+from ip_adapter_trainer.storage.digests import KEY, address
 
 MOMENTS = TableKind("moments", (8, 64, 64), torch.bfloat16)
 EMBEDS = TableKind("image_embeds", (1024,), torch.bfloat16)

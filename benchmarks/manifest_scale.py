@@ -60,11 +60,11 @@ def write(path: Path, rows: int) -> None:
 
 def measure(path: Path) -> dict[str, float]:
     """Figures of this process, which must be a fresh one."""
-    from ip_adapter_trainer.data.config import DataConfig
-    from ip_adapter_trainer.data.dataset import TrainingSet
-    from ip_adapter_trainer.data.layout import lay_out
-    from ip_adapter_trainer.data.manifest import read_manifest
-    from ip_adapter_trainer.data.order import Order
+    from ip_adapter_trainer.feed.bucketing import lay_out
+    from ip_adapter_trainer.feed.config import DataConfig
+    from ip_adapter_trainer.feed.dataset import TrainingSet
+    from ip_adapter_trainer.feed.sampler import Order
+    from ip_adapter_trainer.manifest.manifest import read_manifest
 
     torch_mb, began = _peak_mb(), time.monotonic()
     config = DataConfig(data_json_file=str(path))

@@ -26,7 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from benchmarks.sizes import SIZES, Size, build
 from ip_adapter_trainer.adapters import VARIANTS
-from ip_adapter_trainer.core.types import TextCondition
+from ip_adapter_trainer.core.values import TextCondition
 from ip_adapter_trainer.encoders import ClipImageEncoder
 from ip_adapter_trainer.families import FAMILIES
 from ip_adapter_trainer.families._unet import pack_denoiser

@@ -15,25 +15,25 @@ from torch import Tensor
 from benchmarks.pictures import Files
 from benchmarks.sizes import SEED, Nets, Size
 from ip_adapter_trainer.adapters import VARIANTS
+from ip_adapter_trainer.cache.prepared import PreparedSet
+from ip_adapter_trainer.cache.spec import Recipe
 from ip_adapter_trainer.config import compose
-from ip_adapter_trainer.core.checkpoints import all_checkpoints
-from ip_adapter_trainer.core.launch import Runtime, start
-from ip_adapter_trainer.core.precision import dtype_of
-from ip_adapter_trainer.core.signals import StopSignal
-from ip_adapter_trainer.core.stopping import Poll, Stopping, no_poll
-from ip_adapter_trainer.core.types import Batch, Encoded
-from ip_adapter_trainer.data.fingerprint import Digest
-from ip_adapter_trainer.data.manifest import read_manifest
-from ip_adapter_trainer.data.pictures import Pictures
-from ip_adapter_trainer.data.prepared import PreparedSet
-from ip_adapter_trainer.data.recipe import Recipe
+from ip_adapter_trainer.core.values import Batch, Encoded
 from ip_adapter_trainer.diffusion import NoiseProcess, ObjectiveConfig
 from ip_adapter_trainer.encoders import ClipImageEncoder
 from ip_adapter_trainer.families import FAMILIES
 from ip_adapter_trainer.families._unet import lay_out_autoencoder
+from ip_adapter_trainer.manifest.fingerprint import Digest
+from ip_adapter_trainer.manifest.images import Pictures
+from ip_adapter_trainer.manifest.manifest import read_manifest
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.prepare.frozen import recipe_of
 from ip_adapter_trainer.prepare.run import Job
+from ip_adapter_trainer.runtime.launch import Runtime, start
+from ip_adapter_trainer.runtime.precision import dtype_of
+from ip_adapter_trainer.runtime.signals import StopSignal
+from ip_adapter_trainer.runtime.stopping import Poll, Stopping, no_poll
+from ip_adapter_trainer.storage.checkpoints import all_checkpoints
 from ip_adapter_trainer.train.config import LeanConfig, TrainConfig
 from ip_adapter_trainer.train.lean import lean
 from ip_adapter_trainer.train.loop import Trainer

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ip_adapter_trainer.core.types import Batch
-from ip_adapter_trainer.data.config import DataConfig
-from ip_adapter_trainer.data.dataset import TrainingSet
-from ip_adapter_trainer.data.faults import FaultLog
-from ip_adapter_trainer.data.layout import lay_out
-from ip_adapter_trainer.data.loader import Loader
-from ip_adapter_trainer.data.manifest import read_manifest
-from ip_adapter_trainer.data.order import Order
+from ip_adapter_trainer.core.values import Batch
 from ip_adapter_trainer.encoders.clip import ClipPreprocess
+from ip_adapter_trainer.feed.bucketing import lay_out
+from ip_adapter_trainer.feed.config import DataConfig
+from ip_adapter_trainer.feed.dataset import TrainingSet
+from ip_adapter_trainer.feed.loader import Loader
+from ip_adapter_trainer.feed.sampler import Order
+from ip_adapter_trainer.manifest.faults import FaultLog
+from ip_adapter_trainer.manifest.manifest import read_manifest
 
 _AGE_S = 3600.0  # of a file that was changed just now the content is looked at at every use
 

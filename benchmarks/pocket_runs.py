@@ -16,12 +16,12 @@ import torch
 
 from ip_adapter_trainer.core.rng import stream
 from ip_adapter_trainer.core.settings import as_flags
-from ip_adapter_trainer.core.types import Batch, Geometry, Pixels
+from ip_adapter_trainer.core.values import Batch, Geometry, Pixels
 from ip_adapter_trainer.demo import ASKED_OF_IMAGE, ASKED_OF_TEXT, Pair, score
 from ip_adapter_trainer.diffusion import NoiseProcess, ObjectiveConfig
 from ip_adapter_trainer.evaluate.losses import SHUFFLED, Gap, validation_losses
 from ip_adapter_trainer.evaluate.sample import Sampling, image_tokens, sample
-from ip_adapter_trainer.pocket import lay, world
+from ip_adapter_trainer.pocket import world, write
 from ip_adapter_trainer.pocket.world import Scene
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Laid:
         """Lays and prepares them, unless that was done before."""
         laid = cls(work / f"seed-{seed}", seed)
         if not laid.prepared.exists():
-            lay.lay(laid.folder, seed=seed)
+            write.lay(laid.folder, seed=seed)
             _ip_adapter("prepare", {**laid.flags, "encode_batch_size": 32})
         return laid
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from benchmarks.rows import Draws, draw
 from benchmarks.sizes import TOKENS, Nets
-from ip_adapter_trainer.core.precision import dtype_of
-from ip_adapter_trainer.core.types import Batch, Pixels
+from ip_adapter_trainer.core.values import Batch, Pixels
 from ip_adapter_trainer.diffusion import NoiseProcess, ObjectiveConfig
+from ip_adapter_trainer.runtime.precision import dtype_of
 
 
 class ImageProjection(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.sizes import SEED, Size
 from ip_adapter_trainer.core.rng import stream
-from ip_adapter_trainer.core.types import Batch, Geometry, Pixels
+from ip_adapter_trainer.core.values import Batch, Geometry, Pixels
 from ip_adapter_trainer.diffusion import NoiseProcess
 
 CAPTIONS = ("a red circle on blue", "a large green thing", "a small yellow square on a black background")

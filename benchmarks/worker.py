@@ -24,7 +24,7 @@ from benchmarks.pictures import Files, raw_batches
 from benchmarks.published_step import PublishedStep
 from benchmarks.rows import at_step, make_batch
 from ip_adapter_trainer.core.log import quiet_loading
-from ip_adapter_trainer.core.types import Batch, Encoded
+from ip_adapter_trainer.core.values import Batch, Encoded
 
 
 @dataclass(frozen=True)

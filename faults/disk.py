@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from faults.lab import Finding, Lab, Process
-from ip_adapter_trainer.core.checkpoints import all_checkpoints, newest, verified
+from ip_adapter_trainer.storage.checkpoints import all_checkpoints, newest, verified
 
 SEED = 20
 SIZE_MB = 16  # three checkpoints, one of them staged, need 12

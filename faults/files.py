@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from faults.chains import Pace, Stages, Victim, attack
 from faults.lab import Finding, Lab, Process
-from ip_adapter_trainer.data.index import PICTURES
+from ip_adapter_trainer.cache.index import PICTURES
 
 _TABLES = "*/*"  # where a prepared set has its shards
 _FILE = "adapter.safetensors"

@@ -102,7 +102,12 @@ def guided(folder: Path, cases: int, seed: int) -> None:
     """Lets atheris choose the bytes by what they reach; it ends the process, at the first find with an error."""
     import atheris
 
-    modules: Any = ["ip_adapter_trainer.adapters", "ip_adapter_trainer.core", "ip_adapter_trainer.data"]
+    modules: Any = [
+        "ip_adapter_trainer.adapters",
+        "ip_adapter_trainer.storage",
+        "ip_adapter_trainer.manifest",
+        "ip_adapter_trainer.cache",
+    ]
     with atheris.instrument_imports(include=modules):  # before anything else imports them
         import faults.readers  # noqa: F401
     fuzz, seeds, runs = Fuzz(folder), folder / "seeds", 0

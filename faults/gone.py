@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from faults.lab import Finding, Lab, Process
-from ip_adapter_trainer.core.checkpoints import newest, verified
+from ip_adapter_trainer.storage.checkpoints import newest, verified
 
 STEPS = 200  # more than pass while the folder is read-only
 _PATIENCE_S = 5.0

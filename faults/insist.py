@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from faults.lab import Finding, Lab
-from ip_adapter_trainer.core.checkpoints import newest, verified
-from ip_adapter_trainer.core.signals import ECHO_S
+from ip_adapter_trainer.runtime.signals import ECHO_S
+from ip_adapter_trainer.storage.checkpoints import newest, verified
 
 LIMIT_S = 10.0
 AT_ONCE_S = 1.0

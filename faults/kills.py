@@ -11,7 +11,7 @@ from typing import Any
 
 from faults.chains import Pace, Stages, Victim, attack, differing
 from faults.lab import Finding, Lab, Process
-from ip_adapter_trainer.core.checkpoints import all_checkpoints, verified
+from ip_adapter_trainer.storage.checkpoints import all_checkpoints, verified
 from ip_adapter_trainer.train.checkpoint import TENSORS, WEIGHTS
 
 STEPS = 12

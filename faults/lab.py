@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ip_adapter_trainer.core.settings import as_flags
-from ip_adapter_trainer.pocket import lay, world
+from ip_adapter_trainer.pocket import world, write
 
 PATIENCE_S = 180.0
 _MARK = "IP_ADAPTER_TRAINER_LAB"  # in the environment of every process that a command starts
@@ -175,7 +175,7 @@ class Lab:
         """The pocket base, its image encoder, and training rows."""
         folder = self.folder / "pocket"
         if not (folder / "data.json").exists():
-            lay.lay(folder, rows=ROWS)
+            write.lay(folder, rows=ROWS)
         return folder
 
     @property

@@ -15,10 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from faults.lab import ROWS, Finding, Lab
-from ip_adapter_trainer.core.checkpoints import all_checkpoints
-from ip_adapter_trainer.data.address import KEY_BYTES
-from ip_adapter_trainer.data.shards import sums_of
+from ip_adapter_trainer.cache.shards import sums_of
 from ip_adapter_trainer.pocket import world
+from ip_adapter_trainer.storage.checkpoints import all_checkpoints
+from ip_adapter_trainer.storage.digests import KEY_BYTES
 from ip_adapter_trainer.train import checkpoint
 from ip_adapter_trainer.train.loop import MAX_BAD_STEPS
 from ip_adapter_trainer.train.tree import flatten

@@ -12,7 +12,7 @@ from faults.corpus.rows import row
 from faults.lab import Finding, Lab
 from faults.watch import seen
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.core.files import safe_join
+from ip_adapter_trainer.storage.files import safe_join
 
 STRINGS = 10_000
 

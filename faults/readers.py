@@ -13,16 +13,16 @@ import torch
 from faults.corpus import documents, mutate, tensors
 from faults.corpus.mutate import Mutation
 from ip_adapter_trainer.adapters import AdapterCard, read_adapter, write_adapter
+from ip_adapter_trainer.cache.index import PICTURES, PictureIndex, Record, name_key
+from ip_adapter_trainer.cache.shards import Table, TableWriter
 from ip_adapter_trainer.config import check_keys, compose
-from ip_adapter_trainer.core.checkpoints import MANIFEST, verified
-from ip_adapter_trainer.core.settings import read_yaml
-from ip_adapter_trainer.core.types import Fault
-from ip_adapter_trainer.data.config import CheckConfig
-from ip_adapter_trainer.data.faults import FILE_NAME, FaultLog
-from ip_adapter_trainer.data.index import PICTURES, PictureIndex, Record, name_key
-from ip_adapter_trainer.data.manifest import read_manifest
-from ip_adapter_trainer.data.shards import Table, TableWriter
+from ip_adapter_trainer.core.values import Fault
 from ip_adapter_trainer.inspection import examine
+from ip_adapter_trainer.manifest.faults import FILE_NAME, FaultLog
+from ip_adapter_trainer.manifest.manifest import read_manifest
+from ip_adapter_trainer.prepare.check_report import RowsCheckConfig as CheckConfig
+from ip_adapter_trainer.storage.checkpoints import MANIFEST, verified
+from ip_adapter_trainer.storage.settings_file import read_yaml
 from ip_adapter_trainer.train import checkpoint, restored
 
 Read = Callable[[bytes], object]

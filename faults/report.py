@@ -9,7 +9,7 @@ from pathlib import Path
 
 from faults.experiments import EXPERIMENTS
 from faults.lab import Finding
-from ip_adapter_trainer.core.staging import staged_file
+from ip_adapter_trainer.storage.staging import staged_file
 
 _ORDER = {name: number for number, name in enumerate(EXPERIMENTS)}
 

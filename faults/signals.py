@@ -16,9 +16,9 @@ from typing import Any
 
 from faults.files import Rows, rows_of
 from faults.lab import Finding, Lab, Process
-from ip_adapter_trainer.core.checkpoints import newest, verified
-from ip_adapter_trainer.data.index import PICTURES
-from ip_adapter_trainer.pocket import lay
+from ip_adapter_trainer.cache.index import PICTURES
+from ip_adapter_trainer.pocket import write
+from ip_adapter_trainer.storage.checkpoints import newest, verified
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LIMIT_S = 10.0
@@ -109,7 +109,7 @@ def _many(lab: Lab) -> Settings:
     """Inputs with rows enough to be stopped in the middle of encoding them."""
     folder = lab.folder / "many"
     if not folder.exists():
-        lay.lay(folder, rows=_MANY_ROWS)
+        write.lay(folder, rows=_MANY_ROWS)
     return {"data_json_file": folder / "data.json", "data_root_path": folder / "images"}
 
 

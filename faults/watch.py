@@ -50,8 +50,8 @@ def main() -> None:
 
 
 def _note_batches(note: Any) -> None:
-    from ip_adapter_trainer.core.types import Batch
-    from ip_adapter_trainer.data.dataset import TrainingSet
+    from ip_adapter_trainer.core.values import Batch
+    from ip_adapter_trainer.feed.dataset import TrainingSet
 
     batch = TrainingSet.batch
 

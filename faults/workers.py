@@ -15,7 +15,7 @@ from typing import Any
 from faults.chains import SEED, differing
 from faults.files import Rows, rows_of
 from faults.lab import Finding, Lab, Process
-from ip_adapter_trainer.data.pool import MAX_REPLACEMENTS
+from ip_adapter_trainer.feed.workers import MAX_REPLACEMENTS
 from ip_adapter_trainer.train.checkpoint import TENSORS, WEIGHTS
 
 STEPS = 60

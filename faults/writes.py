@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from faults.lab import Finding, Lab, Process
-from ip_adapter_trainer.core.checkpoints import newest, verified
+from ip_adapter_trainer.storage.checkpoints import newest, verified
 from ip_adapter_trainer.train.saver import RETRY_S
 
 _MIDDLE_BYTES = 2**20  # of a checkpoint's larger file

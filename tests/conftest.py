@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ip_adapter_trainer.pocket import lay
+from ip_adapter_trainer.pocket import write
 from tests import tiny
 
 torch.set_num_threads(1)
@@ -37,5 +37,5 @@ def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`data.json` and `images/` with twelve rows, each with its own prompt image."""
     folder = tmp_path_factory.mktemp("rows")
-    lay.write_pairs(folder, lay.training_pairs(0, 12))
+    write.write_pairs(folder, write.training_pairs(0, 12))
     return folder

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ip_adapter_trainer.adapters import AdapterCard, AdapterFile, read_adapter, weights_sha256, write_adapter
 from ip_adapter_trainer.card import card_of
-from ip_adapter_trainer.core.checkpoints import MANIFEST
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.loading.adapter import load_model, read_adapter_into
 from ip_adapter_trainer.model import Model
+from ip_adapter_trainer.storage.checkpoints import MANIFEST
 from ip_adapter_trainer.train import checkpoint
 from tests.published import Trained
 from tests.test_model import build

@@ -10,7 +10,7 @@ import torch
 
 from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.core.types import Geometry, TextCondition
+from ip_adapter_trainer.core.values import Geometry, TextCondition
 from ip_adapter_trainer.encoders import FEATURES
 from ip_adapter_trainer.loading.base import load_base
 from ip_adapter_trainer.loading.encoder import load_encoder

@@ -18,7 +18,7 @@ from ip_adapter_trainer.demo import DemoConfig
 from ip_adapter_trainer.evaluate.config import EvaluateConfig, GenerateConfig
 from ip_adapter_trainer.export import ExportConfig
 from ip_adapter_trainer.inspection import InspectConfig
-from ip_adapter_trainer.pocket import lay
+from ip_adapter_trainer.pocket import write
 from ip_adapter_trainer.pocket.config import PocketConfig
 from ip_adapter_trainer.prepare.check import CheckConfig
 from ip_adapter_trainer.prepare.config import PrepareConfig
@@ -114,7 +114,7 @@ def test_what_readme_shows_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest
     for shown, given in REPLACED.items():
         assert shown in text, f"README no longer shows {shown}"
         text = text.replace(shown, given)
-    lay.lay(Path("pocket"), rows=24, seed=0)
+    write.lay(Path("pocket"), rows=24, seed=0)
     for name in ("data.json", "images"):
         Path(name).symlink_to(Path("pocket") / name)
     Image.open(next(Path("images").glob("*.png"))).save("photo.jpg")

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from ip_adapter_trainer.core.checkpoints import MANIFEST, sha256_of
-from ip_adapter_trainer.data.faults import FILE_NAME as FAULTS
+from ip_adapter_trainer.manifest.faults import FILE_NAME as FAULTS
+from ip_adapter_trainer.storage.checkpoints import MANIFEST, sha256_of
 
 WEIGHTS, TENSORS, STATE, CARD = "pytorch_model.bin", "training_state.safetensors", "training_state.json", "adapter.json"
 FILES = (WEIGHTS, TENSORS, STATE, CARD, MANIFEST)

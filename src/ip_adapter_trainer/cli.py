@@ -12,9 +12,9 @@ from typing import NoReturn
 
 from ip_adapter_trainer.core.errors import Problem, Stopped, did_you_mean
 from ip_adapter_trainer.core.log import patient_stderr
-from ip_adapter_trainer.core.shown import redacted
-from ip_adapter_trainer.core.signals import interruptible, tell_at_once
-from ip_adapter_trainer.core.storage import told_as_storage
+from ip_adapter_trainer.core.redact import redacted
+from ip_adapter_trainer.runtime.signals import interruptible, tell_at_once
+from ip_adapter_trainer.storage.disk import told_as_storage
 
 COMMANDS = {
     "train": "train an adapter on pictures and captions",
@@ -52,7 +52,7 @@ def versions() -> str:
 
 
 def _train(argv: Sequence[str]) -> int:
-    from ip_adapter_trainer.core.early import demand_free
+    from ip_adapter_trainer.runtime.early import demand_free
 
     demand_free(argv, "output_dir")
     from ip_adapter_trainer.config import parse_train
@@ -72,7 +72,7 @@ def run_training(config: object) -> int:
 
 
 def _prepare(argv: Sequence[str]) -> int:
-    from ip_adapter_trainer.core.early import demand_free
+    from ip_adapter_trainer.runtime.early import demand_free
 
     demand_free(argv, "prepared_dir")
     from ip_adapter_trainer.config import parse
@@ -131,7 +131,7 @@ def _check(argv: Sequence[str]) -> int:
 def _pocket(argv: Sequence[str]) -> int:
     from ip_adapter_trainer.config import parse
     from ip_adapter_trainer.pocket.config import PocketConfig
-    from ip_adapter_trainer.pocket.lay import lay_command
+    from ip_adapter_trainer.pocket.write import lay_command
 
     print(lay_command(parse(PocketConfig, argv, prog="ip-adapter pocket")))
     return 0
@@ -217,7 +217,7 @@ def script(variant: str) -> None:
 
     def run(argv: Sequence[str]) -> int:
         """Trains as the published script does where flags say nothing."""
-        from ip_adapter_trainer.core.early import demand_free
+        from ip_adapter_trainer.runtime.early import demand_free
 
         demand_free(argv, "output_dir")
         from ip_adapter_trainer.config import parse_train

@@ -18,12 +18,13 @@ from pydantic import ValidationError, create_model
 
 from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.core.errors import Problem, did_you_mean
-from ip_adapter_trainer.core.launcher import accumulation_steps, demand_same_accumulation
-from ip_adapter_trainer.core.settings import Alias, Part, as_flags, read_yaml
-from ip_adapter_trainer.core.staging import staged_file
+from ip_adapter_trainer.core.settings import Alias, Part, as_flags
 from ip_adapter_trainer.families import FAMILIES
 from ip_adapter_trainer.loading.base import family_of
 from ip_adapter_trainer.loading.config import BaseConfig
+from ip_adapter_trainer.runtime.launcher import accumulation_steps, demand_same_accumulation
+from ip_adapter_trainer.storage.settings_file import read_yaml
+from ip_adapter_trainer.storage.staging import staged_file
 from ip_adapter_trainer.train.config import TrainConfig
 
 P = TypeVar("P", bound=Part)

@@ -186,11 +186,11 @@ def demo(config: DemoConfig) -> str:
     """Runs the main job; writes `scores.json` and `grid.png`; returns the table of scores and the picture's path."""
     from PIL import Image
 
-    from ip_adapter_trainer.pocket import lay
+    from ip_adapter_trainer.pocket import write
 
     folder, clock = Path(config.output_dir), _Clock()
     with clock.part("write"):
-        lay.lay(folder, rows=config.rows, seed=config.seed)
+        write.lay(folder, rows=config.rows, seed=config.seed)
     with clock.part("train"):
         _train(config, folder)
     with clock.part("export"):

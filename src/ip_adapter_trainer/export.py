@@ -26,12 +26,12 @@ from ip_adapter_trainer.core.errors import Problem, StorageProblem, first_line
 from ip_adapter_trainer.core.log import silent_diffusers
 from ip_adapter_trainer.core.rng import stream
 from ip_adapter_trainer.core.settings import alias
-from ip_adapter_trainer.core.staging import staged_file, sweep_stages
-from ip_adapter_trainer.core.storage import demand_folder
-from ip_adapter_trainer.core.types import Geometry, TextCondition
+from ip_adapter_trainer.core.values import Geometry, TextCondition
 from ip_adapter_trainer.diffusion.schedulers import NoiseConfig
 from ip_adapter_trainer.loading.adapter import build_model, remembered_by
 from ip_adapter_trainer.loading.config import BaseConfig, loaded_with
+from ip_adapter_trainer.storage.disk import demand_folder
+from ip_adapter_trainer.storage.staging import staged_file, sweep_stages
 
 if TYPE_CHECKING:
     from ip_adapter_trainer.adapters import AdapterCard

@@ -32,8 +32,8 @@ from ip_adapter_trainer.adapters._readers import foreign_refusals
 from ip_adapter_trainer.adapters._variant import SDXL_CONTEXT
 from ip_adapter_trainer.adapters.plus import KOLORS
 from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.redact import plain, redacted
 from ip_adapter_trainer.core.settings import Part, alias
-from ip_adapter_trainer.core.shown import plain, redacted
 
 LAYOUTS = {
     "published": "published",

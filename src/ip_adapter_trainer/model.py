@@ -12,7 +12,7 @@ from ip_adapter_trainer.adapters import Variant
 from ip_adapter_trainer.core.devices import to_device
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.settings import Part
-from ip_adapter_trainer.core.types import Batch, Encoded, Picture, Site, TextCondition
+from ip_adapter_trainer.core.values import Batch, Encoded, Picture, Site, TextCondition
 from ip_adapter_trainer.encoders import ClipImageEncoder
 from ip_adapter_trainer.families import Family
 from ip_adapter_trainer.nn.attention import DecoupledProcessor, ImageKeyValue, ImagePrompt

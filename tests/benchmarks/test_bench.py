@@ -28,7 +28,7 @@ from benchmarks.report import Row
 from benchmarks.rows import at_step, make_batch
 from benchmarks.sizes import SIZES, build, projector_weights
 from benchmarks.worker import Contender, Order, Worker
-from ip_adapter_trainer.core.types import Batch
+from ip_adapter_trainer.core.values import Batch
 from ip_adapter_trainer.nn.lean import ProductConv2d
 from ip_adapter_trainer.train.config import LeanConfig
 from ip_adapter_trainer.train.lean import lean

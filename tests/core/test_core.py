@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ip_adapter_trainer.core.errors import Problem, StorageProblem, did_you_mean, told_as_not_loaded
-from ip_adapter_trainer.core.launch import Runtime
-from ip_adapter_trainer.core.precision import on_device
+from ip_adapter_trainer.core.redact import one_line
 from ip_adapter_trainer.core.registry import Registry
 from ip_adapter_trainer.core.rng import key, stream
-from ip_adapter_trainer.core.shown import one_line
+from ip_adapter_trainer.runtime.launch import Runtime
+from ip_adapter_trainer.runtime.precision import on_device
 
 
 @given(st.integers(0, 2**31), st.text(max_size=8), st.lists(st.integers(0, 2**40), max_size=3))

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ip_adapter_trainer.core.types import Batch, Geometry, Pixels
+from ip_adapter_trainer.core.values import Batch, Geometry, Pixels
 from ip_adapter_trainer.diffusion.objective import NoiseProcess, ObjectiveConfig
 from ip_adapter_trainer.model import Model
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.core.types import Geometry
+from ip_adapter_trainer.core.values import Geometry
 from ip_adapter_trainer.families import Family
 from ip_adapter_trainer.loading.base import family_of, load_base
 from tests import tiny

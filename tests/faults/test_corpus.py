@@ -14,9 +14,9 @@ from faults.corpus import names
 from faults.corpus.rows import FILES, JSON_ROWS, LINES, OK, OK_FILE, TABLE_LINES, FileCase, RowCase
 from faults.lab import Lab
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.core.files import safe_join
-from ip_adapter_trainer.data.config import ReadConfig
-from ip_adapter_trainer.data.manifest import Manifest, read_manifest
+from ip_adapter_trainer.manifest.config import ReadConfig
+from ip_adapter_trainer.manifest.manifest import Manifest, read_manifest
+from ip_adapter_trainer.storage.files import safe_join
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="links, pipes and sockets of POSIX")
 

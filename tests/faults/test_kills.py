@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from faults import files
 from faults.chains import Pace, Stages, Victim, attack, differing
 from faults.lab import Lab, Process
-from ip_adapter_trainer.data.index import PICTURES
+from ip_adapter_trainer.cache.index import PICTURES
 
 KILLS = 3
 WHOLE = "whole" * 10

@@ -29,14 +29,14 @@ from ip_adapter_trainer.cli import RUN, guarded
 from ip_adapter_trainer.config import parse_train
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.log import say
-from ip_adapter_trainer.core.shown import redacted
-from ip_adapter_trainer.core.types import Fault
-from ip_adapter_trainer.data.faults import FILE_NAME
+from ip_adapter_trainer.core.redact import redacted
+from ip_adapter_trainer.core.values import Fault
 from ip_adapter_trainer.encoders import FEATURES
 from ip_adapter_trainer.evaluate.clip import ClipScorer
 from ip_adapter_trainer.inspection import examine
 from ip_adapter_trainer.loading.base import load_base
 from ip_adapter_trainer.loading.encoder import load_encoder
+from ip_adapter_trainer.manifest.faults import FILE_NAME
 from ip_adapter_trainer.train import checkpoint, restored
 
 TOKEN = "hf_" + "a1B2" * 9

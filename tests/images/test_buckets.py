@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ip_adapter_trainer.images.background import parse_colour
 from ip_adapter_trainer.images.buckets import Buckets
-from ip_adapter_trainer.images.ground import parse_colour
 
 LADDERS = st.tuples(st.integers(1, 8), st.integers(1, 20), st.floats(1, 4))
 

@@ -21,11 +21,11 @@ from PIL import Image, ImageDraw
 from faults.corpus.broken_pictures import broken
 from faults.corpus.files import Array, encoded, png_claiming
 from faults.corpus.pictures import GRAY, GROUND, RGB, UNIT, UPRIGHT, sound
-from ip_adapter_trainer.data.config import ReadConfig
-from ip_adapter_trainer.data.pictures import Pictures
 from ip_adapter_trainer.images.crop import random_part
 from ip_adapter_trainer.images.decode import FaultKind, PictureFault, decode, read_size
 from ip_adapter_trainer.images.limits import Limits
+from ip_adapter_trainer.manifest.config import ReadConfig
+from ip_adapter_trainer.manifest.images import Pictures
 
 LIMITS = Limits(min_side_px=1)
 RNG = np.random.default_rng(0)

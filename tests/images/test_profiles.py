@@ -15,10 +15,10 @@ from faults.corpus.files import Array, chunk, encoded, gray, over
 from faults.corpus.mutate import of_bytes
 from faults.corpus.pictures import ALPHA, BLOCKS, CMYK, DEEP, GRAY, GROUND, RGB
 from faults.corpus.profiles import ADOBE_RGB, D50, D65, DISPLAY_P3, PROPHOTO, SRGB_PRIMARIES, gamma, srgb_curve
-from ip_adapter_trainer.data.check import check
-from ip_adapter_trainer.data.config import CheckConfig
 from ip_adapter_trainer.images.decode import FORMATS, Picture, decode
 from ip_adapter_trainer.images.limits import MOST_PROFILE_BYTES, Limits
+from ip_adapter_trainer.prepare.check_report import RowsCheckConfig as CheckConfig
+from ip_adapter_trainer.prepare.check_report import check
 
 SPACES = {
     "Adobe RGB": (ADOBE_RGB, D65, gamma(563 / 256)),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ip_adapter_trainer.cli import RUN, guarded
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.core.types import Geometry
+from ip_adapter_trainer.core.values import Geometry
 from ip_adapter_trainer.families._text import run_text_encoder
 from ip_adapter_trainer.loading.base import family_of, load_base
 from ip_adapter_trainer.loading.config import BaseConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ip_adapter_trainer.pocket import gates, lay, models, oracle, world
+from ip_adapter_trainer.pocket import gates, models, oracle, world, write
 from ip_adapter_trainer.pocket.world import ATTRIBUTES, Scene
 
 built = pytest.mark.skipif(
@@ -51,7 +51,7 @@ def test_held_out_combinations_never_reach_training() -> None:
     share = np.mean([world.held_out(s) for s in world.combinations()])
     assert 0.15 < share < 0.25
     assert len(gates.unseen_captions(0)) == gates.BASE_CAPTIONS
-    for target, _ in lay.training_pairs(0, 200):
+    for target, _ in write.training_pairs(0, 200):
         assert not world.held_out(target)
 
 
@@ -72,7 +72,7 @@ def test_every_caption_fits_the_text_encoder_and_comes_back_from_its_tokens() ->
 
 
 def test_pairs_share_everything_but_shape_and_pose() -> None:
-    for target, prompt in lay.training_pairs(3, 50):
+    for target, prompt in write.training_pairs(3, 50):
         assert {**target.attributes(), "shape": ""} == {**prompt.attributes(), "shape": ""}
 
 
@@ -84,14 +84,14 @@ def test_the_packed_weights_are_small() -> None:
 
 @built
 def test_the_packed_autoencoder_keeps_every_attribute() -> None:
-    assert min(gates.reconstruction(lay.pipeline().vae, seed=5, count=200).values()) >= gates.AUTOENCODER_GATE
+    assert min(gates.reconstruction(write.pipeline().vae, seed=5, count=200).values()) >= gates.AUTOENCODER_GATE
 
 
 @built
 def test_the_packed_image_encoder_can_be_read_linearly() -> None:
-    assert min(gates.probe(lay.clip(), seed=5, train=2000, test=300).values()) >= gates.ENCODER_GATE - 0.01
+    assert min(gates.probe(write.clip(), seed=5, train=2000, test=300).values()) >= gates.ENCODER_GATE - 0.01
 
 
 @built
 def test_the_packed_base_draws_what_unseen_captions_say() -> None:
-    assert min(gates.base_draws_text(lay.pipeline(), seed=0, count=100).values()) >= gates.BASE_GATE
+    assert min(gates.base_draws_text(write.pipeline(), seed=0, count=100).values()) >= gates.BASE_GATE

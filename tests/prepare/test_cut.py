@@ -11,13 +11,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ip_adapter_trainer.cli import RUN, guarded
-from ip_adapter_trainer.data.config import ReadConfig
-from ip_adapter_trainer.data.manifest import Manifest, read_manifest
 from ip_adapter_trainer.families import Reach
+from ip_adapter_trainer.manifest.config import ReadConfig
+from ip_adapter_trainer.manifest.manifest import Manifest, read_manifest
 from ip_adapter_trainer.pocket import models
 from ip_adapter_trainer.prepare import cut
 from ip_adapter_trainer.prepare.cut import cut_captions
-from tests.data.rows import write_manifest, write_pictures
+from tests.manifest.rows import write_manifest, write_pictures
 
 ROOM = models.MAX_TOKENS - 2
 TEXTS = ["a red star", "star " * ROOM, None, ["", "star " * 20, "é" * 7], ["é" * 8, "\U0001d160" * 2], "x" * ROOM]

@@ -17,15 +17,15 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
+from ip_adapter_trainer.cache import shards
 from ip_adapter_trainer.config import parse
 from ip_adapter_trainer.core.errors import DataProblem, Problem, StorageProblem
-from ip_adapter_trainer.core.launch import Runtime
-from ip_adapter_trainer.data import shards
 from ip_adapter_trainer.prepare import run as running
 from ip_adapter_trainer.prepare.config import PrepareConfig, command
 from ip_adapter_trainer.prepare.run import Report, prepare
+from ip_adapter_trainer.runtime.launch import Runtime
 from tests import tiny
-from tests.data.rows import write_manifest, write_pictures
+from tests.manifest.rows import write_manifest, write_pictures
 
 
 @pytest.fixture
@@ -238,7 +238,7 @@ def environment() -> dict[str, str]:
 SLOWLY = """
 import sys, time
 from ip_adapter_trainer import cli
-from ip_adapter_trainer.data import shards
+from ip_adapter_trainer.cache import shards
 from ip_adapter_trainer.prepare.encode import Encoding
 shards._SEAL_S = float(sys.argv[1])
 honest = Encoding._encode

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ip_adapter_trainer.core.checkpoints import all_checkpoints
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
-from ip_adapter_trainer.core.staging import lock
-from ip_adapter_trainer.core.types import Batch
+from ip_adapter_trainer.core.values import Batch
+from ip_adapter_trainer.storage.checkpoints import all_checkpoints
+from ip_adapter_trainer.storage.staging import lock
 from ip_adapter_trainer.train import checkpoint
 from ip_adapter_trainer.train.step import Step
 from ip_adapter_trainer.train.tree import flatten, unflatten

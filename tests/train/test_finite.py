@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ip_adapter_trainer.core.checkpoints import all_checkpoints
 from ip_adapter_trainer.core.errors import NotFiniteProblem
-from ip_adapter_trainer.core.types import Batch
+from ip_adapter_trainer.core.values import Batch
+from ip_adapter_trainer.storage.checkpoints import all_checkpoints
 from ip_adapter_trainer.train import checkpoint, spikes
 from ip_adapter_trainer.train.spikes import Spikes
 from ip_adapter_trainer.train.step import Step

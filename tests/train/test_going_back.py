@@ -15,12 +15,12 @@ from faults.corpus.documents import sign
 from ip_adapter_trainer.adapters import read_adapter
 from ip_adapter_trainer.adapters._file import find_weights
 from ip_adapter_trainer.config import parse_train, write_resolved
-from ip_adapter_trainer.core import checkpoints
-from ip_adapter_trainer.core.checkpoints import all_checkpoints, sha256_of
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
-from ip_adapter_trainer.core.launch import claim
-from ip_adapter_trainer.core.types import Batch
+from ip_adapter_trainer.core.values import Batch
 from ip_adapter_trainer.export import ExportConfig, export
+from ip_adapter_trainer.runtime.launch import claim
+from ip_adapter_trainer.storage import checkpoints
+from ip_adapter_trainer.storage.checkpoints import all_checkpoints, sha256_of
 from ip_adapter_trainer.train import checkpoint
 from ip_adapter_trainer.train import run as running
 from ip_adapter_trainer.train.aside import lies_in, set_aside

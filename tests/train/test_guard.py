@@ -12,9 +12,9 @@ import torch
 
 from ip_adapter_trainer.config import parse_train
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.data.fingerprint import Digest
+from ip_adapter_trainer.manifest.fingerprint import Digest
 from ip_adapter_trainer.train import checkpoint, guard
-from ip_adapter_trainer.train.marks import SAMPLES, compared, marks_of
+from ip_adapter_trainer.train.model_hashes import SAMPLES, compared, marks_of
 from tests.test_model import build
 
 Flags = Callable[..., list[str]]

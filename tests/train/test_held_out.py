@@ -12,8 +12,8 @@ from PIL import Image
 
 from ip_adapter_trainer.config import parse_train
 from ip_adapter_trainer.core.errors import DataProblem, Problem
-from ip_adapter_trainer.data.hold_out import hold_out
-from ip_adapter_trainer.data.manifest import read_manifest
+from ip_adapter_trainer.manifest.hold_out import hold_out
+from ip_adapter_trainer.manifest.manifest import read_manifest
 from tests.train.test_prepared import losses, own_rows
 
 

@@ -20,9 +20,9 @@ import torch
 
 from ip_adapter_trainer.config import parse_train
 from ip_adapter_trainer.core.errors import LostProblem, Problem
-from ip_adapter_trainer.core.launch import Runtime, start
 from ip_adapter_trainer.core.log import say_after
-from ip_adapter_trainer.data.manifest import read_alike, read_manifest
+from ip_adapter_trainer.manifest.manifest import read_alike, read_manifest
+from ip_adapter_trainer.runtime.launch import Runtime, start
 from ip_adapter_trainer.train.config import PUBLISHED
 from ip_adapter_trainer.train.run import _starting_point
 from ip_adapter_trainer.train.starting import StartingPoint

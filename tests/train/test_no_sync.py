@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ip_adapter_trainer.core.types import Batch, Encoded, Geometry, Pixels
+from ip_adapter_trainer.core.values import Batch, Encoded, Geometry, Pixels
 from ip_adapter_trainer.diffusion import NoiseProcess, ObjectiveConfig
 from ip_adapter_trainer.train.config import LeanConfig
 from ip_adapter_trainer.train.lean import lean

@@ -20,7 +20,7 @@ from ip_adapter_trainer.prepare.config import PrepareConfig
 from ip_adapter_trainer.prepare.run import Report, prepare
 from ip_adapter_trainer.train import checkpoint
 from tests import tiny
-from tests.data.rows import write_manifest, write_pictures
+from tests.manifest.rows import write_manifest, write_pictures
 from tests.train.test_resume import launched
 
 

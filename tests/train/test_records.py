@@ -14,7 +14,7 @@ from accelerate.tracking import GeneralTracker, get_available_trackers
 
 from ip_adapter_trainer.config import parse_train
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
-from ip_adapter_trainer.core.launch import Runtime
+from ip_adapter_trainer.runtime.launch import Runtime
 from ip_adapter_trainer.train import checkpoint, saver, trackers
 from ip_adapter_trainer.train.saver import Saver
 from ip_adapter_trainer.train.trackers import Trackers, start_trackers, trackers_named

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from ip_adapter_trainer.core.checkpoints import all_checkpoints
 from ip_adapter_trainer.core.errors import Stopped, StorageProblem
-from ip_adapter_trainer.core.lines import Lines
+from ip_adapter_trainer.storage.checkpoints import all_checkpoints
+from ip_adapter_trainer.storage.lines import Lines
 from ip_adapter_trainer.train import checkpoint, validate
 from ip_adapter_trainer.train.saver import Saver
 from ip_adapter_trainer.train.validate import Validator

@@ -17,14 +17,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from ip_adapter_trainer.core.checkpoints import all_checkpoints, newest, verified
 from ip_adapter_trainer.core.errors import NotFiniteProblem, Problem, Stopped
-from ip_adapter_trainer.core.launch import Runtime
-from ip_adapter_trainer.core.types import Batch
+from ip_adapter_trainer.core.values import Batch
+from ip_adapter_trainer.runtime.launch import Runtime
+from ip_adapter_trainer.storage.checkpoints import all_checkpoints, newest, verified
 from ip_adapter_trainer.train import checkpoint
 from ip_adapter_trainer.train.config import PUBLISHED
-from ip_adapter_trainer.train.outcomes import Outcomes
 from ip_adapter_trainer.train.step import Step
+from ip_adapter_trainer.train.step_metrics import Outcomes
 
 COMPARED = (checkpoint.WEIGHTS, checkpoint.TENSORS)
 

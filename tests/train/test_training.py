@@ -12,8 +12,8 @@ import torch
 import yaml
 
 from ip_adapter_trainer.config import parse_train
-from ip_adapter_trainer.core.checkpoints import all_checkpoints
 from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.storage.checkpoints import all_checkpoints
 from ip_adapter_trainer.train import checkpoint
 from ip_adapter_trainer.train.config import OptimConfig
 from ip_adapter_trainer.train.optim import Gradients, make_optimizer

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from ip_adapter_trainer.core.documents import json_of, read_text
 from ip_adapter_trainer.core.errors import Problem, did_you_mean
 from ip_adapter_trainer.core.settings import Part
+from ip_adapter_trainer.storage.documents import json_of, read_text
 
 FORMAT_VERSION = 2
 CARD = "adapter.json"

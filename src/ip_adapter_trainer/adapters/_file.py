@@ -22,9 +22,9 @@ from ip_adapter_trainer.adapters._guess import Foreign, foreign_kind, published_
 from ip_adapter_trainer.adapters._layout import Origin, tables_of
 from ip_adapter_trainer.adapters._raw import Container, RawFile, read_raw
 from ip_adapter_trainer.adapters._variant import VARIANTS, Shapes, Variant, shapes_of
-from ip_adapter_trainer.core.checkpoints import MANIFEST, newest, step_of, verified
 from ip_adapter_trainer.core.errors import Problem, StorageProblem, first_line
 from ip_adapter_trainer.core.settings import Part
+from ip_adapter_trainer.storage.checkpoints import MANIFEST, newest, step_of, verified
 
 AdapterTables = Mapping[str, Mapping[str, Tensor]]  # "image_proj" and "ip_adapter"
 

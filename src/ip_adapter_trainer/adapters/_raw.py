@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ip_adapter_trainer.adapters._pickled import demand_table
 from ip_adapter_trainer.core.errors import Problem, first_line
-from ip_adapter_trainer.core.files import mistaken
+from ip_adapter_trainer.storage.files import mistaken
 
 Container = Literal["safetensors", "bin"]
 V = TypeVar("V")

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from ip_adapter_trainer.core.shown import plain
+from ip_adapter_trainer.core.redact import plain
 
 
 def first_line(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from typing import Any
 
-from ip_adapter_trainer.core.shown import redacted
+from ip_adapter_trainer.core.redact import redacted
 
 # It advises kernels from the hub as soon as accelerate imports it, on machines without a GPU.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from ip_adapter_trainer.core.documents import MAX_SETTINGS_BYTES, read_text, yaml_of
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.core.shown import redacted
+from ip_adapter_trainer.core.redact import redacted
 
 
 @dataclass(frozen=True)
@@ -85,34 +83,6 @@ def as_flags(settings: Mapping[str, Any]) -> list[str]:
         elif value is not None:
             flags.append(f"--{name}={value}")
     return flags
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    """The settings in a YAML file: one flat mapping of setting to value.
-
-    Raises:
-        Problem: no such file, no YAML, or no mapping.
-    """
-    try:
-        content = yaml_of(read_text(Path(path), MAX_SETTINGS_BYTES))
-    except (OSError, ValueError) as error:
-        remedy = "give a YAML file with one `name: value` a line"
-        raise Problem(f"cannot read the settings: {error}", where=path, remedy=remedy) from error
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise Problem("the settings are no mapping of names", where=path, remedy="write one `name: value` a line")
-    for name, value in content.items():
-        _demand_flat(name, value, path)
-    demand_no_secrets(as_flags(content))
-    return content
-
-
-def _demand_flat(name: str, value: object, where: str) -> None:
-    """A scalar, or a list of scalars of which none would be taken for a flag: the settings are given on as flags."""
-    entries = value if isinstance(value, list) else [value]
-    if any(isinstance(entry, (list, dict)) for entry in entries):
-        raise Problem(f"the value of {name!r} is nested", where=where, remedy="give a value, or a list of values")
-    if isinstance(value, list) and any(str(entry).startswith("-") for entry in entries):
-        raise Problem(f"an entry of {name!r} begins with '-'", where=where, remedy="write settings one a line")
 
 
 def demand_no_secrets(argv: Sequence[str]) -> None:

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ip_adapter_trainer.core.settings import Part, Resume, alias
-from ip_adapter_trainer.data.config import HELD_OUT_SHARE, ReadConfig
 from ip_adapter_trainer.diffusion.schedulers import NoiseConfig
 from ip_adapter_trainer.loading.config import BaseConfig
+from ip_adapter_trainer.manifest.config import HELD_OUT_SHARE, ReadConfig
 
 Scheduler = Literal["auto", "ddim", "euler", "dpm++"]  # auto: the base model's own
 

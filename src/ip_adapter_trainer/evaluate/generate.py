@@ -12,13 +12,13 @@ from PIL.PngImagePlugin import PngInfo
 from ip_adapter_trainer.adapters import weights_sha256
 from ip_adapter_trainer.card import package_version
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
-from ip_adapter_trainer.core.progress import Progress
 from ip_adapter_trainer.evaluate.config import GenerateConfig
 from ip_adapter_trainer.evaluate.sample import image_tokens, sample
 from ip_adapter_trainer.evaluate.start import load, sampling
 from ip_adapter_trainer.images.decode import PictureFault, decode
 from ip_adapter_trainer.images.limits import Limits
 from ip_adapter_trainer.model import Adapter
+from ip_adapter_trainer.runtime.progress import Progress
 
 
 def generate(config: GenerateConfig) -> list[Path]:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ip_adapter_trainer.core.stopping import Poll, no_poll
-from ip_adapter_trainer.core.types import Batch, Pixels
+from ip_adapter_trainer.core.values import Batch, Pixels
 from ip_adapter_trainer.evaluate.config import ValidationConfig
+from ip_adapter_trainer.evaluate.grid_layout import CELL_PX, lay_out
 from ip_adapter_trainer.evaluate.sample import Sampling, image_tokens, sample, tokens_of
-from ip_adapter_trainer.evaluate.sheet import CELL_PX, lay_out
 from ip_adapter_trainer.model import Model
+from ip_adapter_trainer.runtime.stopping import Poll, no_poll
 
 if TYPE_CHECKING:
     from PIL.Image import Image

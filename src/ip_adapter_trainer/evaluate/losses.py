@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ip_adapter_trainer.core.rng import stream
-from ip_adapter_trainer.core.stopping import Poll, no_poll
-from ip_adapter_trainer.core.types import Batch
-from ip_adapter_trainer.data.hold_out import LEAST_IMAGES
+from ip_adapter_trainer.core.values import Batch
 from ip_adapter_trainer.diffusion.objective import NoiseProcess
-from ip_adapter_trainer.evaluate.lend import lent
+from ip_adapter_trainer.evaluate.mode import lent
 from ip_adapter_trainer.evaluate.shuffle import others
+from ip_adapter_trainer.manifest.hold_out import LEAST_IMAGES
 from ip_adapter_trainer.model import Model
+from ip_adapter_trainer.runtime.stopping import Poll, no_poll
 
 BANDS = 5  # equal bands of timesteps; every row is looked at once in each
 RIGHT, SHUFFLED, NONE = "right", "shuffled", "none"  # whose image a row is shown

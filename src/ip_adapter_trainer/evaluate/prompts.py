@@ -9,13 +9,13 @@ from functools import partial
 from PIL.Image import Image
 
 from ip_adapter_trainer.core.rng import stream
-from ip_adapter_trainer.core.types import Fault, Row
-from ip_adapter_trainer.data.faults import demand_usable
-from ip_adapter_trainer.data.hold_out import plain_name
-from ip_adapter_trainer.data.manifest import usable_manifest
-from ip_adapter_trainer.data.pictures import Pictures, fault_of, map_rows
+from ip_adapter_trainer.core.values import Fault, Row
 from ip_adapter_trainer.evaluate.config import EvaluateConfig
 from ip_adapter_trainer.images.decode import PictureFault
+from ip_adapter_trainer.manifest.faults import demand_usable
+from ip_adapter_trainer.manifest.hold_out import plain_name
+from ip_adapter_trainer.manifest.images import Pictures, fault_of, map_rows
+from ip_adapter_trainer.manifest.manifest import usable_manifest
 
 
 @dataclass(frozen=True)

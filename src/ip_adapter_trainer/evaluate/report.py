@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ip_adapter_trainer.data.hold_out import LEAST_IMAGES
+from ip_adapter_trainer.manifest.hold_out import LEAST_IMAGES
 
 PROMPTED, SCALE_0, SHUFFLED = "image_prompt", "scale_0", "shuffled"  # how a row's pictures were drawn
 CONDITIONS = (PROMPTED, SCALE_0, SHUFFLED)

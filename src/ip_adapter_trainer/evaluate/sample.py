@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.rng import key, stream
-from ip_adapter_trainer.core.stopping import Poll, no_poll
 from ip_adapter_trainer.evaluate.config import Scheduler
-from ip_adapter_trainer.evaluate.lend import lent
+from ip_adapter_trainer.evaluate.mode import lent
 from ip_adapter_trainer.model import Model
+from ip_adapter_trainer.runtime.stopping import Poll, no_poll
 
 if TYPE_CHECKING:
     from PIL.Image import Image

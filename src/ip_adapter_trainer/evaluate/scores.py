@@ -23,9 +23,7 @@ from torch import Tensor
 from ip_adapter_trainer.adapters import weights_sha256
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.core.log import say
-from ip_adapter_trainer.core.progress import Progress
 from ip_adapter_trainer.core.rng import key
-from ip_adapter_trainer.core.stopping import Poll, no_poll
 from ip_adapter_trainer.evaluate.clip import ClipScorer, clip_i, clip_t
 from ip_adapter_trainer.evaluate.config import EvaluateConfig
 from ip_adapter_trainer.evaluate.prompts import Prompt, read_prompts
@@ -34,6 +32,8 @@ from ip_adapter_trainer.evaluate.sample import Sampling, image_tokens, sample
 from ip_adapter_trainer.evaluate.shuffle import others
 from ip_adapter_trainer.evaluate.start import choose_device, load, sampling
 from ip_adapter_trainer.model import Model
+from ip_adapter_trainer.runtime.progress import Progress
+from ip_adapter_trainer.runtime.stopping import Poll, no_poll
 
 __all__ = ["EvaluateConfig", "Plan", "evaluate", "score"]
 

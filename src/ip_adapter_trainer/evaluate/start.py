@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.core.precision import dtype_of, on_device
 from ip_adapter_trainer.evaluate.config import DrawConfig
 from ip_adapter_trainer.evaluate.sample import Sampling, native_size_px
 from ip_adapter_trainer.loading.adapter import load_model
 from ip_adapter_trainer.model import Model
+from ip_adapter_trainer.runtime.precision import dtype_of, on_device
 
 
 def choose_device(name: str) -> torch.device:

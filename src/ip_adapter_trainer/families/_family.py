@@ -14,7 +14,7 @@ from torch import Tensor
 from ip_adapter_trainer.core.errors import Problem, did_you_mean
 from ip_adapter_trainer.core.registry import Registry
 from ip_adapter_trainer.core.settings import Part
-from ip_adapter_trainer.core.types import Geometry, Site, TextCondition
+from ip_adapter_trainer.core.values import Geometry, Site, TextCondition
 from ip_adapter_trainer.nn.packed import Storage
 
 PartName = Literal["autoencoder", "denoiser", "text"]

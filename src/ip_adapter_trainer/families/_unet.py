@@ -13,7 +13,7 @@ from torch import Tensor
 from ip_adapter_trainer.core.devices import to_device
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.settings import Part
-from ip_adapter_trainer.core.types import Site, TextCondition
+from ip_adapter_trainer.core.values import Site, TextCondition
 from ip_adapter_trainer.families._family import Family
 from ip_adapter_trainer.families._fit import demand_unet
 from ip_adapter_trainer.nn.lean import lean_layers

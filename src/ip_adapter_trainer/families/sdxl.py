@@ -11,7 +11,7 @@ from torch import Tensor
 from ip_adapter_trainer.core.devices import to_device
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.settings import Part
-from ip_adapter_trainer.core.types import Geometry, TextCondition
+from ip_adapter_trainer.core.values import Geometry, TextCondition
 from ip_adapter_trainer.families._family import FAMILIES
 from ip_adapter_trainer.families._text import run_text_encoder
 from ip_adapter_trainer.families._unet import UNetFamily

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile
 
-from ip_adapter_trainer.images.ground import Colour
+from ip_adapter_trainer.images.background import Colour
 from ip_adapter_trainer.images.profiles import to_srgb
 
 Samples = NDArray[Any]

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from ip_adapter_trainer.core.types import Geometry
-from ip_adapter_trainer.images.ground import Colour
+from ip_adapter_trainer.core.values import Geometry
+from ip_adapter_trainer.images.background import Colour
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,11 +20,11 @@ from typing import BinaryIO, Literal
 
 from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
-from ip_adapter_trainer.core.files import NotRegularError, open_regular
+from ip_adapter_trainer.images.background import Colour
 from ip_adapter_trainer.images.colour import NotFiniteSamplesError, fold_key, has_other_colours, to_rgb
 from ip_adapter_trainer.images.formats import HEAD_BYTES, is_known, package_for, readable
-from ip_adapter_trainer.images.ground import Colour
 from ip_adapter_trainer.images.limits import MOST_MEGAPIXELS, MOST_PROFILE_BYTES, Limits
+from ip_adapter_trainer.storage.files import NotRegularError, open_regular
 
 _READABLE = readable()
 FORMATS = tuple(_READABLE)

@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ip_adapter_trainer.core.documents import read_json, read_text
 from ip_adapter_trainer.core.errors import Problem, first_line, told_as_not_loaded
-from ip_adapter_trainer.core.files import mistaken
 from ip_adapter_trainer.core.log import quiet_loading, say, silent_diffusers
+from ip_adapter_trainer.storage.documents import read_json, read_text
+from ip_adapter_trainer.storage.files import mistaken
 
 STEMS = ("diffusion_pytorch_model", "model")  # of weight files: diffusers' and transformers'
 _FILE = re.compile(

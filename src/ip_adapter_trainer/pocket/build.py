@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.pocket import gates, lay, models, train
+from ip_adapter_trainer.pocket import gates, models, train, write
 
 MAX_CYCLES = 4
 STAGES = ("autoencoder", "clip", "vision", "denoiser", "pack")
@@ -88,7 +88,7 @@ def build_denoiser(seed: int, folder: Path) -> None:
     pool = train.make_pool(seed, train.DENOISER_SPREAD)
     train.fix_scaling_factor(vae, pool)
     stage = train.denoiser_stage(seed, pool, vae, clip)
-    base = lay.assemble(vae, stage.net, clip)
+    base = write.assemble(vae, stage.net, clip)
     train_to_gate(stage, folder, lambda: gates.base_draws_text(base, seed), gates.BASE_GATE)
 
 
@@ -97,8 +97,8 @@ def pack(seed: int, folder: Path) -> None:
     vae, clip = finished("autoencoder", models.autoencoder(), folder), finished("vision", models.clip(), folder)
     train.fix_scaling_factor(vae, train.make_pool(seed, train.DENOISER_SPREAD))
     unet = finished("denoiser", models.unet(), folder)
-    lay.save_weights(vae, unet, clip)
-    scores = gates.base_draws_text(lay.pipeline(), seed)
+    write.save_weights(vae, unet, clip)
+    scores = gates.base_draws_text(write.pipeline(), seed)
     gates.demand("packed base", scores, gates.BASE_GATE)
     record = {name: json.loads((folder / f"{name}.json").read_text()) for name in STAGES[:-1]}
     record |= {"packed": {"scores": scores}, "seed": seed, "torch": torch.__version__}

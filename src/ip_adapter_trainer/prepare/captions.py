@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ip_adapter_trainer.data.address import address
-from ip_adapter_trainer.data.manifest import Manifest
-from ip_adapter_trainer.data.prepared import PreparedSet
+from ip_adapter_trainer.cache.prepared import PreparedSet
 from ip_adapter_trainer.families import Family
+from ip_adapter_trainer.manifest.manifest import Manifest
 from ip_adapter_trainer.prepare.encode import Encoding
+from ip_adapter_trainer.storage.digests import address
 
 _CHUNK = 65536
 

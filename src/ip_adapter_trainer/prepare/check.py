@@ -7,14 +7,13 @@ from dataclasses import replace
 from pydantic import Field
 
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.data import check as rows
-from ip_adapter_trainer.data import config as data
 from ip_adapter_trainer.loading.base import load_tokenizers
 from ip_adapter_trainer.loading.config import BaseConfig, FoundConfig, part_of
+from ip_adapter_trainer.prepare import check_report as rows
 from ip_adapter_trainer.prepare.cut import cut_captions
 
 
-class CheckConfig(data.CheckConfig, FoundConfig):
+class CheckConfig(rows.RowsCheckConfig, FoundConfig):
     """Read every row and picture of a training set and list the faults."""
 
     pretrained_model_name_or_path: str | None = Field(

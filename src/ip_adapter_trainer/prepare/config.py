@@ -7,11 +7,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from ip_adapter_trainer.core.early import FOLDERS
+from ip_adapter_trainer.cache.config import CutConfig
 from ip_adapter_trainer.core.settings import Part, Resume, as_flags
-from ip_adapter_trainer.data.config import CutConfig
 from ip_adapter_trainer.diffusion.schedulers import NoiseConfig
 from ip_adapter_trainer.loading.config import BaseConfig
+from ip_adapter_trainer.runtime.early import FOLDERS
 
 
 class FrozenConfig(NoiseConfig, BaseConfig):

@@ -9,8 +9,8 @@ from typing import Any
 
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.rng import stream
-from ip_adapter_trainer.data.manifest import Manifest
 from ip_adapter_trainer.families import Reach
+from ip_adapter_trainer.manifest.manifest import Manifest
 
 _MOST = 50_000  # captions that are taken apart; a core does some 4,000 of 300 characters a second
 _CHUNK = 1024

@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ip_adapter_trainer.cache.index import PICTURES, Record, name_key
+from ip_adapter_trainer.cache.shards import TableKind, TableWriter
+from ip_adapter_trainer.cache.spec import Views
 from ip_adapter_trainer.core.errors import NotFiniteProblem
-from ip_adapter_trainer.data.index import PICTURES, Record, name_key
-from ip_adapter_trainer.data.recipe import Views
-from ip_adapter_trainer.data.shards import TableKind, TableWriter
 from ip_adapter_trainer.encoders import FEATURES, ClipImageEncoder
 from ip_adapter_trainer.families import Family
 

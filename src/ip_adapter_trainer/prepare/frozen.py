@@ -11,19 +11,19 @@ import torch
 from torch import nn
 
 from ip_adapter_trainer.adapters import VARIANTS
-from ip_adapter_trainer.core.launch import Runtime
-from ip_adapter_trainer.data.config import CutConfig
-from ip_adapter_trainer.data.recipe import Recipe, TextRecipe
-from ip_adapter_trainer.data.shards import TableKind
+from ip_adapter_trainer.cache.config import CutConfig
+from ip_adapter_trainer.cache.shards import TableKind
+from ip_adapter_trainer.cache.spec import Recipe, TextRecipe
 from ip_adapter_trainer.diffusion.schedulers import NoiseConfig
 from ip_adapter_trainer.encoders import ClipImageEncoder, FeatureKind
 from ip_adapter_trainer.families import FAMILIES, Family
-from ip_adapter_trainer.images.ground import parse_colour
+from ip_adapter_trainer.images.background import parse_colour
 from ip_adapter_trainer.loading.base import family_of, load_base
 from ip_adapter_trainer.loading.config import part_of
 from ip_adapter_trainer.loading.encoder import load_encoder
 from ip_adapter_trainer.nn.packed import Storage
 from ip_adapter_trainer.prepare.config import FrozenConfig
+from ip_adapter_trainer.runtime.launch import Runtime
 
 _SAYS_NOTHING = ("architectures", "dtype", "torch_dtype", "transformers_version")  # and names that begin with "_"
 

@@ -9,30 +9,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ip_adapter_trainer.adapters import VARIANTS
+from ip_adapter_trainer.cache.config import CutConfig
+from ip_adapter_trainer.cache.prepared import PreparedSet
+from ip_adapter_trainer.cache.spec import Recipe, drawn_anew
 from ip_adapter_trainer.core.errors import Problem, Stopped, StorageProblem
-from ip_adapter_trainer.core.launch import Runtime, claim, start
 from ip_adapter_trainer.core.log import say
-from ip_adapter_trainer.core.progress import Progress
-from ip_adapter_trainer.core.signals import StopSignal
-from ip_adapter_trainer.core.staging import sweep
-from ip_adapter_trainer.core.stopping import Poll, Stopping
-from ip_adapter_trainer.core.types import Fault
-from ip_adapter_trainer.data.config import CutConfig
-from ip_adapter_trainer.data.faults import FILE_NAME, FaultLog
-from ip_adapter_trainer.data.manifest import Manifest, read_alike
-from ip_adapter_trainer.data.pictures import Pictures, fault_of
-from ip_adapter_trainer.data.prepared import PreparedSet
-from ip_adapter_trainer.data.recipe import Recipe, drawn_anew
+from ip_adapter_trainer.core.values import Fault
 from ip_adapter_trainer.encoders import FEATURES, ClipImageEncoder
 from ip_adapter_trainer.families import Family
 from ip_adapter_trainer.images.decode import PictureFault
 from ip_adapter_trainer.loading.encoder import load_encoder
+from ip_adapter_trainer.manifest.faults import FILE_NAME, FaultLog
+from ip_adapter_trainer.manifest.images import Pictures, fault_of
+from ip_adapter_trainer.manifest.manifest import Manifest, read_alike
 from ip_adapter_trainer.prepare.captions import encode_captions, missing_captions
 from ip_adapter_trainer.prepare.config import PrepareConfig
 from ip_adapter_trainer.prepare.cut import tell_of_cut
 from ip_adapter_trainer.prepare.encode import Encoding, encode_with
 from ip_adapter_trainer.prepare.frozen import load_family, recipe_of
 from ip_adapter_trainer.prepare.work import Reading, missing, read_all, share_of
+from ip_adapter_trainer.runtime.launch import Runtime, claim, start
+from ip_adapter_trainer.runtime.progress import Progress
+from ip_adapter_trainer.runtime.signals import StopSignal
+from ip_adapter_trainer.runtime.stopping import Poll, Stopping
+from ip_adapter_trainer.storage.staging import sweep
 
 _FLAG = "--prepared_dir"
 

@@ -10,18 +10,18 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 from torch.utils.data import Dataset
 
-from ip_adapter_trainer.core.stopping import Poll
-from ip_adapter_trainer.data.address import address
-from ip_adapter_trainer.data.config import CutConfig
-from ip_adapter_trainer.data.index import PICTURES, Record, name_key
-from ip_adapter_trainer.data.manifest import Manifest
-from ip_adapter_trainer.data.pictures import Pictures
-from ip_adapter_trainer.data.pool import Pool, lost
-from ip_adapter_trainer.data.prepared import PreparedSet
-from ip_adapter_trainer.data.reading import Preprocess, framed
-from ip_adapter_trainer.data.recipe import Recipe, View, Views
+from ip_adapter_trainer.cache.config import CutConfig
+from ip_adapter_trainer.cache.index import PICTURES, Record, name_key
+from ip_adapter_trainer.cache.prepared import PreparedSet
+from ip_adapter_trainer.cache.spec import Recipe, View, Views
+from ip_adapter_trainer.feed.reading import Preprocess, framed
+from ip_adapter_trainer.feed.workers import Pool, lost
 from ip_adapter_trainer.images import crop
 from ip_adapter_trainer.images.decode import PictureFault
+from ip_adapter_trainer.manifest.images import Pictures
+from ip_adapter_trainer.manifest.manifest import Manifest
+from ip_adapter_trainer.runtime.stopping import Poll
+from ip_adapter_trainer.storage.digests import address
 
 _CHUNK = 65536
 _AHEAD = 2  # pictures that each data worker reads ahead
@@ -32,7 +32,7 @@ class Item:
     """One picture, whatever the number of rows that name it."""
 
     name: str
-    use: int  # what rows use it as: see `data.prepared`
+    use: int  # what rows use it as: see `cache.spec`
     row: int  # the first that names it
 
 

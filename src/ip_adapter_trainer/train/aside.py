@@ -18,11 +18,11 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
-from ip_adapter_trainer.core.checkpoints import numbered_checkpoints
 from ip_adapter_trainer.core.errors import StorageProblem
 from ip_adapter_trainer.core.log import say
-from ip_adapter_trainer.core.staging import staged_folder
-from ip_adapter_trainer.core.storage import reason_of
+from ip_adapter_trainer.storage.checkpoints import numbered_checkpoints
+from ip_adapter_trainer.storage.disk import reason_of
+from ip_adapter_trainer.storage.staging import staged_folder
 from ip_adapter_trainer.train.metrics import METRICS
 
 _GRIDS, _GRID = "grids", re.compile(r"step-(\d+)\.png")  # as `train.validate` names them

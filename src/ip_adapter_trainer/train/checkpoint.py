@@ -24,12 +24,12 @@ from torch import Tensor
 
 from ip_adapter_trainer.adapters import CARD, AdapterCard
 from ip_adapter_trainer.adapters._raw import read_raw
-from ip_adapter_trainer.core.checkpoints import MANIFEST, all_checkpoints, complete, sha256_of, verified
-from ip_adapter_trainer.core.documents import read_json
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.core.log import say
-from ip_adapter_trainer.core.staging import staged_folder
-from ip_adapter_trainer.core.storage import reason_of, refusals
+from ip_adapter_trainer.storage.checkpoints import MANIFEST, all_checkpoints, complete, sha256_of, verified
+from ip_adapter_trainer.storage.disk import reason_of, refusals
+from ip_adapter_trainer.storage.documents import read_json
+from ip_adapter_trainer.storage.staging import staged_folder
 from ip_adapter_trainer.train.restored import demand_settings, demand_state
 from ip_adapter_trainer.train.tree import flatten, unflatten
 

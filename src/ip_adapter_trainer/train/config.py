@@ -6,14 +6,14 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
-from ip_adapter_trainer.core.early import FOLDERS
 from ip_adapter_trainer.core.settings import Part, Resume, alias
-from ip_adapter_trainer.data.config import DataConfig
 from ip_adapter_trainer.diffusion import ObjectiveConfig
 from ip_adapter_trainer.evaluate.config import ValidationConfig
+from ip_adapter_trainer.feed.config import DataConfig
 from ip_adapter_trainer.nn.compiled import Compile
 from ip_adapter_trainer.nn.packed import Storage
 from ip_adapter_trainer.prepare.config import FrozenConfig, SetConfig
+from ip_adapter_trainer.runtime.early import FOLDERS
 
 P = TypeVar("P", bound=Part)
 # What the published scripts do where their flags say nothing: the defaults of the scripts that carry their names.

@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from ip_adapter_trainer.cache.prepared import PreparedSet
+from ip_adapter_trainer.cache.spec import Recipe, drawn_anew
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.core.launch import Runtime
 from ip_adapter_trainer.core.log import say
-from ip_adapter_trainer.core.stopping import Stopping
-from ip_adapter_trainer.data.manifest import Manifest
-from ip_adapter_trainer.data.pictures import Pictures
-from ip_adapter_trainer.data.prepared import PreparedSet
-from ip_adapter_trainer.data.recipe import Recipe, drawn_anew
+from ip_adapter_trainer.manifest.images import Pictures
+from ip_adapter_trainer.manifest.manifest import Manifest
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.prepare.config import command
 from ip_adapter_trainer.prepare.frozen import recipe_of
 from ip_adapter_trainer.prepare.run import Job, demand_preparable
+from ip_adapter_trainer.runtime.launch import Runtime
+from ip_adapter_trainer.runtime.stopping import Stopping
 from ip_adapter_trainer.train.config import TrainConfig
 from ip_adapter_trainer.train.plan import total_steps
 from ip_adapter_trainer.train.rows import RunRows

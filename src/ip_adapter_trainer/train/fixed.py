@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ip_adapter_trainer.cache.prepared import PreparedSet
 from ip_adapter_trainer.core.errors import DataProblem
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.rng import stream
-from ip_adapter_trainer.core.types import Batch, Encoded, map_tensors
-from ip_adapter_trainer.data.dataset import TrainingSet
-from ip_adapter_trainer.data.hold_out import one_an_image
-from ip_adapter_trainer.data.layout import MAX_TRIES, Layout
-from ip_adapter_trainer.data.manifest import Manifest
-from ip_adapter_trainer.data.prepared import PreparedSet
+from ip_adapter_trainer.core.values import Batch, Encoded, map_tensors
+from ip_adapter_trainer.feed.bucketing import MAX_TRIES, Layout
+from ip_adapter_trainer.feed.dataset import TrainingSet
+from ip_adapter_trainer.manifest.hold_out import one_an_image
+from ip_adapter_trainer.manifest.manifest import Manifest
 from ip_adapter_trainer.train.config import TrainConfig
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from pydantic_core import to_jsonable_python
 from ip_adapter_trainer.core.errors import Problem, did_you_mean
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.settings import Part, as_flags
-from ip_adapter_trainer.data.fingerprint import Fingerprint
+from ip_adapter_trainer.manifest.fingerprint import Fingerprint
 from ip_adapter_trainer.train.config import TrainConfig
-from ip_adapter_trainer.train.marks import compared
+from ip_adapter_trainer.train.model_hashes import compared
 
 ROWS, MODELS = "rows", "models"  # beside settings' names, for --accept_changed
 

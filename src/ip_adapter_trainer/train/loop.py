@@ -16,22 +16,22 @@ import torch
 
 from ip_adapter_trainer.card import card_of
 from ip_adapter_trainer.core.errors import NotFiniteProblem, Stopped, StorageProblem
-from ip_adapter_trainer.core.launch import Runtime
 from ip_adapter_trainer.core.log import say
-from ip_adapter_trainer.core.stopping import Poll, Stopping
-from ip_adapter_trainer.core.types import Batch
+from ip_adapter_trainer.core.values import Batch
 from ip_adapter_trainer.loading.config import loaded_with
 from ip_adapter_trainer.model import Model
+from ip_adapter_trainer.runtime.launch import Runtime
+from ip_adapter_trainer.runtime.stopping import Poll, Stopping
 from ip_adapter_trainer.train import checkpoint, guard, optim
 from ip_adapter_trainer.train.config import TrainConfig
 from ip_adapter_trainer.train.lean import lean
-from ip_adapter_trainer.train.outcomes import Outcome, Outcomes
 from ip_adapter_trainer.train.plan import Plan
 from ip_adapter_trainer.train.restored import demand_fits
 from ip_adapter_trainer.train.saver import Saver
 from ip_adapter_trainer.train.source import Source
 from ip_adapter_trainer.train.spikes import Spikes
 from ip_adapter_trainer.train.step import Step
+from ip_adapter_trainer.train.step_metrics import Outcome, Outcomes
 from ip_adapter_trainer.train.track import Track
 from ip_adapter_trainer.train.trackers import start_trackers
 from ip_adapter_trainer.train.validate import Validator

@@ -6,10 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ip_adapter_trainer.core.documents import json_of
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.core.files import NotRegularError, open_regular
-from ip_adapter_trainer.core.lines import Lines
+from ip_adapter_trainer.storage.documents import json_of
+from ip_adapter_trainer.storage.files import NotRegularError, open_regular
+from ip_adapter_trainer.storage.lines import Lines
 
 METRICS = "metrics.jsonl"
 _MAX_LINE_BYTES = 2**16  # a line takes some hundred

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ip_adapter_trainer.core.log import say
-from ip_adapter_trainer.core.types import Batch
+from ip_adapter_trainer.core.values import Batch
 from ip_adapter_trainer.model import Model
 
 POSTERIOR_IMAGES = 4

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.data.fingerprint import SIDE
+from ip_adapter_trainer.manifest.fingerprint import SIDE
 from ip_adapter_trainer.train.config import OptimConfig
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")  # AdamW's, and those of its 8-bit form
@@ -19,7 +19,7 @@ _Count = Annotated[int, Field(ge=0, lt=2**62)]
 
 
 class _RowSums(BaseModel):
-    """See `data.fingerprint.Fingerprint.to_json`."""
+    """See `manifest.fingerprint.Fingerprint.to_json`."""
 
     model_config = ConfigDict(strict=True)
 

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.core.launch import Runtime
 from ip_adapter_trainer.core.log import say
-from ip_adapter_trainer.data.hold_out import hold_out, seen_in
-from ip_adapter_trainer.data.manifest import Manifest, read_alike, usable_manifest
+from ip_adapter_trainer.manifest.hold_out import hold_out, seen_in
+from ip_adapter_trainer.manifest.manifest import Manifest, read_alike, usable_manifest
+from ip_adapter_trainer.runtime.launch import Runtime
 from ip_adapter_trainer.train.config import TrainConfig
 
 

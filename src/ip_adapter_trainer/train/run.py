@@ -9,25 +9,25 @@ from pathlib import Path
 import torch
 
 from ip_adapter_trainer.adapters import VARIANTS
-from ip_adapter_trainer.core.checkpoints import complete
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.core.launch import Runtime, claim, start
 from ip_adapter_trainer.core.log import say
-from ip_adapter_trainer.core.signals import StopSignal
-from ip_adapter_trainer.core.staging import was_claimed
-from ip_adapter_trainer.core.stopping import Stopping
-from ip_adapter_trainer.data.manifest import Manifest
 from ip_adapter_trainer.diffusion import NoiseProcess, ObjectiveConfig
+from ip_adapter_trainer.manifest.manifest import Manifest
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.prepare.cut import tell_of_cut
 from ip_adapter_trainer.prepare.frozen import load_frozen
+from ip_adapter_trainer.runtime.launch import Runtime, claim, start
+from ip_adapter_trainer.runtime.signals import StopSignal
+from ip_adapter_trainer.runtime.stopping import Stopping
+from ip_adapter_trainer.storage.checkpoints import complete
+from ip_adapter_trainer.storage.staging import was_claimed
 from ip_adapter_trainer.train import guard
 from ip_adapter_trainer.train.aside import set_aside
 from ip_adapter_trainer.train.config import TrainConfig
 from ip_adapter_trainer.train.encoded import prepared_set
 from ip_adapter_trainer.train.loop import Trainer
-from ip_adapter_trainer.train.marks import marks_of
 from ip_adapter_trainer.train.metrics import cut_metrics
+from ip_adapter_trainer.train.model_hashes import marks_of
 from ip_adapter_trainer.train.plan import make_plan, total_steps
 from ip_adapter_trainer.train.posterior import POSTERIOR_IMAGES, tell_of_posterior
 from ip_adapter_trainer.train.rows import RunRows, read_rows

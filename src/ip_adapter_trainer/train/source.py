@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from ip_adapter_trainer.cache.prepared import PreparedSet
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.core.launch import Runtime
 from ip_adapter_trainer.core.log import say
-from ip_adapter_trainer.core.stopping import Poll
-from ip_adapter_trainer.core.types import Batch
-from ip_adapter_trainer.data.dataset import TrainingSet
-from ip_adapter_trainer.data.faults import FaultLog
-from ip_adapter_trainer.data.layout import Layout, lay_out
-from ip_adapter_trainer.data.loader import Loader
-from ip_adapter_trainer.data.order import Order
-from ip_adapter_trainer.data.prepared import PreparedSet
+from ip_adapter_trainer.core.values import Batch
+from ip_adapter_trainer.feed.bucketing import Layout, lay_out
+from ip_adapter_trainer.feed.dataset import TrainingSet
+from ip_adapter_trainer.feed.loader import Loader
+from ip_adapter_trainer.feed.sampler import Order
+from ip_adapter_trainer.manifest.faults import FaultLog
+from ip_adapter_trainer.runtime.launch import Runtime
+from ip_adapter_trainer.runtime.stopping import Poll
 from ip_adapter_trainer.train.config import TrainConfig
 from ip_adapter_trainer.train.fixed import FixedRows
 from ip_adapter_trainer.train.rows import RunRows, of_validation

@@ -8,9 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ip_adapter_trainer.core.checkpoints import newest, numbered_checkpoints, step_of
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.log import say
+from ip_adapter_trainer.storage.checkpoints import newest, numbered_checkpoints, step_of
 from ip_adapter_trainer.train import checkpoint
 from ip_adapter_trainer.train.aside import lies_in
 from ip_adapter_trainer.train.config import CheckpointConfig

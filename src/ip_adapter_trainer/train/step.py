@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ip_adapter_trainer.core.devices import to_device
 from ip_adapter_trainer.core.rng import stream
-from ip_adapter_trainer.core.types import Batch, TextCondition
+from ip_adapter_trainer.core.values import Batch, TextCondition
 from ip_adapter_trainer.diffusion import NoiseProcess
 from ip_adapter_trainer.model import Model
 

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ip_adapter_trainer.core.launch import Runtime
-from ip_adapter_trainer.core.lines import Lines
-from ip_adapter_trainer.core.progress import Progress
+from ip_adapter_trainer.runtime.launch import Runtime
+from ip_adapter_trainer.runtime.progress import Progress
+from ip_adapter_trainer.storage.lines import Lines
 from ip_adapter_trainer.train.metrics import METRICS
 from ip_adapter_trainer.train.trackers import Trackers
 

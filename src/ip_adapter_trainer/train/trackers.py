@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ip_adapter_trainer.core.errors import Problem, did_you_mean
-from ip_adapter_trainer.core.launch import Runtime
 from ip_adapter_trainer.core.log import say
-from ip_adapter_trainer.core.storage import reason_of, told_as_storage
+from ip_adapter_trainer.runtime.launch import Runtime
+from ip_adapter_trainer.storage.disk import reason_of, told_as_storage
 from ip_adapter_trainer.train.config import TrainConfig
 
 _WAITING = 1000  # reports at most; a tracker that is so far behind hangs

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from ip_adapter_trainer.core.log import say
-from ip_adapter_trainer.core.staging import staged_file
-from ip_adapter_trainer.core.stopping import Poll
-from ip_adapter_trainer.core.storage import reason_of
-from ip_adapter_trainer.core.types import Batch, Encoded
+from ip_adapter_trainer.core.values import Batch, Encoded
 from ip_adapter_trainer.evaluate.grid import validation_grid
 from ip_adapter_trainer.evaluate.losses import ValidationReport, validation_losses
 from ip_adapter_trainer.model import Model
+from ip_adapter_trainer.runtime.stopping import Poll
+from ip_adapter_trainer.storage.disk import reason_of
+from ip_adapter_trainer.storage.staging import staged_file
 from ip_adapter_trainer.train.config import TrainConfig
 from ip_adapter_trainer.train.fixed import FixedRows
 from ip_adapter_trainer.train.source import Source

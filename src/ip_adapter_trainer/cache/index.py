@@ -1,0 +1,120 @@
+"""What a prepared set knows of picture files: under each name, which content was read and how the file looked then.
+
+As git does, a file whose size and time have not changed is taken for the same without being read. Records are rows of
+a table like any other; of several under one name the newest counts, so nothing is ever rewritten.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ip_adapter_trainer.cache.shards import Table, TableKind
+from ip_adapter_trainer.storage.digests import KEY_BYTES, Addresses, framed, places_of
+
+_LAYOUT = np.dtype(
+    [
+        ("file_bytes", "<u8"),
+        ("mtime_ns", "<i8"),
+        ("noted_ns", "<i8"),
+        ("height_px", "<u4"),
+        ("width_px", "<u4"),
+        ("content", f"V{KEY_BYTES}"),
+    ]
+)
+PICTURES = TableKind("pictures", (_LAYOUT.itemsize,), torch.uint8)
+_UNREADABLE = bytes(KEY_BYTES)
+_NAMES = Addresses(framed("picture"))
+_SETTLED_NS = 2_000_000_000  # a file younger than this when it was read may have changed since without a new time
+
+
+def name_key(name: str) -> bytes:
+    """The address of what is known of a picture, by its name as rows give it."""
+    return _NAMES(name.encode("utf-8", "surrogatepass"))
+
+
+@dataclass(frozen=True)
+class Record:
+    """A picture file as it was when it was read."""
+
+    file_bytes: int
+    mtime_ns: int
+    noted_ns: int  # when it was read
+    size_px: tuple[int, int]  # height, width of the upright picture
+    content: bytes  # hash of the file; zeros: no picture could be read
+
+    @classmethod
+    def of(cls, status: os.stat_result, size_px: tuple[int, int], content: bytes) -> Record:
+        """A picture that was read now."""
+        return cls(status.st_size, status.st_mtime_ns, time.time_ns(), size_px, content)
+
+    @classmethod
+    def unreadable(cls) -> Record:
+        """A name under which no picture can be had now."""
+        return cls(0, 0, time.time_ns(), (0, 0), _UNREADABLE)
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether a picture was read."""
+        return self.content != _UNREADABLE
+
+    def fits(self, status: os.stat_result) -> bool:
+        """Whether a file that looks like this surely holds what was read then."""
+        same = (status.st_size, status.st_mtime_ns) == (self.file_bytes, self.mtime_ns)
+        return same and self.mtime_ns < self.noted_ns - _SETTLED_NS
+
+    def packed(self) -> Tensor:
+        """The record as a row of the table, [48] uint8."""
+        row = np.zeros(1, _LAYOUT)
+        row[0] = (self.file_bytes, self.mtime_ns, self.noted_ns, *self.size_px, self.content)
+        return torch.from_numpy(row.view(np.uint8))
+
+
+class PictureIndex:
+    """The newest record of each picture, all in memory: 64 bytes each.
+
+    Attributes:
+        contents: hash of each picture's file, [pictures].
+        sizes_px: height and width of each, [pictures, 2]; zeros: no picture could be read.
+
+    Raises:
+        Problem: a damaged shard.
+    """
+
+    def __init__(self, root: Path) -> None:
+        table = Table(root, PICTURES)
+        records = table.values().reshape(-1).view(_LAYOUT)
+        order = np.lexsort((records["noted_ns"], table.keys))
+        keys = table.keys[order]
+        newest = np.append(keys[1:] != keys[:-1], True)[: len(keys)]
+        self._keys, self._records = keys[newest], records[order[newest]]
+        self.contents: NDArray[np.void] = self._records["content"]
+        self.sizes_px = np.stack([self._records["height_px"], self._records["width_px"]], axis=1)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def places(self, names: Sequence[str]) -> NDArray[np.int64]:
+        """The place of each name's record, -1 for one that nothing is known of."""
+        return places_of(_NAMES.of([name.encode("utf-8", "surrogatepass") for name in names]), self._keys)
+
+    def find(self, names: Sequence[str]) -> list[Record | None]:
+        """What is known of each name."""
+        return self.records(self.places(names))
+
+    def records(self, places: NDArray[np.int64]) -> list[Record | None]:
+        """The record at each place, None at -1."""
+        records: list[Record | None] = [None] * len(places)
+        known = np.flatnonzero(places >= 0)
+        found = zip(known.tolist(), self._records[places[known]].tolist(), strict=True)
+        for number, (file_bytes, mtime_ns, noted_ns, height, width, content) in found:
+            records[number] = Record(file_bytes, mtime_ns, noted_ns, (height, width), content)
+        return records

@@ -1,0 +1,158 @@
+"""What prepared sets hold: which encodings of which pictures, and the address of each.
+
+Nothing here is found by a row's number. The address of a row of latents is a hash of the picture's content, the cut,
+the autoencoder and the dtype, so another crop, another encoder or a changed picture is another address: what is served
+is right or is not there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from ip_adapter_trainer.cache.config import CutConfig
+from ip_adapter_trainer.cache.shards import TableKind
+from ip_adapter_trainer.core.values import Row
+from ip_adapter_trainer.images.background import Colour
+from ip_adapter_trainer.images.buckets import Buckets
+from ip_adapter_trainer.storage.digests import Addresses, framed
+
+Size = tuple[int, int]
+
+FORMAT = 3  # part of every address; raise it when the same settings give other pixels or other encodings than before
+TEXT_FORMAT = 1  # the same for captions
+TARGET, PROMPT, MIRRORED_PROMPT, ALL_USES = 1, 2, 4, 8  # what a picture is used as; added up, less than the last
+
+
+@dataclass(frozen=True)
+class View:
+    """One encoding of one picture, and where it is kept."""
+
+    kind: TableKind
+    key: bytes
+    target_px: Size | None  # cut to this size for the autoencoder; None: preprocessed for the image encoder
+    mirrored: bool
+
+
+@dataclass(frozen=True)
+class TextRecipe:
+    """All that decides what a caption is encoded to, but for the caption.
+
+    Attributes:
+        encoders: identity of the text encoders and of the rules by which they are asked.
+        tables: one for each tensor that the family makes of a caption.
+    """
+
+    encoders: str
+    tables: tuple[TableKind, ...]
+
+    @cached_property
+    def keys(self) -> tuple[Addresses, ...]:
+        """By the caption in UTF-8, for each table."""
+        return tuple(
+            Addresses(framed(kind.name), framed(TEXT_FORMAT, self.encoders, str(kind.dtype))) for kind in self.tables
+        )
+
+
+Views = tuple[View, ...]  # of one picture, by the same pixels
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of encoding pictures: all that decides a `View` but for the picture."""
+
+    kind: TableKind
+    keys: Addresses  # by the hash of the picture's file
+    target_px: Size | None
+    mirrored: bool
+
+    def view(self, content: bytes) -> View:
+        """The view of a picture of this content."""
+        return View(self.kind, self.keys(content), self.target_px, self.mirrored)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides what a picture is encoded to, but for the picture.
+
+    Attributes:
+        buckets: sizes of the targets.
+        ground: colour under transparent pictures.
+        pad_square: whether prompts are padded to a square.
+        mirrors: whether mirrored pictures are wanted too.
+        autoencoder: identity of the latents' encoder, config and weights.
+        encoder: identity of the image encoder.
+        moments: the table of each size.
+        features: the tables of the kinds of feature wanted.
+        text: how captions are encoded, if they are.
+    """
+
+    buckets: Buckets
+    ground: Colour
+    pad_square: bool
+    mirrors: bool
+    autoencoder: str
+    encoder: str
+    moments: dict[Size, TableKind]
+    features: tuple[TableKind, ...]
+    text: TextRecipe | None = None
+
+    @property
+    def tables(self) -> list[TableKind]:
+        """All tables, each once; sizes whose latents have one shape share theirs."""
+        text = self.text.tables if self.text else ()
+        return list(dict.fromkeys([*self.moments.values(), *self.features, *text]))
+
+    @cached_property
+    def targets(self) -> dict[tuple[Size, bool], Way]:
+        """How moments are made, by the size cut to and whether mirrored."""
+        return {(size, side): self._target(size, side) for size in self.moments for side in (False, True)}
+
+    @cached_property
+    def prompts(self) -> dict[tuple[TableKind, bool], Way]:
+        """How features are made, by their table and whether mirrored."""
+        return {(kind, side): self._prompt(kind, side) for kind in self.features for side in (False, True)}
+
+    def _target(self, target_px: Size, mirrored: bool) -> Way:
+        kind = self.moments[target_px]
+        after = framed(FORMAT, *self.ground, *target_px, int(mirrored), self.autoencoder, str(kind.dtype))
+        return Way(kind, Addresses(framed(kind.name), after), target_px, mirrored)
+
+    def _prompt(self, kind: TableKind, mirrored: bool) -> Way:
+        after = framed(FORMAT, *self.ground, int(self.pad_square), int(mirrored), self.encoder, str(kind.dtype))
+        return Way(kind, Addresses(framed(kind.name), after), None, mirrored)
+
+    def ways(self, target_px: Size, use: int) -> list[Way]:
+        """All that is wanted of a picture whose bucket is this, used so."""
+        found: list[Way] = []
+        if use & TARGET:
+            found += [self.targets[target_px, mirrored] for mirrored in _sides(self.mirrors)]
+        if use & PROMPT:
+            sides = _sides(bool(use & MIRRORED_PROMPT))
+            found += [self.prompts[kind, mirrored] for kind in self.features for mirrored in sides]
+        return found
+
+    def views(self, content: bytes, size_px: Size, use: int) -> list[View]:
+        """All that is wanted of a picture of this content and size, used so."""
+        return [way.view(content) for way in self.ways(self.buckets.sizes_px[self.buckets.nearest(size_px)], use)]
+
+    def uses(self, row: Row) -> list[tuple[str, int]]:
+        """The pictures that a row names and what it uses each as; its own prompt image is never mirrored."""
+        own = row.prompt_image_file
+        if own is None:
+            return [(row.image_file, TARGET | PROMPT | (MIRRORED_PROMPT if self.mirrors else 0))]
+        return [(row.image_file, TARGET), (own, PROMPT)]
+
+
+def _sides(both: bool) -> tuple[bool, ...]:
+    return (False, True) if both else (False,)
+
+
+def drawn_anew(config: CutConfig) -> list[str]:
+    """The flags by which each image is drawn otherwise every time, so that nothing could be encoded beforehand."""
+    anew = {
+        "--no_center_crop": not config.center_crop,
+        "--prompt_crop_min_share": config.prompt_crop_min_share < 1,
+        "--prompt_flip": config.prompt_flip,
+    }
+    return [flag for flag, on in anew.items() if on]

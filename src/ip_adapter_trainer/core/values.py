@@ -1,0 +1,141 @@
+"""What flows through the house: rows, samples, batches, conditions. Frozen dataclasses, shapes at the field."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ip_adapter_trainer.core.devices import to_device
+from ip_adapter_trainer.core.redact import one_line
+from ip_adapter_trainer.core.rng import stream
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+P = TypeVar("P", bound="Pixels | Encoded")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a manifest, as read. Paths are relative to the image root."""
+
+    image_file: str
+    text: str | tuple[str, ...]  # the caption, empty if there is none; or several, of which each use draws one
+    prompt_image_file: str | None = None  # another picture to prompt with; None: the target itself
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """Every caption that may be drawn."""
+        return (self.text,) if isinstance(self.text, str) else self.text
+
+    def caption(self, seed: int, counter: int) -> str:
+        """Return the caption, or the one of several that is drawn by a seed and the number of this use."""
+        captions = self.captions
+        if len(captions) == 1:
+            return captions[0]
+        return captions[stream(seed, "caption", counter).integers(len(captions))]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing wrong with one row: what, where, what to do. `kind` is what faults are counted by."""
+
+    kind: str
+    what: str
+    where: str
+    remedy: str
+
+    def __post_init__(self) -> None:
+        for name in ("what", "where", "remedy"):  # all three may hold names out of a stranger's file
+            object.__setattr__(self, name, one_line(getattr(self, name)))
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}; {self.remedy}"
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a target was cut, in pixels (height, width), as SDXL's micro-conditioning wants it."""
+
+    original_px: tuple[int, int]
+    crop_px: tuple[int, int]  # top, left, in the resized picture
+    target_px: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """A target and its image prompt as read; stacked in a batch."""
+
+    pixels: Tensor  # [3, H, W] or [B, 3, H, W], in -1..1
+    prompt_pixels: Tensor  # [3, S, S] or [B, 3, S, S], preprocessed for the image encoder
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The same as the frozen encoders see them, prepared before training; stacked in a batch."""
+
+    moments: Tensor  # [2C, h, w] or [B, 2C, h, w]: mean and log variance of the latents' posterior, unscaled
+    features: Tensor  # [E] or [T, E], or with [B, ...]: of the image prompt
+    text: dict[str, Tensor] = field(default_factory=dict)  # of the caption, as the family encodes it; empty: not kept
+
+
+Picture = Pixels | Encoded
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Training images of one size, decoded and cropped, stacked.
+
+    `index` is an image's place in the endless order (epoch * rows + place in the epoch's permutation): the counter of
+    every random draw that concerns it. `row` is the row that supplied the pixels. A dropped text is empty.
+    """
+
+    index: Tensor  # [B] int64
+    row: Tensor  # [B] int64
+    picture: Picture
+    text: tuple[str, ...]
+    geometry: tuple[Geometry, ...]
+    drop_text: Tensor  # [B] bool
+    drop_image: Tensor  # [B] bool
+    faults: tuple[Fault, ...] = ()  # rows that were tried before those and could not be read
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on `device`."""
+        return replace(self, picture=map_tensors(lambda t: to_device(t, device), self.picture))
+
+
+def map_tensors(function: Callable[..., Tensor], first: P, *others: P) -> P:
+    """A picture of the same kind whose tensors are `function` of those of one or more pictures."""
+    names = [f.name for f in fields(first)]
+    return type(first)(**{name: _mapped(function, *(getattr(p, name) for p in (first, *others))) for name in names})
+
+
+def _mapped(function: Callable[..., Tensor], first: Any, *others: Any) -> Any:
+    if isinstance(first, dict):
+        return {name: function(tensor, *(other[name] for other in others)) for name, tensor in first.items()}
+    return function(first, *others)
+
+
+@dataclass(frozen=True)
+class TextCondition:
+    """What the text encoder(s) give the denoiser."""
+
+    context: Tensor  # [B, L, D]
+    extra: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # family-specific, e.g. SDXL's text_embeds [B, P], time_ids [B, 6]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One cross-attention layer that an adapter is attached to."""
+
+    number: int  # N of the published keys `N.to_k_ip.weight`
+    name: str  # the layer's module path in the denoiser
+    width: int  # rows of to_k / to_v: inner width of the attention
+    context_dim: int  # columns of to_k / to_v

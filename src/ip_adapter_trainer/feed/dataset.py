@@ -1,0 +1,156 @@
+"""From places in the endless order to a batch: what is drawn by chance, what is read, what stands in for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ip_adapter_trainer.cache.prepared import PreparedSet
+from ip_adapter_trainer.core.errors import DataProblem
+from ip_adapter_trainer.core.rng import stream
+from ip_adapter_trainer.core.values import Batch, Fault, Geometry, Row
+from ip_adapter_trainer.feed.bucketing import MAX_TRIES, Layout, Size
+from ip_adapter_trainer.feed.config import DataConfig
+from ip_adapter_trainer.feed.reading import CutReading, Cutter, PreparedReading, Preprocess, Reading, Slot
+from ip_adapter_trainer.feed.sampler import Pair
+from ip_adapter_trainer.images.decode import PictureFault
+from ip_adapter_trainer.manifest.images import Pictures, fault_of
+from ip_adapter_trainer.manifest.manifest import Manifest
+
+_AHEAD_ROWS = 256  # looked through at first for rows of the same bucket; a set has millions
+
+
+class TrainingSet:
+    """Batches by (index, row). All chance is drawn from (seed, purpose, index): the same pair gives the same sample.
+
+    Usage::
+
+        samples = TrainingSet(manifest, config, layout, seed=0, preprocess=encoder.preprocess)
+        batch = samples.batch(order.step(0))
+
+    With a prepared set, batches hold what the encoders said of the same pictures; every draw and every replacement of
+    a faulty row is the same.
+
+    Raises:
+        DataProblem: the manifest has no sound row.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        config: DataConfig,
+        layout: Layout,
+        *,
+        seed: int,
+        preprocess: Preprocess,
+        prepared: PreparedSet | None = None,
+        max_tries: int = MAX_TRIES,
+    ) -> None:
+        if not manifest.rows:
+            first = manifest.faults[0]
+            raise DataProblem(f"no row can be used; the first: {first.what}", where=first.where, remedy=first.remedy)
+        self.manifest, self.config, self.layout, self.seed = manifest, config, layout, seed
+        self.preprocess, self.prepared, self._max_tries = preprocess, prepared, max_tries
+        self._cutter = Cutter(Pictures.of(manifest.root, config), config, preprocess, seed)
+
+    def __len__(self) -> int:
+        return len(self.manifest.rows)
+
+    def batch(self, pairs: Sequence[Pair]) -> Batch:
+        """The samples of (index, row) pairs of one bucket; an unreadable row is replaced by the next of the bucket.
+
+        Raises:
+            DataProblem: neither a row nor those after it can be read.
+        """
+        settled = [self._settled(index) for index, _ in pairs]
+        reading = self._reading(settled, self.layout.size_px(pairs[0][1]))
+        taken = self._read(reading, [row for _, row in pairs])
+        return Batch(
+            index=torch.tensor([slot.index for slot in settled]),
+            row=torch.tensor([one.number for one in taken]),
+            picture=reading.picture(),
+            text=tuple(slot.text_of(one.row) for slot, one in zip(settled, taken, strict=True)),
+            geometry=tuple(one.geometry for one in taken),
+            drop_text=torch.tensor([slot.drop_text for slot in settled]),
+            drop_image=torch.tensor([slot.drop_image for slot in settled]),
+            faults=tuple(fault for one in taken for fault in one.faults),
+        )
+
+    def _settled(self, index: int) -> Slot:
+        mirrored = self.config.random_flip and stream(self.seed, "flip", index).random() < 0.5
+        drop_text, drop_image = drops(stream(self.seed, "drop", index).random(), self.config)
+        return Slot(self.seed, index, mirrored, drop_text, drop_image)
+
+    def _reading(self, settled: Sequence[Slot], target_px: Size) -> Reading:
+        if self.prepared is None:
+            return CutReading(self._cutter, settled, target_px)
+        return PreparedReading(self.prepared, settled, target_px)
+
+    def _read(self, reading: Reading, numbers: Sequence[int]) -> list[_Taken]:
+        """Fills every slot, with the row of that number or with one that stands in for it."""
+        turns = [_Turn(self._candidates(number)) for number in numbers]
+        waiting = list(range(len(numbers)))
+        taken: dict[int, _Taken] = {}
+        while waiting:
+            chosen = [turns[slot].next() for slot in waiting]
+            rows = [self.manifest.rows[number] for number in chosen]
+            read = reading.read(rows, waiting)
+            for slot, number, row, found in zip(waiting, chosen, rows, read, strict=True):
+                if isinstance(found, PictureFault):
+                    turns[slot].faults.append(fault_of(found, self.manifest.where(number)))
+                else:
+                    taken[slot] = _Taken(number, row, found, turns[slot].faults)
+            waiting = [slot for slot in waiting if slot not in taken]
+        return [taken[slot] for slot in range(len(numbers))]
+
+    def _candidates(self, row: int) -> Iterator[int]:
+        """The row, then those that follow it in its bucket, around the end; each once, at most `max_tries`."""
+        yield row
+        buckets, tries, start, ahead = self.layout.bucket_of_row, 1, row + 1, _AHEAD_ROWS
+        last = row + len(buckets)  # itself, once around
+        while tries < self._max_tries and start < last:
+            numbers = np.arange(start, min(start + ahead, last)) % len(buckets)
+            mates = numbers[buckets[numbers] == buckets[row]][: self._max_tries - tries]
+            yield from mates.tolist()
+            tries, start, ahead = tries + len(mates), start + ahead, 2 * ahead
+
+
+class _Taken(NamedTuple):
+    """The row that an image was taken from."""
+
+    number: int
+    row: Row
+    geometry: Geometry
+    faults: list[Fault]  # of the rows that were tried before
+
+
+class _Turn:
+    """The rows that may be taken for one image, in turn, and what was wrong with those that were tried."""
+
+    def __init__(self, candidates: Iterator[int]) -> None:
+        self._candidates = candidates
+        self.faults: list[Fault] = []
+
+    def next(self) -> int:
+        """The next one.
+
+        Raises:
+            DataProblem: all were tried.
+        """
+        number = next(self._candidates, None)
+        if number is None:
+            last = self.faults[-1]
+            what = f"{len(self.faults)} rows in turn cannot be read; the last: {last.what}"
+            raise DataProblem(what, where=last.where, remedy="run `ip-adapter check` and mend the rows it names")
+        return number
+
+
+def drops(draw: float, config: DataConfig) -> tuple[bool, bool]:
+    """Whether text and image are dropped, by one number in [0, 1): image only, then text only, then both."""
+    image_below = config.image_drop_rate
+    text_below = image_below + config.text_drop_rate
+    both_below = text_below + config.both_drop_rate
+    return image_below <= draw < both_below, draw < image_below or text_below <= draw < both_below

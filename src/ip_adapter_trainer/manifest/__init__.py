@@ -1,0 +1,1 @@
+"""The rows of a training set, from any form they come in, and what is wrong with them."""

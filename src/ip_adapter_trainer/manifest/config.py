@@ -1,0 +1,78 @@
+"""Settings of the rows: where they and their images are, and which are refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from ip_adapter_trainer.core.settings import Part, Resume, alias
+from ip_adapter_trainer.images.background import parse_colour
+from ip_adapter_trainer.images.limits import MOST_MEGAPIXELS
+
+HELD_OUT_SHARE = 0.01  # of the images, unless a run says otherwise
+
+
+class ReadConfig(Part):
+    """Where rows and pictures are, and which of them are refused."""
+
+    resume = Resume(
+        must_match="allow_outside_root alpha_ground min_side_px max_aspect max_picture_megapixels max_picture_mb "
+        "max_pixels_per_byte",
+        may_change="data_json_file data_root_path image_column text_column prompt_image_column picture_hashes_file "
+        "caption_extension missing_captions",
+        free="max_fault_rate dataloader_num_workers",
+    )
+
+    data_json_file: str = Field(
+        description="Manifest: a .json, .jsonl, .csv or .tsv file, or a folder of pictures with captions."
+    )
+    data_root_path: str = Field("", description="Folder that image paths start from; empty: the manifest's own folder.")
+    image_column: str = Field("image_file", min_length=1, description="Key of the picture's path in the manifest.")
+    text_column: Annotated[str, alias("caption_column")] = Field(
+        "text", min_length=1, description="Key of the caption in the manifest."
+    )
+    prompt_image_column: str = Field(
+        "prompt_image_file", min_length=1, description="Key of the path of another picture to prompt with; optional."
+    )
+    caption_extension: str = Field(
+        ".txt", min_length=1, description="In a folder of pictures: suffix of the file beside each, with its caption."
+    )
+    missing_captions: Literal["error", "empty"] = Field(
+        "error", description="In a folder: a picture without a caption file is a fault, or has the empty caption."
+    )
+    picture_hashes_file: str = Field(
+        "", description="List of the pictures' SHA-256, as `sha256sum` writes it; a picture of another hash is a fault."
+    )
+    allow_outside_root: bool = Field(False, description="Take absolute paths, '..' and links that leave the root.")
+    alpha_ground: str = Field(
+        "white", description="Colour under transparent pictures: white, black, gray or '#rrggbb'."
+    )
+    min_side_px: int = Field(16, ge=1, description="Pictures with a shorter side than this are faults.")
+    max_aspect: float = Field(10.0, ge=1, description="Pictures longer than this many times their width are faults.")
+    max_picture_megapixels: float = Field(
+        64.0, gt=0, le=MOST_MEGAPIXELS, description="Pictures of more pixels are faults, found before decoding."
+    )
+    max_pixels_per_byte: float = Field(
+        250.0, gt=0, description="Pictures over 4 megapixels with more pixels to a byte of their file are faults."
+    )
+    max_picture_mb: float = Field(128.0, gt=0, description="Picture files of more MB are faults.")
+    max_fault_rate: float = Field(
+        0.01, ge=0, le=1, description="Share of faulty rows above which the run stops (exit 3); 0: at the first."
+    )
+    dataloader_num_workers: int = Field(
+        0, ge=0, le=512, description="Processes that read pictures; 0: the main process reads."
+    )
+
+    @field_validator("caption_extension")
+    @classmethod
+    def _with_dot(cls, value: str) -> str:
+        if "/" in value:
+            raise ValueError(f"{value!r} is no suffix; give one as .txt")
+        return f".{value.removeprefix('.')}".lower()
+
+    @field_validator("alpha_ground")
+    @classmethod
+    def _known_colour(cls, value: str) -> str:
+        parse_colour(value)
+        return value

@@ -1,0 +1,126 @@
+"""The pictures that rows name: found under the root, decoded, within the limits of the settings."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.values import Fault
+from ip_adapter_trainer.images.background import Colour, parse_colour
+from ip_adapter_trainer.images.decode import Picture, PictureFault, decode, read_file, read_size
+from ip_adapter_trainer.images.limits import Limits
+from ip_adapter_trainer.manifest.config import ReadConfig
+from ip_adapter_trainer.manifest.hashes import Hashes
+from ip_adapter_trainer.storage.files import safe_join, stat_plain
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+_CHUNK_ROWS = 64
+_CHUNKS_AHEAD = 4  # per process, submitted before their results are wanted; no more items are held than these
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Opens pictures by the names that rows give them."""
+
+    root: Path  # resolved
+    limits: Limits
+    ground: Colour
+    allow_outside: bool
+    hashes: Hashes | None = None  # recorded ones, which files must have
+
+    @classmethod
+    def of(cls, root: Path, config: ReadConfig) -> Pictures:
+        """The pictures under `root` as the settings want them read."""
+        limits = Limits(
+            max_pixels=int(config.max_picture_megapixels * 1e6),
+            max_file_bytes=int(config.max_picture_mb * 2**20),
+            min_side_px=config.min_side_px,
+            max_aspect=config.max_aspect,
+            max_pixels_per_byte=config.max_pixels_per_byte,
+        )
+        hashes = Hashes.of(config.picture_hashes_file) if config.picture_hashes_file else None
+        return cls(root, limits, parse_colour(config.alpha_ground), config.allow_outside_root, hashes)
+
+    def read(self, name: str) -> Picture:
+        """The decoded picture.
+
+        Raises:
+            PictureFault: there is none to be had.
+        """
+        source = self._path(name) if self.hashes is None else self.read_file(name)[0]
+        return decode(source, self.limits, self.ground)
+
+    def read_file(self, name: str) -> tuple[bytes, os.stat_result]:
+        """The picture's file, undecoded, and what the system says of it.
+
+        Raises:
+            PictureFault: there is none to be had.
+        """
+        content, status = read_file(self._path(name), self.limits)
+        if self.hashes is not None:
+            self.hashes.demand(name, content)
+        return content, status
+
+    def decode(self, content: bytes) -> Picture:
+        """The picture of a file's content; raises as `read` does."""
+        return decode(content, self.limits, self.ground)
+
+    def stat(self, name: str) -> os.stat_result | None:
+        """What the system says of the picture's file; None if there is no such file.
+
+        Raises:
+            PictureFault: the name is refused.
+        """
+        status = stat_plain(self.root, name)
+        try:
+            return status or self._path(name).stat()
+        except OSError:
+            return None
+
+    def size_px(self, name: str) -> tuple[int, int]:
+        """Height and width of the upright picture, from its header.
+
+        Raises:
+            PictureFault: as far as the header tells.
+        """
+        return read_size(self._path(name), self.limits)
+
+    def _path(self, name: str) -> Path:
+        try:
+            return safe_join(self.root, name, allow_outside=self.allow_outside)
+        except Problem as problem:
+            raise PictureFault("unsafe_path", problem.what, problem.remedy) from problem
+
+
+def fault_of(error: PictureFault, where: str) -> Fault:
+    """The fault of the row that stands at `where`."""
+    return Fault(error.kind, error.what, where, error.remedy)
+
+
+def map_rows(function: Callable[[In], Out], items: Iterable[In], workers: int) -> Iterator[Out]:
+    """`function` of each item, in order; by `workers` processes, or by this one if 0."""
+    if workers == 0:
+        yield from map(function, items)
+        return
+    rest = iter(items)
+    with ProcessPoolExecutor(workers) as pool:
+        ahead: deque[Future[list[Out]]] = deque()
+        while True:
+            while len(ahead) < _CHUNKS_AHEAD * workers and (chunk := list(islice(rest, _CHUNK_ROWS))):
+                ahead.append(pool.submit(_each, function, chunk))
+            if not ahead:
+                return
+            yield from ahead.popleft().result()
+
+
+def _each(function: Callable[[In], Out], items: list[In]) -> list[Out]:
+    return [function(item) for item in items]

@@ -1,0 +1,196 @@
+"""`ip-adapter check`: reads every row and every picture, and tells what is wrong before training would."""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+
+from pydantic import Field
+from tqdm import tqdm
+
+from ip_adapter_trainer.cache.config import CutConfig
+from ip_adapter_trainer.core.values import Fault, Row
+from ip_adapter_trainer.feed.bucketing import Size, first_without_stand_in, lay_out
+from ip_adapter_trainer.feed.config import DataConfig
+from ip_adapter_trainer.images.buckets import Buckets
+from ip_adapter_trainer.images.decode import Note, Picture, PictureFault
+from ip_adapter_trainer.manifest.config import HELD_OUT_SHARE
+from ip_adapter_trainer.manifest.faults import allowed_rows, excess
+from ip_adapter_trainer.manifest.hold_out import hold_out
+from ip_adapter_trainer.manifest.images import Pictures, fault_of, map_rows
+from ip_adapter_trainer.manifest.manifest import Manifest, read_manifest
+
+_SHAPES = ("under 1:2", "1:2 to 2:3", "2:3 to 1:1", "1:1", "1:1 to 3:2", "3:2 to 2:1", "over 2:1")  # width : height
+_LIMITS = (0.5, 2 / 3, 0.99, 1.01, 1.5, 2.0)
+
+
+class RowsCheckConfig(DataConfig):
+    """Read every row and picture of a training set and list the faults, under the data settings of its training."""
+
+    validation_share: float = Field(
+        HELD_OUT_SHARE, ge=0, le=0.5, description="As in training: rows that are held out stand in for no faulty one."
+    )
+    resolution: int = Field(
+        0, ge=0, le=16384, description="Count the pictures that training at this resolution enlarges; 0: do not."
+    )
+    show_faults: int = Field(20, ge=0, description="Faults printed one by one; the rest are counted.")
+
+    def buckets(self) -> Buckets:
+        """The sizes that training images are cut to, at training's own resolution where none is given."""
+        usual = {} if self.resolution else {"resolution": CutConfig.model_fields["resolution"].default}
+        return CutConfig.buckets(self.model_copy(update=usual))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What reading one row showed."""
+
+    size_px: Size | None  # height, width of the target; None if it could not be read
+    notes: tuple[Note, ...] = ()
+    faults: tuple[Fault, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What reading everything showed."""
+
+    manifest: Manifest
+    faults: tuple[Fault, ...]  # of the manifest, then of the pictures in the order of the rows
+    by_note: Counter[str]  # rows with each thing worth knowing that is no fault
+    sides_px: array[int]  # height and width of each readable target in turn
+    config: RowsCheckConfig
+    stuck_at: str = ""  # a row that cannot be read, nor can those that would stand in for it
+    captions: str = ""  # what was found of their lengths, if they were looked at
+
+    def __str__(self) -> str:
+        return render(self)
+
+    @property
+    def faulty_rows(self) -> int:
+        """Distinct rows with a fault."""
+        return len({fault.where for fault in self.faults})
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 3 if training would stop for the faults."""
+        return 3 if self.stop else 0
+
+    @property
+    def stop(self) -> str:
+        """Why training would stop; empty if it would not."""
+        stuck = f"{self.stuck_at} cannot be read, nor any row that would be taken in its place"
+        many = excess(self.faulty_rows, self.manifest.entries, self.config.max_fault_rate)
+        return many or (stuck if self.stuck_at else "")
+
+    @property
+    def by_kind(self) -> Counter[str]:
+        """Faults of each kind."""
+        return Counter(fault.kind for fault in self.faults)
+
+    @property
+    def sizes_px(self) -> list[Size]:
+        """Height and width of each readable target."""
+        return list(zip(self.sides_px[::2], self.sides_px[1::2], strict=True))
+
+    @property
+    def by_shape(self) -> dict[str, int]:
+        """Readable targets by width over height, in bands."""
+        bands = Counter(bisect_right(_LIMITS, width / height) for height, width in self.sizes_px)
+        return {shape: bands[band] for band, shape in enumerate(_SHAPES)}
+
+
+def check(config: RowsCheckConfig) -> Report:
+    """Reads every row and picture, with a progress bar where somebody watches.
+
+    Raises:
+        Problem: the manifest cannot be read at all.
+    """
+    manifest = read_manifest(config)
+    see = partial(_see, Pictures.of(manifest.root, config))
+    named = ((row, manifest.where(number)) for number, row in enumerate(manifest.rows))
+    faults, faulty, notes, sides_px = list(manifest.faults), list[int](), Counter[str](), array("i")
+    rows = map_rows(see, named, config.dataloader_num_workers)
+    for number, seen in enumerate(tqdm(rows, total=len(manifest.rows), unit="images", disable=None)):
+        faults += seen.faults
+        faulty += [number] if seen.faults else []
+        notes.update(seen.notes)
+        sides_px.extend(seen.size_px or ())
+    return Report(manifest, tuple(faults), notes, sides_px, config, _stuck_at(manifest, faulty, config))
+
+
+def _stuck_at(manifest: Manifest, faulty: list[int], config: RowsCheckConfig) -> str:
+    if not faulty:
+        return ""
+    held_out = hold_out(manifest.rows, config.validation_share, manifest.root)
+    number = first_without_stand_in(lay_out(manifest, config).only(~held_out).bucket_of_row, faulty)
+    return "" if number is None else manifest.where(number)
+
+
+def _see(pictures: Pictures, named: tuple[Row, str]) -> Seen:
+    row, where = named
+    target, faults = _try(pictures, row.image_file, where)
+    prompt = None
+    if row.prompt_image_file is not None:
+        prompt, more = _try(pictures, row.prompt_image_file, where)
+        faults += tuple(Fault(f.kind, f"prompt image: {f.what}", f.where, f.remedy) for f in more)
+    notes = {note for picture in (target, prompt) if picture is not None for note in picture.notes}
+    size_px = None if target is None else (target.image.height, target.image.width)
+    return Seen(size_px, tuple(sorted(notes)), faults)
+
+
+def _try(pictures: Pictures, name: str, where: str) -> tuple[Picture | None, tuple[Fault, ...]]:
+    try:
+        return pictures.read(name), ()
+    except PictureFault as error:
+        return None, (fault_of(error, where),)
+
+
+def render(report: Report) -> str:
+    """The report as plain text: the first faults one by one, counts, the verdict on the last line."""
+    shown = [f"{fault.kind:>16}  {fault}" for fault in report.faults[: report.config.show_faults]]
+    hidden = len(report.faults) - len(shown)
+    parts = [
+        [*shown, f"{'':>16}  and {hidden} more"] if hidden else shown,
+        _table("faults by kind", dict(report.by_kind.most_common())),
+        _table("noted, no faults", dict(report.by_note.most_common())),
+        _table("width to height", report.by_shape) if report.sizes_px else [],
+        _sizes(report.sizes_px, report.config.resolution),
+        _table("noticed in the folder", report.manifest.noticed.named()),
+        _unread(report.manifest.unread_columns),
+        [report.captions] if report.captions else [],
+        [_verdict(report)],
+    ]
+    return "\n\n".join("\n".join(part) for part in parts if part)
+
+
+def _table(title: str, counts: dict[str, int]) -> list[str]:
+    return [title, *(f"{count:>16}  {name}" for name, count in counts.items())] if counts else []
+
+
+def _sizes(sizes_px: list[Size], resolution_px: int) -> list[str]:
+    if not sizes_px:
+        return []
+    shorter = sorted(map(min, sizes_px))
+    lines = [f"shorter side: {shorter[0]} px at least, {median(shorter):g} in the middle, {shorter[-1]} at most"]
+    if resolution_px:
+        small = bisect_left(shorter, resolution_px)
+        lines.append(f"{small} of {len(shorter)} pictures have a side under {resolution_px} px and are enlarged")
+    return lines
+
+
+def _unread(columns: tuple[str, ...]) -> list[str]:
+    return [f"columns that nothing reads: {', '.join(columns)}"] if columns else []
+
+
+def _verdict(report: Report) -> str:
+    rows, faulty, rate = report.manifest.entries, report.faulty_rows, report.config.max_fault_rate
+    if not faulty:
+        return f"clean: {rows} rows, all read" + ("; see what was noticed" if report.manifest.noticed.counts else "")
+    if report.stop:
+        return f"too many faults: {report.stop}; training would stop"
+    limit = f"the limit is {allowed_rows(rows, rate)} (--max_fault_rate {rate:g})"
+    return f"usable: {faulty} of {rows} rows are faulty and will be replaced by others; {limit}"

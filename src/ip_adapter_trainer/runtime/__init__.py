@@ -1,0 +1,1 @@
+"""Where a command runs and with whom: launch, signals, stopping together, precision, progress."""

@@ -1,0 +1,229 @@
+"""From launcher to runtime: processes, device, precision. One place that knows accelerate's launch conventions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from filelock import FileLock
+
+from ip_adapter_trainer.core.errors import LostProblem, Problem, Stopped, first_line
+from ip_adapter_trainer.core.log import say_after
+from ip_adapter_trainer.runtime.launcher import demand_one_way, judge_alone
+from ip_adapter_trainer.runtime.precision import dtype_of, on_device
+from ip_adapter_trainer.storage.disk import told_as_storage
+from ip_adapter_trainer.storage.staging import lock, sweep
+
+T = TypeVar("T")
+
+_PATIENCE_S = 30.0  # until the others are asked for; torch itself gives up after half an hour
+_AGAIN = (
+    "see what the other processes said; start all of them again, with --resume_from_checkpoint latest if it trained"
+)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process runs and with whom.
+
+    Usage::
+
+        with start(...) as runtime:  # the group is left at the end
+            runtime.barrier()
+    """
+
+    accelerator: Any
+    rank: int
+    world: int
+    device: torch.device
+    precision: str  # no, fp16 or bf16
+    local_rank: int = 0  # among the processes of this machine
+    local_world: int = 1
+    hosts: Any = None  # a group of the processes' hosts, where the first group is that of their devices
+
+    def portion(self, count: int) -> range:
+        """This process's part of so many things, shared by the processes of each machine."""
+        begin, end = (count * (self.local_rank + i) // self.local_world for i in (0, 1))
+        return range(begin, end)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the frozen weights."""
+        return dtype_of(self.precision)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes."""
+        return self.rank == 0
+
+    def gathered(self, value: T) -> list[T]:
+        """The values of all processes, by rank; each process must ask."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(values, value, group=self.hosts)
+        return values
+
+    def barrier(self) -> None:
+        """Waits for every process."""
+        if self.world > 1:
+            self.accelerator.wait_for_everyone()
+
+    def total(self, number: int) -> int:
+        """The sum of every process's number."""
+        if self.world == 1:
+            return number
+        return int(self.accelerator.reduce(torch.tensor(number, device=self.device), reduction="sum"))
+
+    def highest(self, number: int) -> int:
+        """The greatest of every process's numbers, told from host to host: no device is waited for."""
+        if self.world == 1:
+            return number
+        told = torch.tensor(number)
+        torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX, group=self.hosts)
+        return int(told)
+
+    def shared(self, value: T) -> T:
+        """The first process's value, on every process; each must ask."""
+        if self.world == 1:
+            return value
+        box = [value]
+        torch.distributed.broadcast_object_list(box, group=self.hosts)
+        return box[0]
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Raises a problem that any process meets in this block on all of them, once all are through it.
+
+        No collective may be in it: the processes that meet no problem would wait there for those that do.
+
+        Raises:
+            Problem: there is one.
+        """
+        problem = None
+        try:
+            yield
+        except Problem as found:
+            problem = found
+        self.agree(problem)
+
+    def agree(self, problem: Problem | None) -> None:
+        """Raises a problem that any process found, on every process alike, so that none waits for another.
+
+        Raises:
+            Problem: there is one.
+        """
+        found = [(rank, other) for rank, other in enumerate(self.gathered(problem)) if other]
+        if problem:
+            raise problem
+        for rank, other in found:
+            raise type(other)(f"{other.what} (found by rank {rank})", other.where, other.remedy)
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Leaves the groups: one of their threads that met the interpreter's end would abort the process.
+
+        The way out of a group of devices is a collective, and of most errors the others know nothing: then it is kept.
+
+        Raises:
+            LostProblem: in place of what the library raised because another process did not answer.
+        """
+        if self.world == 1:
+            return
+        together = error is None or isinstance(error, Stopped)
+        self.accelerator.state.destroy_process_group(None if together else self.hosts)
+        if error is not None and _is_loss(error):
+            what = f"another process of the run is gone: {first_line(error).split('. ')[0]}"
+            raise LostProblem(what, where=f"rank {self.rank} of {self.world}", remedy=_AGAIN) from error
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Return whether a library says that another process did not answer; gloo does so without a class of its own."""
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and "/gloo/" in str(error)
+    )
+
+
+def _accelerator(trackers: Sequence[str], output_dir: str, logging_dir: str) -> Any:
+    """An Accelerator whose group is real: without a GPU, several processes meet over gloo.
+
+    `accelerate launch --multi_gpu` on a machine without a GPU starts processes that each believe to be alone; the
+    launcher's own WORLD_SIZE tells the truth.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    project = ProjectConfiguration(project_dir=output_dir, logging_dir=os.path.join(output_dir, logging_dir))  # noqa: PTH118
+    cpu = not alone and not torch.cuda.is_available()
+    return Accelerator(mixed_precision="no", cpu=cpu, log_with=list(trackers) or None, project_config=project)
+
+
+def start(
+    *, mixed_precision: str | None, local_rank: int, trackers: Sequence[str] = (), output_dir: str, logging_dir: str
+) -> Runtime:
+    """Joins the group that the launcher started, or runs alone.
+
+    Raises:
+        Problem: the launcher started several processes and they do not form one group, or it asks for what is not done.
+    """
+    demand_one_way()
+    if local_rank >= 0:
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    waiting = (
+        f"waiting for the {world} processes of this run to meet: see on every machine that they started, and that none "
+        "ended with an error of its own, such as a model that its machine lacks"
+    )
+    try:
+        with say_after(_PATIENCE_S, waiting):
+            accelerator = _accelerator(trackers, output_dir, logging_dir)
+    except ValueError as error:  # a variable of the group is missing
+        what = f"cannot join the other processes: {first_line(error)}"
+        raise Problem(what, where="the launcher", remedy="start with accelerate launch, or torchrun") from error
+    except RuntimeError as error:
+        if not _is_loss(error):
+            raise
+        what = f"the {world} processes of this run did not meet: {first_line(error)}"
+        raise LostProblem(what, where=f"rank {os.environ.get('RANK')}", remedy=_AGAIN) from error
+    if accelerator.num_processes != world:
+        what = f"{world} processes were launched but this one sees {accelerator.num_processes}"
+        raise Problem(what, where="accelerate launch", remedy="launch with torchrun, or as many GPUs as processes")
+    device = accelerator.device
+    if world == 1:
+        judge_alone(device.type)
+    asked = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision = on_device(asked, device.type)
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # a launcher that does not tell: nothing is shared
+    local_rank, local_world = (accelerator.local_process_index, local_world) if local_world > 1 else (0, 1)
+    hosts = torch.distributed.new_group(backend="gloo") if world > 1 and device.type != "cpu" else None
+    rank = accelerator.process_index
+    return Runtime(accelerator, rank, world, device, precision, local_rank, local_world, hosts)
+
+
+def claim(folder: Path, runtime: Runtime, flag: str = "--output_dir") -> FileLock | None:
+    """The first process makes and claims the folder and removes what a killed run left half written in it.
+
+    Raises:
+        Problem: another run holds it.
+        StorageProblem: the disk refuses.
+    """
+    claimed, problem = None, None
+    if runtime.is_main:
+        try:
+            with told_as_storage():
+                folder.mkdir(parents=True, exist_ok=True)
+                claimed = lock(folder, flag)
+        except Problem as found:
+            problem = found
+        else:
+            sweep(folder)
+    runtime.agree(problem)
+    return claimed

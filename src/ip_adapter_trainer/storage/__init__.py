@@ -1,0 +1,1 @@
+"""Files that others wrote or that must survive: atomic folders, checkpoints, append-only lines, documents, limits."""

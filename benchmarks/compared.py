@@ -55,7 +55,7 @@ class Bench:
         self.roof: float | None = None
         self._counted: dict[tuple[str, int], tuple[Flops, Flops]] = {}
         self._references: dict[Setting, Path | None] = {}
-        self._pictures: dict[int, Files] = {}
+        self._images: dict[int, Files] = {}
 
     @property
     def facts(self) -> list[str]:
@@ -73,11 +73,11 @@ class Bench:
         return self._counted[size, side_px]
 
     def _files(self, side_px: int) -> Files:
-        if side_px not in self._pictures:
+        if side_px not in self._images:
             folder, (count, workers) = self.scratch / f"pictures-{side_px}", PICTURES[self.device]
             folder.mkdir()
-            self._pictures[side_px] = Files(write_pictures(folder, side_px, count), count, side_px, workers)
-        return self._pictures[side_px]
+            self._images[side_px] = Files(write_pictures(folder, side_px, count), count, side_px, workers)
+        return self._images[side_px]
 
     def _schedule(self, setting: Setting) -> Schedule:
         if self.device == "cuda":

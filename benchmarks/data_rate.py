@@ -22,38 +22,38 @@ import torch
 from benchmarks.pictures import write_pictures
 from ip_adapter_trainer.cache.index import PICTURES, Record, name_key
 from ip_adapter_trainer.cache.prepared import Asked, PreparedSet
-from ip_adapter_trainer.cache.shards import TableKind, TableWriter, sums_of
-from ip_adapter_trainer.cache.spec import Recipe
+from ip_adapter_trainer.cache.shards import TableKind, TableWriter, checksums_of
+from ip_adapter_trainer.cache.spec import CacheSpec
 from ip_adapter_trainer.core.values import Row
 from ip_adapter_trainer.encoders.clip import ClipPreprocess
-from ip_adapter_trainer.feed.bucketing import lay_out
+from ip_adapter_trainer.feed.bucketing import assign_buckets
 from ip_adapter_trainer.feed.config import DataConfig
 from ip_adapter_trainer.feed.dataset import TrainingSet
 from ip_adapter_trainer.images.buckets import Buckets
-from ip_adapter_trainer.manifest.images import Pictures
+from ip_adapter_trainer.manifest.images import ImageFiles
 from ip_adapter_trainer.manifest.manifest import read_manifest
-from ip_adapter_trainer.storage.digests import KEY, address
+from ip_adapter_trainer.storage.digests import KEY, digest
 
 MOMENTS = TableKind("moments", (8, 64, 64), torch.bfloat16)
 EMBEDS = TableKind("image_embeds", (1024,), torch.bfloat16)
 SIZE_PX = (512, 512)
-RECIPE = Recipe(Buckets.square(512), (255, 255, 255), False, False, "vae", "clip", {SIZE_PX: MOMENTS}, (EMBEDS,))
+SPEC = CacheSpec(Buckets.square(512), (255, 255, 255), False, False, "vae", "clip", {SIZE_PX: MOMENTS}, (EMBEDS,))
 PICTURES_ON_DISK, SHARD_ROWS, BATCH, ASKED = 64, 4096, 16, 1000
 
 
 def write_set(folder: Path, config: DataConfig) -> PreparedSet:
     """A prepared set of the rows with values out of the air."""
-    pictures = Pictures.of(Path(config.data_json_file).parent, config)
+    pictures = ImageFiles.of(Path(config.data_json_file).parent, config)
     writers = {kind: TableWriter(folder, kind) for kind in (PICTURES, MOMENTS, EMBEDS)}
     for number in range(PICTURES_ON_DISK):
         content, status = pictures.read_file(f"{number}.jpg")
-        record = Record.of(status, (768, 1024), address(content))
+        record = Record.of(status, (768, 1024), digest(content))
         writers[PICTURES].add(name_key(f"{number}.jpg"), record.packed())
-        for view in RECIPE.views(record.content, record.size_px, 3):
+        for view in SPEC.views(record.content, record.size_px, 3):
             writers[view.kind].add(view.key, torch.randn(view.kind.shape).to(view.kind.dtype))
     for writer in writers.values():
         writer.seal()
-    return PreparedSet(folder, RECIPE, pictures)
+    return PreparedSet(folder, SPEC, pictures)
 
 
 def rate(samples: TrainingSet, batches: int) -> float:
@@ -82,7 +82,7 @@ def sparse_table(root: Path, kind: TableKind, rows: int, key_of: Callable[[int],
         with (folder / f"{start:08d}.safetensors").open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             file.write(addresses)
-            file.write(sums_of(np.frombuffer(addresses, KEY), np.zeros((count, 8), np.uint8)).tobytes())
+            file.write(checksums_of(np.frombuffer(addresses, KEY), np.zeros((count, 8), np.uint8)).tobytes())
             file.truncate(8 + len(text) + end)
 
 
@@ -90,10 +90,10 @@ def write_sparse(root: Path, rows: int) -> None:
     """A set of any number of rows."""
     writer = TableWriter(root, PICTURES)
     for number in range(rows):
-        writer.add(name_key(f"{number}.jpg"), Record(1, 1, 1, (768, 1024), address(number)).packed())
+        writer.add(name_key(f"{number}.jpg"), Record(1, 1, 1, (768, 1024), digest(number)).packed())
     writer.seal()
-    sparse_table(root, MOMENTS, rows, lambda number: RECIPE.targets[SIZE_PX, False].keys(address(number)))
-    sparse_table(root, EMBEDS, rows, lambda number: RECIPE.prompts[EMBEDS, False].keys(address(number)))
+    sparse_table(root, MOMENTS, rows, lambda number: SPEC.targets[SIZE_PX, False].keys(digest(number)))
+    sparse_table(root, EMBEDS, rows, lambda number: SPEC.prompts[EMBEDS, False].keys(digest(number)))
 
 
 def each_us(prepared: PreparedSet, asked: list[int]) -> float:
@@ -112,7 +112,7 @@ def by_size(rows: int, config: DataConfig) -> tuple[float, float, float, float, 
         root = Path(name)
         write_sparse(root, rows)
         began = time.process_time()
-        prepared = PreparedSet(root, RECIPE, Pictures.of(root, config))
+        prepared = PreparedSet(root, SPEC, ImageFiles.of(root, config))
         opened = time.process_time()
         lacking = list(prepared.lacking([Row(f"{number}.jpg", "") for number in range(rows)], range(rows)))
         checked = time.process_time()
@@ -130,10 +130,10 @@ def rates(rounds: int, scratch: Path | None = None) -> list[tuple[float, float]]
         folder = Path(name)
         config = DataConfig(data_json_file=str(write_pictures(folder, SIZE_PX[0], PICTURES_ON_DISK)))
         manifest = read_manifest(config)
-        preprocess, layout = ClipPreprocess(224), lay_out(manifest, config)
-        raw = TrainingSet(manifest, config, layout, seed=0, preprocess=preprocess)
+        preprocess, bucketing = ClipPreprocess(224), assign_buckets(manifest, config)
+        raw = TrainingSet(manifest, config, bucketing, seed=0, preprocess=preprocess)
         prepared = write_set(folder / "set", config)
-        encoded = TrainingSet(manifest, config, layout, seed=0, preprocess=preprocess, prepared=prepared)
+        encoded = TrainingSet(manifest, config, bucketing, seed=0, preprocess=preprocess, prepared=prepared)
         return [(rate(raw, 4), rate(encoded, 200)) for _ in range(rounds)]
 
 

@@ -18,7 +18,7 @@ from benchmarks.published_step import PublishedStep
 from benchmarks.rows import make_batch
 from benchmarks.sizes import SIZES, build, projector_weights
 from benchmarks.worker import Meter
-from ip_adapter_trainer.train.plan import make_plan
+from ip_adapter_trainer.train.run_plan import make_plan
 
 _MATMULS_OF_ATTENTION = ("bmm", "baddbmm", "scaled_dot_product", "flash_attention", "efficient_attention")
 _REPEATS = 7
@@ -48,7 +48,7 @@ def count(size_name: str, side_px: int) -> tuple[Flops, Flops]:
     with FlopCounterMode(display=False) as theirs:
         published.loss(batch, draws).backward()
     ours = OurStep(size, build(size, meta), weights, "no", meta)
-    encoded = replace(batch, picture=ours.encode(batch))
+    encoded = replace(batch, inputs=ours.encode(batch))
     with ours.model.attached(), FlopCounterMode(display=False) as mine:
         ours.loss(encoded).backward()
     return Flops.of(theirs), Flops.of(mine)

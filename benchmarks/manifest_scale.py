@@ -60,19 +60,19 @@ def write(path: Path, rows: int) -> None:
 
 def measure(path: Path) -> dict[str, float]:
     """Figures of this process, which must be a fresh one."""
-    from ip_adapter_trainer.feed.bucketing import lay_out
+    from ip_adapter_trainer.feed.bucketing import assign_buckets
     from ip_adapter_trainer.feed.config import DataConfig
     from ip_adapter_trainer.feed.dataset import TrainingSet
-    from ip_adapter_trainer.feed.sampler import Order
+    from ip_adapter_trainer.feed.sampler import Sampler
     from ip_adapter_trainer.manifest.manifest import read_manifest
 
     torch_mb, began = _peak_mb(), time.monotonic()
     config = DataConfig(data_json_file=str(path))
     manifest = read_manifest(config)
     opened = time.monotonic()
-    layout = lay_out(manifest, config)
-    samples = TrainingSet(manifest, config, layout, seed=0, preprocess=_no_picture)
-    order = Order(layout.bucket_of_row, seed=0, batch_images=BATCH_IMAGES)
+    bucketing = assign_buckets(manifest, config)
+    samples = TrainingSet(manifest, config, bucketing, seed=0, preprocess=_no_image)
+    order = Sampler(bucketing.bucket_of_row, seed=0, batch_images=BATCH_IMAGES)
     order.step(0)
     ready = time.monotonic()
     deep = order.steps_before(3)
@@ -95,7 +95,7 @@ def measure(path: Path) -> dict[str, float]:
     }
 
 
-def _no_picture(picture: object) -> NoReturn:
+def _no_image(image: object) -> NoReturn:
     raise AssertionError("no picture is read here")
 
 

@@ -16,7 +16,7 @@ from benchmarks.pictures import Files
 from benchmarks.sizes import SEED, Nets, Size
 from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.cache.prepared import PreparedSet
-from ip_adapter_trainer.cache.spec import Recipe
+from ip_adapter_trainer.cache.spec import CacheSpec
 from ip_adapter_trainer.config import compose
 from ip_adapter_trainer.core.values import Batch, Encoded
 from ip_adapter_trainer.diffusion import NoiseProcess, ObjectiveConfig
@@ -24,10 +24,10 @@ from ip_adapter_trainer.encoders import ClipImageEncoder
 from ip_adapter_trainer.families import FAMILIES
 from ip_adapter_trainer.families._unet import lay_out_autoencoder
 from ip_adapter_trainer.manifest.fingerprint import Digest
-from ip_adapter_trainer.manifest.images import Pictures
+from ip_adapter_trainer.manifest.images import ImageFiles
 from ip_adapter_trainer.manifest.manifest import read_manifest
 from ip_adapter_trainer.model import Model
-from ip_adapter_trainer.prepare.frozen import recipe_of
+from ip_adapter_trainer.prepare.frozen import cache_spec
 from ip_adapter_trainer.prepare.run import Job
 from ip_adapter_trainer.runtime.launch import Runtime, start
 from ip_adapter_trainer.runtime.precision import dtype_of
@@ -35,12 +35,12 @@ from ip_adapter_trainer.runtime.signals import StopSignal
 from ip_adapter_trainer.runtime.stopping import Poll, Stopping, no_poll
 from ip_adapter_trainer.storage.checkpoints import all_checkpoints
 from ip_adapter_trainer.train.config import LeanConfig, TrainConfig
+from ip_adapter_trainer.train.data import TrainingData
 from ip_adapter_trainer.train.lean import lean
 from ip_adapter_trainer.train.loop import Trainer
 from ip_adapter_trainer.train.optim import make_optimizer
-from ip_adapter_trainer.train.plan import make_plan
 from ip_adapter_trainer.train.rows import RunRows
-from ip_adapter_trainer.train.source import Source
+from ip_adapter_trainer.train.run_plan import make_plan
 from ip_adapter_trainer.train.step import Step
 from ip_adapter_trainer.train.track import Track
 
@@ -92,9 +92,9 @@ class SteeredTrainer(Trainer):
 
     def _between_steps(self, track: Track, stopping: Stopping, resumed: bool = False) -> None:
         """See `Trainer`."""
-        self.config = self.config.model_copy(update={"save_steps": self.done if self.saves else _ENDLESS})
+        self.config = self.config.model_copy(update={"save_steps": self.global_step if self.saves else _ENDLESS})
         if self.ends:
-            self.plan = replace(self.plan, total_steps=self.done)
+            self.plan = replace(self.plan, total_steps=self.global_step)
         super()._between_steps(track, stopping, resumed)
 
 
@@ -135,13 +135,13 @@ class OurStep:
             self.model.checkpoint_activations()
         process = NoiseProcess(nets.pipeline.scheduler, ObjectiveConfig(timestep_density="uniform"))
         self.loss = Step(self.model, process, SEED, device)
-        self._made: Recipe | None = None
+        self._made: CacheSpec | None = None
 
     def encode(self, batch: Batch) -> Encoded:
         """What preparing a set makes of a batch, once for all steps."""
         keeps_text = self.settings.get("prepare_text")
         text = self.model.family.encode_captions(batch.text) if keeps_text else {}
-        return Encoded(self.model.moments_of(batch.picture), self.model.features_of(batch.picture), text)
+        return Encoded(self.model.moments_of(batch.inputs), self.model.features_of(batch.inputs), text)
 
     def release_encoders(self) -> None:
         """Lets go of what a prepared set makes needless."""
@@ -180,11 +180,11 @@ class OurStep:
         """This process, alone."""
         return start(mixed_precision=self.precision, local_rank=-1, output_dir="", logging_dir="")
 
-    def _recipe(self, files: Files) -> Recipe:
+    def _recipe(self, files: Files) -> CacheSpec:
         """What a set of the pictures holds; made once, for it hashes the encoders, which are let go of later."""
         if self._made is None:
             config, kinds = self.config(Path("none"), **files.settings), (self.model.variant.feature,)
-            self._made = recipe_of(config, self.model.family, self.model.encoder, kinds, text=False)
+            self._made = cache_spec(config, self.model.family, self.model.encoder, kinds, text=False)
         return self._made
 
     def preparation(self, files: Files, folder: Path) -> Job:
@@ -202,9 +202,9 @@ class OurStep:
         """Batches as a run reads them from the set that `prepare` left in a folder, with the default data workers."""
         config = self.config(output, images, data_json_file=str(files.manifest), resolution=files.side_px)
         manifest = read_manifest(config)
-        prepared = PreparedSet(folder, self._recipe(files), Pictures.of(manifest.root, config))
+        prepared = PreparedSet(folder, self._recipe(files), ImageFiles.of(manifest.root, config))
         rows = RunRows(manifest, np.zeros(len(manifest.rows), np.bool_))
-        return Source(config, self.runtime, rows, self.model.encoder.preprocess, prepared).batches(0, no_poll)
+        return TrainingData(config, self.runtime, rows, self.model.encoder.preprocess, prepared).batches(0, no_poll)
 
     def run(self, batches: Iterator[Batch], images: int, output: Path) -> Path:
         """The whole training loop until there are no more batches, and one step after; returns its last checkpoint."""
@@ -212,7 +212,7 @@ class OurStep:
         output.mkdir(parents=True, exist_ok=True)
         rows: Any = Rows(self._ended(batches), images)
         plan = make_plan(self.model, config, images, images)
-        self.trainer = SteeredTrainer(config, self.runtime, self.model, rows, self.loss, plan, marks={})
+        self.trainer = SteeredTrainer(config, self.runtime, self.model, rows, self.loss, plan, model_hashes={})
         with StopSignal() as signal:
             self.trainer.run(Stopping(signal, self.runtime))
         return all_checkpoints(output)[-1]

@@ -15,11 +15,11 @@ from PIL import Image
 
 from ip_adapter_trainer.core.values import Batch
 from ip_adapter_trainer.encoders.clip import ClipPreprocess
-from ip_adapter_trainer.feed.bucketing import lay_out
+from ip_adapter_trainer.feed.bucketing import assign_buckets
 from ip_adapter_trainer.feed.config import DataConfig
 from ip_adapter_trainer.feed.dataset import TrainingSet
 from ip_adapter_trainer.feed.loader import Loader
-from ip_adapter_trainer.feed.sampler import Order
+from ip_adapter_trainer.feed.sampler import Sampler
 from ip_adapter_trainer.manifest.faults import FaultLog
 from ip_adapter_trainer.manifest.manifest import read_manifest
 
@@ -62,8 +62,8 @@ def raw_batches(files: Files, images: int, prompt_px: int, *, pin: bool) -> Iter
     """Batches without end, of pictures that are decoded, cut and preprocessed anew for each step."""
     config = DataConfig(train_batch_size=images, **files.settings)
     manifest = read_manifest(config)
-    layout = lay_out(manifest, config)
+    layout = assign_buckets(manifest, config)
     samples = TrainingSet(manifest, config, layout, seed=0, preprocess=ClipPreprocess(prompt_px))
-    order = Order(layout.bucket_of_row, seed=0, batch_images=images)
+    order = Sampler(layout.bucket_of_row, seed=0, batch_images=images)
     log = FaultLog(files.manifest.parent, manifest.entries, config.max_fault_rate)
     return Loader(samples, order, log, pin=pin).from_step(0)

@@ -46,7 +46,7 @@ class Laid:
         """Lays and prepares them, unless that was done before."""
         laid = cls(work / f"seed-{seed}", seed)
         if not laid.prepared.exists():
-            write.lay(laid.folder, seed=seed)
+            write.write_pocket(laid.folder, seed=seed)
             _ip_adapter("prepare", {**laid.flags, "encode_batch_size": 32})
         return laid
 
@@ -182,12 +182,12 @@ class Measure:
 
     def _scores(self, model: Model) -> dict[str, float]:
         how = Sampling(world.SIZE_PX, world.SIZE_PX, steps=STEPS, guidance_scale=GUIDANCE, batch_images=50)
-        tokens = image_tokens(model, [[_picture(p.reference)] for p in self.pairs])
+        tokens = image_tokens(model, [[_image(p.reference)] for p in self.pairs])
         prompts = [world.caption(replace(p.reference, shape=p.text_shape), ASKED_OF_TEXT) for p in self.pairs]
         return score(sample(model, tokens, prompts, range(len(self.pairs)), how), self.pairs)
 
 
-def _picture(scene: Scene) -> Any:
+def _image(scene: Scene) -> Any:
     from PIL import Image
 
     return Image.fromarray(world.render(scene))
@@ -197,7 +197,7 @@ def _batch(first: int, targets: Sequence[Scene], prompts: Sequence[Scene], prepr
     """Rows as training reads them, nothing dropped."""
     places, square = torch.arange(first, first + len(targets)), (world.SIZE_PX, world.SIZE_PX)
     pixels = torch.from_numpy(np.stack([world.render(s) for s in targets])).permute(0, 3, 1, 2).float() / 127.5 - 1
-    shown = torch.stack([preprocess(_picture(s)) for s in prompts])
+    shown = torch.stack([preprocess(_image(s)) for s in prompts])
     no = torch.zeros(len(targets), dtype=torch.bool)
     geometry = (Geometry(square, (0, 0), square),) * len(targets)
     texts = tuple(world.caption(s, ASKED_OF_TEXT) for s in targets)

@@ -132,10 +132,10 @@ class PublishedStep:
     @torch.no_grad()
     def encode(self, batch: Batch) -> tuple[Any, Tensor]:
         """The latents' posterior and image features [B, E]; dropped pictures are encoded first and zeroed after."""
-        assert isinstance(batch.picture, Pixels)
+        assert isinstance(batch.inputs, Pixels)
         vae = self.pipeline.vae
-        posterior = vae.encode(batch.picture.pixels.to(vae.dtype)).latent_dist
-        features = self.image_encoder(batch.picture.prompt_pixels.to(self.dtype)).image_embeds
+        posterior = vae.encode(batch.inputs.pixels.to(vae.dtype)).latent_dist
+        features = self.image_encoder(batch.inputs.prompt_pixels.to(self.dtype)).image_embeds
         kept = [torch.zeros_like(f) if drop else f for f, drop in zip(features, batch.drop_image.tolist(), strict=True)]
         return posterior, torch.stack(kept)
 
@@ -154,8 +154,8 @@ class PublishedStep:
 
     def draws(self, batch: Batch) -> Draws:
         """The chance of a step; given to both sides alike."""
-        assert isinstance(batch.picture, Pixels)
-        shape = batch.picture.pixels.shape[-2:]
+        assert isinstance(batch.inputs, Pixels)
+        shape = batch.inputs.pixels.shape[-2:]
         factor = self.pipeline.vae_scale_factor
         drawn = draw(self.process, batch, (4, shape[0] // factor, shape[1] // factor))
         return Draws(*(t.to(self.device) for t in (drawn.posterior, drawn.noise, drawn.timesteps)))

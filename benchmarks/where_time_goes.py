@@ -40,7 +40,7 @@ def step_times(size_name: str, side_px: int, images: int, precision: str) -> Cou
     size, cpu = SIZES[size_name], torch.device("cpu")
     ours = OurStep(size, build(size, cpu), projector_weights(size, cpu), precision, cpu)
     batch = make_batch(size, side_px, images, cpu)
-    batch = replace(batch, picture=ours.encode(batch))
+    batch = replace(batch, inputs=ours.encode(batch))
     ours.release_encoders()
 
     def train(steps: range) -> None:

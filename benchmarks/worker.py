@@ -47,7 +47,7 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class Order:
+class Sampler:
     """What a turn is to be."""
 
     untimed: int  # steps
@@ -159,7 +159,7 @@ class Child:
     def prepare(self) -> None:
         """Our side encodes the given batch once and for all; the other side has nothing to prepare."""
         if self.ours:
-            self.batch = replace(self.batch, picture=self.step.encode(self.batch))
+            self.batch = replace(self.batch, inputs=self.step.encode(self.batch))
             self.step.release_encoders()
 
     def gradients(self) -> str:
@@ -175,10 +175,10 @@ class Child:
         for images in candidates:
             self._make_batch(images)
             if self.ours:  # any encoded row will do to see what fits
-                assert isinstance(one.picture, Encoded)
-                parts = (one.picture.moments, one.picture.features)
+                assert isinstance(one.inputs, Encoded)
+                parts = (one.inputs.moments, one.inputs.features)
                 moments, features = (t[:1].expand(images, *t.shape[1:]).contiguous() for t in parts)
-                self.batch = replace(self.batch, picture=Encoded(moments, features))
+                self.batch = replace(self.batch, inputs=Encoded(moments, features))
             try:
                 self.step.try_step(self.batch)
             except torch.cuda.OutOfMemoryError:
@@ -209,7 +209,7 @@ class Child:
                 yield next(batches)
             yield from self._timed(order, batches)
 
-    def _timed(self, order: Order, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _timed(self, order: Sampler, batches: Iterator[Batch]) -> Iterator[Batch]:
         steps, waited_s = 0, 0.0
         self.meter.start()
         while steps < order.timed or self.step.is_writing:
@@ -260,7 +260,7 @@ class Worker(Process):
         """Starts the training."""
         self.send(("run", ()))
 
-    def turn(self, order: Order) -> Turn:
+    def turn(self, order: Sampler) -> Turn:
         """Lets the training go on for some steps."""
         self.send(order)
         return self.answer()

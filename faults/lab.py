@@ -175,7 +175,7 @@ class Lab:
         """The pocket base, its image encoder, and training rows."""
         folder = self.folder / "pocket"
         if not (folder / "data.json").exists():
-            write.lay(folder, rows=ROWS)
+            write.write_pocket(folder, rows=ROWS)
         return folder
 
     @property

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from faults.lab import ROWS, Finding, Lab
-from ip_adapter_trainer.cache.shards import sums_of
+from ip_adapter_trainer.cache.shards import checksums_of
 from ip_adapter_trainer.pocket import world
 from ip_adapter_trainer.storage.checkpoints import all_checkpoints
 from ip_adapter_trainer.storage.digests import KEY_BYTES
@@ -127,7 +127,7 @@ def _poison(folder: Path, *, only_first: bool) -> int:
         chosen = slice(0, 1) if only_first else slice(None)
         rows[chosen, 0] = float("inf")
         keys = tensors["key"].numpy().view(f"S{KEY_BYTES}").reshape(-1)
-        sums = sums_of(keys, rows.contiguous().view(torch.uint8).numpy())
+        sums = checksums_of(keys, rows.contiguous().view(torch.uint8).numpy())
         tensors["sum"] = torch.from_numpy(sums.view(np.uint8).reshape(len(rows), -1).copy())
         file.unlink()
         save_file({**tensors, "value": rows.reshape(tensors["value"].shape).contiguous()}, file)

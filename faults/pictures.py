@@ -16,11 +16,11 @@ import numpy as np
 from faults.checking import check
 from faults.corpus.broken_pictures import Broken, broken
 from faults.corpus.files import encoded
-from faults.corpus.pictures import GROUND, GROUND_FLAG, Sound, sound
+from faults.corpus.pictures import BACKGROUND, GROUND_FLAG, Sound, sound
 from faults.corpus.rows import row
 from faults.lab import ROWS, Finding, Lab
 from faults.watch import seen
-from ip_adapter_trainer.images.decode import PictureFault, decode
+from ip_adapter_trainer.images.decode import ImageFault, decode
 from ip_adapter_trainer.images.limits import Limits
 
 BOMB_LIMIT_MB = 50
@@ -33,7 +33,7 @@ def pictures(lab: Lab) -> Iterator[Finding]:
     folder = lab.place("pictures")
     listed = _lay(folder)
     wrong = [f"pixels: {case.what}" for case in listed if isinstance(case, Sound) and not _pixels_are_right(case)]
-    checked = check(lab, folder / "rows.jsonl", alpha_ground=GROUND_FLAG)
+    checked = check(lab, folder / "rows.jsonl", alpha_background=GROUND_FLAG)
     wrong += _differing("check", listed, {number: [f.kind for f in told] for number, told in checked.faults.items()})
     moving = sum(case.frames > 1 for case in listed if isinstance(case, Sound))
     wrong += (
@@ -70,7 +70,7 @@ def flips(lab: Lab) -> Iterator[Finding]:
     manifest, listed = folder / "rows.jsonl", folder / "SHA256SUMS"
     manifest.write_text("".join(row(name) + "\n" for name in names))
     listed.write_text("".join(sums))
-    without, with_hashes = check(lab, manifest), check(lab, manifest, picture_hashes_file=listed)
+    without, with_hashes = check(lab, manifest), check(lab, manifest, image_hashes_file=listed)
     kinds = [[fault.kind for fault in with_hashes.faults.get(number, [])] for number in range(1, len(names) + 1)]
     missed = sum(told != ["changed"] for told in kinds)
     good = not missed and without.exit_code == with_hashes.exit_code == 0
@@ -170,16 +170,16 @@ def _lay(folder: Path) -> Sequence[Sound | Broken]:
 def _is_another_picture(content: bytes, case: Sound) -> bool:
     """Whether a file is read, but not as the picture of the case."""
     try:
-        given = np.asarray(decode(content, Limits(), GROUND).image, dtype=float)
-    except PictureFault:
+        given = np.asarray(decode(content, Limits(), BACKGROUND).image, dtype=float)
+    except ImageFault:
         return False
     return given.shape != case.pixels.shape or bool(np.abs(given - case.pixels).max() > 1)
 
 
 def _pixels_are_right(case: Sound) -> bool:
     try:
-        picture = decode(case.content, Limits(), GROUND)
-    except PictureFault:
+        picture = decode(case.content, Limits(), BACKGROUND)
+    except ImageFault:
         return False
     given = np.asarray(picture.image, dtype=float)
     return given.shape == case.pixels.shape and bool(np.abs(given - case.pixels).max() <= 1)

@@ -13,7 +13,7 @@ import torch
 from faults.corpus import documents, mutate, tensors
 from faults.corpus.mutate import Mutation
 from ip_adapter_trainer.adapters import AdapterCard, read_adapter, write_adapter
-from ip_adapter_trainer.cache.index import PICTURES, PictureIndex, Record, name_key
+from ip_adapter_trainer.cache.index import PICTURES, ImageIndex, Record, name_key
 from ip_adapter_trainer.cache.shards import Table, TableWriter
 from ip_adapter_trainer.config import check_keys, compose
 from ip_adapter_trainer.core.values import Fault
@@ -117,7 +117,7 @@ def _shard(folder: Path) -> Target:
 
     def read(content: bytes) -> None:
         path.write_bytes(content)
-        table, index = Table(folder, PICTURES), PictureIndex(folder)
+        table, index = Table(folder, PICTURES), ImageIndex(folder)
         places = table.find([name_key(str(number)) for number in range(4)])
         known = [place for place in places.tolist() if place >= 0]
         table.fill(table.room(max(1, len(known))), range(len(known)), known)

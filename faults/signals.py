@@ -109,7 +109,7 @@ def _many(lab: Lab) -> Settings:
     """Inputs with rows enough to be stopped in the middle of encoding them."""
     folder = lab.folder / "many"
     if not folder.exists():
-        write.lay(folder, rows=_MANY_ROWS)
+        write.write_pocket(folder, rows=_MANY_ROWS)
     return {"data_json_file": folder / "data.json", "data_root_path": folder / "images"}
 
 

@@ -32,7 +32,7 @@ def _watch() -> None:
 
     def watched(self: Step, batch: Any) -> Any:
         """Writes, then trains."""
-        picture, indices = batch.picture, batch.index.tolist()
+        picture, indices = batch.inputs, batch.index.tolist()
         shown = picture.pixels if hasattr(picture, "pixels") else picture.moments
         shape = self.model.family.latent_shape(*shown.shape[-2:]) if hasattr(picture, "pixels") else _half(shown)
         noise, timesteps = self.process.draw(self.seed, indices, shape)

@@ -114,7 +114,7 @@ def test_what_readme_shows_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest
     for shown, given in REPLACED.items():
         assert shown in text, f"README no longer shows {shown}"
         text = text.replace(shown, given)
-    write.lay(Path("pocket"), rows=24, seed=0)
+    write.write_pocket(Path("pocket"), rows=24, seed=0)
     for name in ("data.json", "images"):
         Path(name).symlink_to(Path("pocket") / name)
     Image.open(next(Path("images").glob("*.png"))).save("photo.jpg")

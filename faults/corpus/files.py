@@ -49,10 +49,10 @@ def tiff_gray(data: bytes, width: int, height: int, *, bits: int, photometric: i
     return struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
 
 
-def over(colour: Array, alpha: Array, ground: tuple[int, int, int]) -> Array:
+def over(colour: Array, alpha: Array, background: tuple[int, int, int]) -> Array:
     """[H, W, 3] and [H, W], both in 0..255, laid on a ground."""
     share = alpha[..., None] / 255
-    return np.asarray(colour * share + np.array(ground) * (1 - share))
+    return np.asarray(colour * share + np.array(background) * (1 - share))
 
 
 def gray(samples: Array) -> Array:

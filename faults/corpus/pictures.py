@@ -12,7 +12,7 @@ from PIL import Image
 from faults.corpus.files import Array, chunk, encoded, gray, over, packed_12_bits, pfm, png, tiff_gray
 from ip_adapter_trainer.images.decode import FORMATS
 
-GROUND = (10, 200, 90)  # what transparent pictures are laid on
+BACKGROUND = (10, 200, 90)  # what transparent pictures are laid on
 GROUND_FLAG = "#0ac85a"
 H, W = 24, 32
 
@@ -50,7 +50,7 @@ class Sound:
         what: its kind, in words.
         ending: of its name, with the dot; not always that of its format.
         content: the file.
-        pixels: [H, W, 3] in 0..255, upright, on `GROUND`.
+        pixels: [H, W, 3] in 0..255, upright, on `BACKGROUND`.
         frames: how many it has.
     """
 
@@ -94,30 +94,32 @@ def _eight_bits() -> Iterator[Sound]:
 
 
 def _transparent() -> Iterator[Sound]:
-    rgba, rgba_rgb = np.dstack([RGB, ALPHA]), over(RGB, ALPHA, GROUND)
+    rgba, rgba_rgb = np.dstack([RGB, ALPHA]), over(RGB, ALPHA, BACKGROUND)
     yield Sound("RGBA PNG", ".png", encoded(rgba, "PNG"), rgba_rgb)
     yield Sound("RGBA WebP", ".webp", encoded(rgba, "WEBP", lossless=True, exact=True), rgba_rgb)
     yield Sound("RGBA TIFF", ".tif", encoded(rgba, "TIFF"), rgba_rgb)
-    yield Sound("gray and alpha PNG", ".png", encoded(np.dstack([GRAY, ALPHA]), "PNG"), over(gray(GRAY), ALPHA, GROUND))
+    yield Sound(
+        "gray and alpha PNG", ".png", encoded(np.dstack([GRAY, ALPHA]), "PNG"), over(gray(GRAY), ALPHA, BACKGROUND)
+    )
     palette, colours, numbers = _palette()
     opacity = np.linspace(0, 255, 16).astype(np.uint8)
-    shown = over(colours[numbers], opacity[numbers], GROUND)
+    shown = over(colours[numbers], opacity[numbers], BACKGROUND)
     yield Sound("palette PNG, opacities", ".png", encoded(palette, "PNG", transparency=opacity.tobytes()), shown)
-    shown = np.where((numbers == 5)[..., None], GROUND, colours[numbers])
+    shown = np.where((numbers == 5)[..., None], BACKGROUND, colours[numbers])
     yield Sound("palette PNG, one clear", ".png", encoded(palette, "PNG", transparency=5), shown)
     yield Sound("palette GIF, one clear", ".gif", encoded(palette, "GIF", transparency=5), shown)
     value = int(GRAY[3, 4])
-    shown = np.where(np.equal(GRAY, value)[..., None], GROUND, gray(GRAY))
+    shown = np.where(np.equal(GRAY, value)[..., None], BACKGROUND, gray(GRAY))
     yield Sound("gray PNG, one value clear", ".png", encoded(GRAY, "PNG", transparency=value), shown)
     colour = RGB[3, 4]
-    shown = np.where((colour == RGB).all(-1, keepdims=True), GROUND, RGB)
+    shown = np.where((colour == RGB).all(-1, keepdims=True), BACKGROUND, RGB)
     yield Sound("RGB PNG, one colour clear", ".png", encoded(RGB, "PNG", transparency=tuple(colour.tolist())), shown)
-    one = np.where((DEEP[3, 4] == DEEP)[..., None], GROUND, gray(DEEP / 257))
+    one = np.where((DEEP[3, 4] == DEEP)[..., None], BACKGROUND, gray(DEEP / 257))
     content = png(DEEP, 0, extra=chunk(b"tRNS", int(DEEP[3, 4]).to_bytes(2, "big")))
     yield Sound("16-bit gray PNG, one value clear", ".png", content, one)
     deep = DEEP_RGBA[..., :3]
     content = png(deep, 2, extra=chunk(b"tRNS", deep[3, 4].astype(">u2").tobytes()))
-    shown = np.where((deep == deep[3, 4]).all(-1, keepdims=True), GROUND, deep / 257)
+    shown = np.where((deep == deep[3, 4]).all(-1, keepdims=True), BACKGROUND, deep / 257)
     yield Sound("16-bit RGB PNG, one colour clear", ".png", content, shown)
 
 
@@ -128,9 +130,9 @@ def _deep() -> Iterator[Sound]:
     yield Sound("16-bit gray PGM", ".pgm", encoded(DEEP, "PPM"), deep_gray)
     yield Sound("16-bit RGB PNG", ".png", png(DEEP_RGBA[..., :3], 2), DEEP_RGBA[..., :3] / 257)
     # Pillow keeps the upper byte of each: under 1 off for colour alone, under 2 for colour and alpha together.
-    kept = over(DEEP_RGBA[..., :3] >> 8, DEEP_RGBA[..., 3] >> 8, GROUND)
+    kept = over(DEEP_RGBA[..., :3] >> 8, DEEP_RGBA[..., 3] >> 8, BACKGROUND)
     yield Sound("16-bit RGBA PNG", ".png", png(DEEP_RGBA, 6), kept)
-    kept = over(gray(DEEP_RGBA[..., 0] >> 8), DEEP_RGBA[..., 3] >> 8, GROUND)
+    kept = over(gray(DEEP_RGBA[..., 0] >> 8), DEEP_RGBA[..., 3] >> 8, BACKGROUND)
     yield Sound("16-bit gray and alpha PNG", ".png", png(DEEP_RGBA[..., [0, 3]], 4), kept)
     dark = tiff_gray(DEEP.astype("<u2").tobytes(), W, H, bits=16, photometric=0)
     yield Sound("16-bit TIFF, white is zero", ".tif", dark, gray(255 - DEEP / 257))

@@ -14,7 +14,7 @@ from ip_adapter_trainer.core.errors import Problem, Stopped, did_you_mean
 from ip_adapter_trainer.core.log import patient_stderr
 from ip_adapter_trainer.core.redact import redacted
 from ip_adapter_trainer.runtime.signals import interruptible, tell_at_once
-from ip_adapter_trainer.storage.disk import told_as_storage
+from ip_adapter_trainer.storage.disk import as_storage_problem
 
 COMMANDS = {
     "train": "train an adapter on pictures and captions",
@@ -131,9 +131,9 @@ def _check(argv: Sequence[str]) -> int:
 def _pocket(argv: Sequence[str]) -> int:
     from ip_adapter_trainer.config import parse
     from ip_adapter_trainer.pocket.config import PocketConfig
-    from ip_adapter_trainer.pocket.write import lay_command
+    from ip_adapter_trainer.pocket.write import pocket
 
-    print(lay_command(parse(PocketConfig, argv, prog="ip-adapter pocket")))
+    print(pocket(parse(PocketConfig, argv, prog="ip-adapter pocket")))
     return 0
 
 
@@ -173,7 +173,7 @@ def _ended(work: Callable[[], int], *, debug: bool = False) -> int:
     A reader of its output that is gone, as `head` is after ten lines, ends it as any program in a pipe: 141, no words.
     """
     try:
-        with interruptible(), told_as_storage():
+        with interruptible(), as_storage_problem():
             try:
                 return work()
             finally:

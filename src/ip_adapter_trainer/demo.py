@@ -76,11 +76,11 @@ def _prompt(pair: Pair) -> str:
     return world.caption(replace(pair.reference, shape=pair.text_shape), ASKED_OF_TEXT)
 
 
-def score(pictures: list[Image], pairs: list[Pair]) -> dict[str, float]:
+def score(images: list[Image], pairs: list[Pair]) -> dict[str, float]:
     """Fraction of pictures that show each attribute as asked, by the oracle."""
     from ip_adapter_trainer.pocket import oracle
 
-    return oracle.accuracy(np.stack([np.asarray(p.convert("RGB")) for p in pictures]), [p.truth() for p in pairs])
+    return oracle.accuracy(np.stack([np.asarray(p.convert("RGB")) for p in images]), [p.truth() for p in pairs])
 
 
 def _train(config: DemoConfig, folder: Path) -> None:
@@ -138,8 +138,8 @@ def _grid(model: Model, pairs: list[Pair], references: list[Image], config: Demo
     rows = range(GRID_ROWS)
     prompts = [_prompt(pairs[i]) for i in rows]
     seeds = [config.seed + i for i in rows]
-    picture = grid(model, references[:GRID_ROWS], prompts, seeds, how, blocks=GRID_BLOCKS, cell_px=GRID_CELL_PX)
-    picture.save(folder / "grid.png")
+    image = grid(model, references[:GRID_ROWS], prompts, seeds, how, blocks=GRID_BLOCKS, cell_px=GRID_CELL_PX)
+    image.save(folder / "grid.png")
     return folder / "grid.png"
 
 
@@ -190,7 +190,7 @@ def demo(config: DemoConfig) -> str:
 
     folder, clock = Path(config.output_dir), _Clock()
     with clock.part("write"):
-        write.lay(folder, rows=config.rows, seed=config.seed)
+        write.write_pocket(folder, rows=config.rows, seed=config.seed)
     with clock.part("train"):
         _train(config, folder)
     with clock.part("export"):
@@ -200,14 +200,14 @@ def demo(config: DemoConfig) -> str:
         pairs = held_out_pairs(config.pairs, config.seed)
         references = [Image.fromarray(world.render(p.reference)) for p in pairs]
         shuffled = references[1:] + references[:1]
-        pictures = {
+        images = {
             "scale_1": _draw(model, pairs, references, config, 1.0),
             "scale_0": _draw(model, pairs, references, config, 0.0),
             "shuffled": _draw(model, pairs, shuffled, config, 1.0),
         }
-        picture = _grid(model, pairs, references, config, folder)
-    scores = {name: score(drawn, pairs) for name, drawn in pictures.items()}
+        image = _grid(model, pairs, references, config, folder)
+    scores = {name: score(drawn, pairs) for name, drawn in images.items()}
     seconds = clock.seconds | {"total": round(sum(clock.seconds.values()), 1)}
     (folder / "scores.json").write_text(json.dumps(summary(scores, seconds), indent=1) + "\n", encoding="utf-8")
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
-    return f"{table(scores)}\n\n{spent}\nscores: {folder / 'scores.json'}\npicture: {picture}"
+    return f"{table(scores)}\n\n{spent}\nscores: {folder / 'scores.json'}\npicture: {image}"

@@ -63,7 +63,7 @@ class InspectConfig(Part):
 
 
 @dataclass(frozen=True)
-class Report:
+class AdapterReport:
     """What is known of a file; guesses say that they are."""
 
     file: str
@@ -119,7 +119,7 @@ def inspect(config: InspectConfig) -> str:
     return redacted(report.to_json()) if config.as_json else str(report)
 
 
-def examine(path: str | Path) -> Report:
+def examine(path: str | Path) -> AdapterReport:
     """Looks at a file without any model.
 
     Raises:
@@ -130,12 +130,12 @@ def examine(path: str | Path) -> Report:
     return _of_foreign(raw, foreign) if foreign else _of_adapter(read_adapter(raw.path))
 
 
-def _of_adapter(file: AdapterFile) -> Report:
+def _of_adapter(file: AdapterFile) -> AdapterReport:
     facts, card, why = file.facts, file.card, refusals(file)
     context_dim, feature_dim, kind = facts["context_dim"], facts["feature_dim"], file.variant.feature
     widths = [file.ip_adapter[f"{number}.to_k_ip.weight"].shape[0] for number in file.numbers]
     flags, refusal = _start(file)
-    return Report(
+    return AdapterReport(
         file=str(file.path),
         container=file.container,
         layout=LAYOUTS[file.origin],
@@ -192,14 +192,14 @@ def _remarks(file: AdapterFile, why: Mapping[Reader, str]) -> list[str]:
     return remarks
 
 
-def _of_foreign(raw: RawFile, kind: Foreign) -> Report:
+def _of_foreign(raw: RawFile, kind: Foreign) -> AdapterReport:
     parameters: dict[str, int] = {}
     published, why = published_shapes(raw), foreign_refusals(kind, raw.path)
     for name, shape in published.items():
         table = name.split(".")[0]
         parameters[table] = parameters.get(table, 0) + math.prod(shape)
     numbers = {name.split(".")[1] for name in published if name.startswith(("ip_adapter.", "double_blocks."))}
-    return Report(
+    return AdapterReport(
         file=str(raw.path),
         container=raw.container,
         layout="that of its kind",

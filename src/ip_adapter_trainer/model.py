@@ -12,10 +12,10 @@ from ip_adapter_trainer.adapters import Variant
 from ip_adapter_trainer.core.devices import to_device
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.settings import Part
-from ip_adapter_trainer.core.values import Batch, Encoded, Picture, Site, TextCondition
+from ip_adapter_trainer.core.values import Batch, Encoded, Inputs, Site, TextCondition
 from ip_adapter_trainer.encoders import ClipImageEncoder
 from ip_adapter_trainer.families import Family
-from ip_adapter_trainer.nn.attention import DecoupledProcessor, ImageKeyValue, ImagePrompt
+from ip_adapter_trainer.nn.attention import DecoupledProcessor, ImageKV, ImagePrompt
 
 
 class Adapter(nn.Module):
@@ -27,7 +27,7 @@ class Adapter(nn.Module):
     def __init__(self, projector: nn.Module, sites: list[Site]) -> None:
         super().__init__()
         self.image_proj_model = projector
-        self.adapter_modules = nn.ModuleDict({str(s.number): ImageKeyValue(s.context_dim, s.width) for s in sites})
+        self.adapter_modules = nn.ModuleDict({str(s.number): ImageKV(s.context_dim, s.width) for s in sites})
 
     def published(self) -> dict[str, dict[str, Tensor]]:
         """The two tables of a published adapter file."""
@@ -99,7 +99,7 @@ class Model:
         """K' and V' start as the text's own K and V: "to speed up the convergence" (paper, section 3.2.2)."""
         for site in self.sites:
             pair = self.adapter.adapter_modules[str(site.number)]
-            assert isinstance(pair, ImageKeyValue)
+            assert isinstance(pair, ImageKV)
             key, value = self.family.site_weights(site)
             pair.to_k_ip.weight.copy_(key)
             pair.to_v_ip.weight.copy_(value)
@@ -189,25 +189,25 @@ class Model:
         """Image features of [B, 3, S, S]; where `drop` [B] is true, the loaders' own "no picture" feature."""
         return self._dropped(self.encoder.encode(prompt_pixels, self.variant.feature), drop)
 
-    def features_of(self, picture: Picture, drop: Tensor | None = None) -> Tensor:
+    def features_of(self, image: Inputs, drop: Tensor | None = None) -> Tensor:
         """The same of a batch's pictures, which may have been encoded before."""
-        if isinstance(picture, Encoded):
-            return self._dropped(picture.features, drop)
-        return self.features(picture.prompt_pixels, drop)
+        if isinstance(image, Encoded):
+            return self._dropped(image.features, drop)
+        return self.features(image.prompt_pixels, drop)
 
-    def moments_of(self, picture: Picture) -> Tensor:
+    def moments_of(self, image: Inputs) -> Tensor:
         """Moments [B, 2C, h, w] of a batch's targets, which may have been encoded before.
 
         Contiguous either way: kernels choose by memory format, and so round otherwise for the same numbers.
         """
-        moments = picture.moments if isinstance(picture, Encoded) else self.family.encode_moments(picture.pixels)
+        moments = image.moments if isinstance(image, Encoded) else self.family.encode_moments(image.pixels)
         return moments.contiguous()
 
     def text_of(self, batch: Batch) -> TextCondition:
         """Text condition of a batch's captions, which may have been encoded before."""
-        picture = batch.picture
-        if isinstance(picture, Encoded) and picture.text:
-            kept = {name: tensor.to(self.family.device) for name, tensor in picture.text.items()}
+        image = batch.inputs
+        if isinstance(image, Encoded) and image.text:
+            kept = {name: tensor.to(self.family.device) for name, tensor in image.text.items()}
             return self.family.condition(kept, batch.geometry)
         return self.family.encode_text(batch.text, batch.geometry)
 

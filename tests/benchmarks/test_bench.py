@@ -20,14 +20,14 @@ from benchmarks import limits, measure, report
 from benchmarks.aside import DoesNotFit, Failed, aside
 from benchmarks.bench import TRIED, jobs, measure_all
 from benchmarks.compared import Bench, Setting
+from benchmarks.images import Files, write_pictures
 from benchmarks.measure import Measured, Schedule
 from benchmarks.our_step import TECHNIQUES, OurStep, Settings
-from benchmarks.pictures import Files, write_pictures
 from benchmarks.published_step import PublishedStep
 from benchmarks.report import Row
 from benchmarks.rows import at_step, make_batch
 from benchmarks.sizes import SIZES, build, projector_weights
-from benchmarks.worker import Contender, Order, Worker
+from benchmarks.worker import Contender, Sampler, Worker
 from ip_adapter_trainer.core.values import Batch
 from ip_adapter_trainer.nn.lean import ProductConv2d
 from ip_adapter_trainer.train.config import LeanConfig
@@ -48,7 +48,7 @@ def published(precision: str) -> PublishedStep:
 
 def ours(precision: str, batch: Batch, settings: Settings | None = None) -> tuple[OurStep, Batch]:
     step = OurStep(TINY, build(TINY, CPU), projector_weights(TINY, CPU), precision, CPU, settings)
-    encoded = replace(batch, picture=step.encode(batch))
+    encoded = replace(batch, inputs=step.encode(batch))
     step.release_encoders()
     return step, encoded
 
@@ -207,7 +207,7 @@ def test_the_largest_batch_is_found_by_whole_steps(tmp_path: Path) -> None:
             worker.ask("prepare")
             assert worker.ask("largest", (1, 3)) == 3
             worker.begin()
-            assert worker.turn(Order(0, 1)).steps == 1
+            assert worker.turn(Sampler(0, 1)).steps == 1
 
 
 def test_trying_a_step_changes_no_weight(batch: Batch) -> None:

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from ip_adapter_trainer.cache import shards
-from ip_adapter_trainer.cache.index import PICTURES, PictureIndex, Record, name_key
+from ip_adapter_trainer.cache.index import PICTURES, ImageIndex, Record, name_key
 from ip_adapter_trainer.cache.shards import Table, TableKind, TableWriter
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.storage.digests import KEY_BYTES, Addresses, address, framed, places_of
+from ip_adapter_trainer.storage.digests import KEY_BYTES, Digests, digest, framed, places_of
 
 KIND = TableKind("moments", (4, 2), torch.bfloat16)
 
@@ -22,7 +22,7 @@ KIND = TableKind("moments", (4, 2), torch.bfloat16)
 def fill(root: Path, numbers: range, kind: TableKind = KIND) -> None:
     writer = TableWriter(root, kind)
     for number in numbers:
-        writer.add(address(number), torch.full(kind.shape, float(number), dtype=kind.dtype))
+        writer.add(digest(number), torch.full(kind.shape, float(number), dtype=kind.dtype))
     writer.seal()
 
 
@@ -32,7 +32,7 @@ def test_rows_of_several_shards_are_found(tmp_path: Path, dtype: torch.dtype) ->
     for numbers in (range(0, 30), range(30, 31), range(31, 70)):
         fill(tmp_path, numbers, kind)
     table = pickle.loads(pickle.dumps(Table(tmp_path, kind)))  # as a spawned data worker gets it
-    places = table.find([address(number) for number in range(80)])
+    places = table.find([digest(number) for number in range(80)])
     assert len(table) == 70 and (places[70:] == -1).all()
     rows = table.room(70)
     table.fill(rows, range(69, -1, -1), places[:70].tolist())
@@ -41,8 +41,8 @@ def test_rows_of_several_shards_are_found(tmp_path: Path, dtype: torch.dtype) ->
 
 
 def test_an_empty_table_finds_nothing(tmp_path: Path) -> None:
-    assert Table(tmp_path, KIND).find([address(1)]).tolist() == [-1]
-    assert PictureIndex(tmp_path).find(["a"]) == [None]
+    assert Table(tmp_path, KIND).find([digest(1)]).tolist() == [-1]
+    assert ImageIndex(tmp_path).find(["a"]) == [None]
 
 
 def test_more_shards_than_are_kept_open(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_more_shards_than_are_kept_open(tmp_path: Path) -> None:
     table = Table(tmp_path, KIND, max_maps=2)
     for _ in range(2):
         rows = table.room(6)
-        table.fill(rows, range(6), table.find([address(number) for number in range(6)]).tolist())
+        table.fill(rows, range(6), table.find([digest(number) for number in range(6)]).tolist())
         assert rows[:, 0, 0].tolist() == list(range(6))
     assert len(table._maps) == 2
 
@@ -66,21 +66,21 @@ def test_a_shard_is_sealed_by_size_and_by_time(tmp_path: Path, monkeypatch: pyte
 
 
 def test_addresses_tell_their_parts_apart() -> None:
-    assert address("ab", "c") != address("a", "bc") and address(1, 2) != address(12)
-    assert len(address("x")) == KEY_BYTES
+    assert digest("ab", "c") != digest("a", "bc") and digest(1, 2) != digest(12)
+    assert len(digest("x")) == KEY_BYTES
 
 
 def test_many_addresses_of_one_form_are_the_plain_ones() -> None:
-    form = Addresses(framed("a", 1), framed("ü", b"z"))
-    assert form.of([b"", b"xy"]) == [address("a", 1, b"", "ü", b"z"), address("a", 1, b"xy", "ü", b"z")]
+    form = Digests(framed("a", 1), framed("ü", b"z"))
+    assert form.of([b"", b"xy"]) == [digest("a", 1, b"", "ü", b"z"), digest("a", 1, b"xy", "ü", b"z")]
 
 
 @pytest.mark.parametrize("asked", [3, 2000])
 def test_addresses_are_found_at_the_first_of_their_places(asked: int) -> None:
-    kept = np.sort(np.frombuffer(b"".join(address(n % 900) for n in range(1000)), f"S{KEY_BYTES}"))
-    places = places_of([address(number) for number in range(asked)], kept)
+    kept = np.sort(np.frombuffer(b"".join(digest(n % 900) for n in range(1000)), f"S{KEY_BYTES}"))
+    places = places_of([digest(number) for number in range(asked)], kept)
     first = {key: place for place, key in reversed(list(enumerate(kept.tolist())))}
-    assert places.tolist() == [first.get(address(n).rstrip(b"\0"), -1) for n in range(asked)]
+    assert places.tolist() == [first.get(digest(n).rstrip(b"\0"), -1) for n in range(asked)]
 
 
 def header(entries: object, tail: int) -> bytes:
@@ -156,7 +156,7 @@ def test_any_bit_that_flips_on_the_disk_is_found(tmp_path: Path, shape: tuple[in
         + json.loads(sound[8:].split(b"}}")[0] + b"}}")["value"]["data_offsets"][0]
     )
     table = Table(tmp_path, kind)
-    places, rows = table.find([address(number) for number in (1, 2, 3)]).tolist(), table.room(3)
+    places, rows = table.find([digest(number) for number in (1, 2, 3)]).tolist(), table.room(3)
     assert table.fill(rows, [0, 2], [places[0], places[2]]) == []
     for bit in range(8 * kind.value_bytes):
         flipped = bytearray(sound)
@@ -173,7 +173,7 @@ def test_damaged_records_of_pictures_are_refused(tmp_path: Path) -> None:
     file = next((tmp_path / PICTURES.folder).iterdir())
     file.write_bytes(file.read_bytes().replace(b"c" * 16, b"d" * 16))
     with pytest.raises(Problem, match="not what was written"):
-        PictureIndex(tmp_path)
+        ImageIndex(tmp_path)
 
 
 def test_a_torn_shard_is_refused(tmp_path: Path) -> None:
@@ -189,4 +189,4 @@ def test_of_several_records_the_newest_counts(tmp_path: Path) -> None:
         writer = TableWriter(tmp_path, PICTURES)
         writer.add(name_key("a"), Record(1, 2, noted, (side, 3), b"c" * 16).packed())
         writer.seal()
-    assert PictureIndex(tmp_path).find(["b", "a"]) == [None, Record(1, 2, 9, (90, 3), b"c" * 16)]
+    assert ImageIndex(tmp_path).find(["b", "a"]) == [None, Record(1, 2, 9, (90, 3), b"c" * 16)]

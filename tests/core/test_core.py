@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ip_adapter_trainer.core.errors import Problem, StorageProblem, did_you_mean, told_as_not_loaded
+from ip_adapter_trainer.core.errors import Problem, StorageProblem, as_load_problem, did_you_mean
 from ip_adapter_trainer.core.redact import one_line
 from ip_adapter_trainer.core.registry import Registry
 from ip_adapter_trainer.core.rng import key, stream
@@ -100,7 +100,7 @@ def test_a_stranger_s_words_become_one_line_that_stays_as_it_is(text: str) -> No
 
 def test_what_a_library_says_of_a_model_is_a_problem_even_if_it_says_nothing() -> None:
     for error, said in ((KeyError(), "KeyError"), (RuntimeError("one\ntwo"), "one"), (ValueError("\n"), "ValueError")):
-        with pytest.raises(Problem) as caught, told_as_not_loaded("it", "there", "another"):
+        with pytest.raises(Problem) as caught, as_load_problem("it", "there", "another"):
             raise error
         assert str(caught.value).splitlines()[0] == f"cannot load it: {said}"
         assert (caught.value.where, caught.value.remedy) == ("there", "another")

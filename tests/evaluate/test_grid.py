@@ -15,14 +15,14 @@ from ip_adapter_trainer.evaluate.config import ValidationConfig
 from ip_adapter_trainer.evaluate.grid import HEADINGS, as_seen, grid, validation_grid
 from ip_adapter_trainer.evaluate.sample import Sampling, image_tokens, initial_latents, sample
 from ip_adapter_trainer.model import Model
-from tests.evaluate.things import batch, picture
+from tests.evaluate.things import batch, image
 
 HOW = Sampling(height_px=32, width_px=32, steps=2, scheduler="auto")
 
 
 def cell(drawn: Image.Image, row: int, column: int, rows: int, captions: bool) -> np.ndarray:
     """The 160 px cell of a grid of 32 px pictures, reduced to the picture in it."""
-    left, top = grid_layout.Sheet(160, (160,) * rows, len(HEADINGS), captions).corner(row, column)
+    left, top = grid_layout.GridLayout(160, (160,) * rows, len(HEADINGS), captions).corner(row, column)
     pixels = np.asarray(drawn)[top : top + 160, left : left + 160]
     small = pixels[::5, ::5]
     assert np.array_equal(pixels, small.repeat(5, 0).repeat(5, 1)), "enlarged by a whole factor"
@@ -30,7 +30,7 @@ def cell(drawn: Image.Image, row: int, column: int, rows: int, captions: bool) -
 
 
 def test_cells_are_the_pictures_of_their_scales_bit_for_bit(sd1: Model) -> None:
-    references, prompts, seeds = [picture(1, 32, 32), picture(2, 32, 32)], ["a red star", ""], [7, 8]
+    references, prompts, seeds = [image(1, 32, 32), image(2, 32, 32)], ["a red star", ""], [7, 8]
     drawn = grid(sd1, references, prompts, seeds, HOW)
     assert not sd1.is_attached
     latents = initial_latents(sd1, seeds, 32, 32)
@@ -52,7 +52,7 @@ def test_validation_grid_takes_its_rows_from_batches(sd1: Model, grid_prompt: st
     expected = sample(sd1, None, texts, [5, 6, 7], how)
     for row in range(3):
         assert np.array_equal(cell(drawn, row, 1, 3, has_captions), np.asarray(expected[row]))
-    assert drawn.height == grid_layout.Sheet(160, (160,) * 3, 4, has_captions).size_px[1]
+    assert drawn.height == grid_layout.GridLayout(160, (160,) * 3, 4, has_captions).size_px[1]
 
 
 def test_rows_of_several_sizes_are_drawn_each_at_its_own(sd1: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,13 +66,13 @@ def test_rows_of_several_sizes_are_drawn_each_at_its_own(sd1: Model, monkeypatch
 
     monkeypatch.setattr(module, "lay_out", keep)
     square, tall = batch(sd1, [0, 1]), batch(sd1, [2])
-    tall = replace(tall, picture=replace(tall.picture, pixels=torch.zeros(1, 3, 48, 24)))
+    tall = replace(tall, inputs=replace(tall.inputs, pixels=torch.zeros(1, 3, 48, 24)))
     validation_grid(sd1, [square, tall, replace(square, index=torch.tensor([3, 4]))], ValidationConfig(grid_steps=1))
     assert seen == [[(32, 32)] * 4, [(32, 32)] * 4, [(32, 32)] + [(24, 48)] * 3, [(32, 32)] * 4]
 
 
 def test_the_encoders_view_is_the_picture_it_was_given(sd1: Model) -> None:
-    given = picture(3, 32, 32)
+    given = image(3, 32, 32)
     (seen,) = as_seen(sd1.encoder.preprocess, sd1.encoder.preprocess(given)[None])
     assert np.array_equal(np.asarray(seen), np.asarray(given))
 
@@ -82,8 +82,8 @@ def test_the_encoders_view_is_the_picture_it_was_given(sd1: Model) -> None:
     [((32, 32), (160, 160)), ((100, 50), (200, 100)), ((400, 300), (400, 300)), ((1024, 512), (512, 256))],
 )
 def test_sizes_in_the_sheet(size: tuple[int, int], shown: tuple[int, int]) -> None:
-    drawn = grid_layout.lay_out(["a"], [[Image.new("RGB", size)]], [""])
-    layout = grid_layout.Sheet(shown[0], (shown[1],), 1, False)
+    drawn = grid_layout.draw_grid(["a"], [[Image.new("RGB", size)]], [""])
+    layout = grid_layout.GridLayout(shown[0], (shown[1],), 1, False)
     left, top = layout.corner(0, 0)
     black = np.argwhere((np.asarray(drawn)[top - 1 :] == 0).all(-1))
     assert drawn.size == layout.size_px
@@ -94,8 +94,8 @@ def test_sizes_in_the_sheet(size: tuple[int, int], shown: tuple[int, int]) -> No
 def test_rows_go_on_in_the_next_block_each_with_its_text_over_what_was_drawn(rows: int) -> None:
     colours = [(200, 10 * row, 0) for row in range(rows)]
     cells = [[Image.new("RGB", (32, 32), colour)] * 4 for colour in colours]
-    drawn = np.asarray(grid_layout.lay_out(HEADINGS, cells, ["a star", "", "a cross", ""][:rows], 2, (96, 512)))
-    layout = grid_layout.Sheet(96, (96, 96), 4, True, blocks=2)
+    drawn = np.asarray(grid_layout.draw_grid(HEADINGS, cells, ["a star", "", "a cross", ""][:rows], 2, (96, 512)))
+    layout = grid_layout.GridLayout(96, (96, 96), 4, True, blocks=2)
     assert drawn.shape[1::-1] == layout.size_px and layout.size_px[0] > 900
     for row, colour in enumerate(colours):
         left, top = layout.corner(row, 3)
@@ -110,7 +110,7 @@ def test_rows_go_on_in_the_next_block_each_with_its_text_over_what_was_drawn(row
 def test_long_captions_are_shortened_and_strange_ones_drawn() -> None:
     cells = [[Image.new("RGB", (32, 32))] * 4] * 3
     began = time.monotonic()
-    drawn = grid_layout.lay_out(HEADINGS, cells, ["long " * 1000, "two\nlines", "日本語 ☂"])
+    drawn = grid_layout.draw_grid(HEADINGS, cells, ["long " * 1000, "two\nlines", "日本語 ☂"])
     assert time.monotonic() - began < 5, "generous: a caption is not measured as often as it has letters"
     margin = np.asarray(drawn)[:, -12:]
     assert (margin == 255).all()

@@ -129,8 +129,8 @@ def colours(pixels: torch.Tensor) -> torch.Tensor:
 def overfit(model: Model, known: NoiseProcess, numbers: list[int], steps: int) -> None:
     """Teaches the adapter the latents of a few rows from their pictures, under noise that hides them."""
     rows, shape = batch(model, numbers), model.family.latent_shape(32, 32)
-    features, text = model.features(rows.picture.prompt_pixels), model.family.encode_text(rows.text, rows.geometry)
-    latents = model.family.sample_latents(model.moments_of(rows.picture), torch.zeros(len(rows), *shape))
+    features, text = model.features(rows.inputs.prompt_pixels), model.family.encode_text(rows.text, rows.geometry)
+    latents = model.family.sample_latents(model.moments_of(rows.inputs), torch.zeros(len(rows), *shape))
     optimizer = torch.optim.AdamW(model.adapter.parameters(), lr=1e-2)
     with model.attached():
         for step in range(steps):

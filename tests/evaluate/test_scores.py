@@ -18,10 +18,10 @@ from ip_adapter_trainer.evaluate.clip import ClipScorer, clip_i, clip_t
 from ip_adapter_trainer.evaluate.config import EvaluateConfig
 from ip_adapter_trainer.evaluate.report import Evaluation, Measure
 from ip_adapter_trainer.evaluate.sample import Sampling
-from ip_adapter_trainer.evaluate.scores import Plan, evaluate, score
+from ip_adapter_trainer.evaluate.scores import DrawPlan, evaluate, score
 from ip_adapter_trainer.model import Model
 from tests import tiny
-from tests.evaluate.things import CAPTIONS, picture
+from tests.evaluate.things import CAPTIONS, image
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def rows(tmp_path: Path) -> Path:
     entries = [{"image_file": f"{n}.png", "text": CAPTIONS[n]} for n in range(6)]
     entries[4]["prompt_image_file"] = "9.png"
     for number in (*range(6), 9):
-        picture(number).save(tmp_path / f"{number}.png")
+        image(number).save(tmp_path / f"{number}.png")
     (tmp_path / "data.json").write_text(json.dumps(entries))
     return tmp_path / "data.json"
 
@@ -54,7 +54,7 @@ def settings(rows: Path, clip_folder: Path, **changes: object) -> EvaluateConfig
 
 
 def test_equal_pictures_have_clip_i_one_and_clip_t_is_clipscore(clip: ClipScorer) -> None:
-    one, two = clip.images([picture(1), picture(2)])
+    one, two = clip.images([image(1), image(2)])
     assert clip_i(one, one).item() == pytest.approx(1, abs=1e-6) and clip_i(one, two) < 0.9999
     text = clip.texts(["a red star"])[0]
     cosine = torch.nn.functional.cosine_similarity(one, text, dim=0)
@@ -72,9 +72,9 @@ def test_captions_that_the_scorer_cuts_are_told(clip: ClipScorer) -> None:
 def copied(model: Model, tokens: torch.Tensor, prompts: Sequence[str], seeds: Sequence[int], how: Sampling, poll: object
            ) -> list[Image.Image]:  # fmt: skip
     """Sampling by a perfect adapter: the picture whose tokens these are."""
-    known = scores.image_tokens(model, [[picture(n)] for n in (*range(6), 9)])
+    known = scores.image_tokens(model, [[image(n)] for n in (*range(6), 9)])
     nearest = (tokens[:, None] - known[None]).abs().sum((2, 3)).argmin(1)
-    return [picture([*range(6), 9][int(n)] if how.scale else 77) for n in nearest]
+    return [image([*range(6), 9][int(n)] if how.scale else 77) for n in nearest]
 
 
 def test_a_perfect_adapter_scores_one_and_gains_over_both(
@@ -118,9 +118,9 @@ def test_the_file_holds_what_is_printed(
 def test_rows_may_be_drawn_together_or_alone(sd1: Model, clip: ClipScorer, rows: Path, clip_folder: Path) -> None:
     prompts, faults = scores.read_prompts(settings(rows, clip_folder))
     assert faults == () and [p.number for p in prompts] == list(range(6))
-    assert np.array_equal(np.asarray(prompts[4].read()), np.asarray(picture(9)))
+    assert np.array_equal(np.asarray(prompts[4].read()), np.asarray(image(9)))
     together, alone = (
-        score(sd1, clip, prompts[:3], Plan(Sampling(32, 32, steps=1, batch_images=n), pictures=2)) for n in (6, 1)
+        score(sd1, clip, prompts[:3], DrawPlan(Sampling(32, 32, steps=1, batch_images=n), pictures=2)) for n in (6, 1)
     )
     for how, metrics in together.items():
         for name, values in metrics.items():

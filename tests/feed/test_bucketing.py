@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from ip_adapter_trainer.core.values import Fault
-from ip_adapter_trainer.feed.bucketing import lay_out, scan_sizes
+from ip_adapter_trainer.feed.bucketing import assign_buckets, scan_sizes
 from ip_adapter_trainer.feed.config import DataConfig
 from ip_adapter_trainer.manifest.manifest import read_manifest
 from tests.manifest.rows import write_manifest, write_pictures
@@ -29,15 +29,19 @@ def test_sizes_are_upright_and_faults_have_the_square(tmp_path: Path, workers: i
     manifest = read_manifest(config)
     sizes = scan_sizes(manifest, config)
     assert sizes[:4] == [(64, 64), (40, 64), (60, 40), (64, 40)] and all(isinstance(s, Fault) for s in sizes[4:])
-    layout = lay_out(manifest, config)
-    assert [layout.size_px(row) for row in (0, 4, 5)] == [(64, 64)] * 3
-    assert layout.size_px(1) == (48, 80) and layout.size_px(3) == (80, 48) == layout.size_px(2)
-    assert [(f.kind, f.where) for f in layout.faults] == [
+    bucketing = assign_buckets(manifest, config)
+    assert [bucketing.size_px(row) for row in (0, 4, 5)] == [(64, 64)] * 3
+    assert bucketing.size_px(1) == (48, 80) and bucketing.size_px(3) == (80, 48) == bucketing.size_px(2)
+    assert [(f.kind, f.where) for f in bucketing.faults] == [
         ("damaged", "data.json, element 5 (broken.png)"), ("missing_file", "data.json, element 6 (none.png)")
     ]  # fmt: skip
 
 
 def test_without_buckets_no_picture_is_opened(tmp_path: Path) -> None:
     config = DataConfig(data_json_file=str(write_manifest(tmp_path, ["none.png", "nor this.png"])))
-    layout = lay_out(read_manifest(config), config)
-    assert layout.buckets.sizes_px == ((512, 512),) and layout.bucket_of_row.tolist() == [0, 0] and not layout.faults
+    bucketing = assign_buckets(read_manifest(config), config)
+    assert (
+        bucketing.buckets.sizes_px == ((512, 512),)
+        and bucketing.bucket_of_row.tolist() == [0, 0]
+        and not bucketing.faults
+    )

@@ -20,8 +20,8 @@ from torch import Tensor
 from ip_adapter_trainer.core.errors import DataProblem
 from ip_adapter_trainer.core.values import Batch
 from ip_adapter_trainer.feed.loader import Loader, Parcel
-from ip_adapter_trainer.feed.reading import Preprocess
-from ip_adapter_trainer.feed.sampler import Order
+from ip_adapter_trainer.feed.readers import Preprocess
+from ip_adapter_trainer.feed.sampler import Sampler
 from ip_adapter_trainer.feed.workers import MAX_REPLACEMENTS
 from ip_adapter_trainer.manifest.faults import FaultLog
 from tests.manifest.rows import NO_DROPS, number_of, preprocess, training_set, write_manifest, write_pictures
@@ -37,8 +37,8 @@ def _loader(
         write_manifest(folder, write_pictures(folder, ROWS))
     settings = NO_DROPS | {"train_batch_size": 2} | settings
     samples = training_set(folder / "data.json", preprocess=preparation, **settings)
-    order = Order(samples.layout.bucket_of_row, seed=3, batch_images=batch_images)
-    return Loader(samples, order, FaultLog(folder / "run", ROWS, 0.5), rank=rank, world=world, pin=pin)
+    sampler = Sampler(samples.bucketing.bucket_of_row, seed=3, batch_images=batch_images)
+    return Loader(samples, sampler, FaultLog(folder / "run", ROWS, 0.5), rank=rank, world=world, pin=pin)
 
 
 def _take(loader: Loader, micros: int, step: int = 0) -> list[Batch]:
@@ -56,18 +56,18 @@ def _pairs(batches: list[Batch]) -> list[tuple[int, int]]:
 def test_batches_are_those_of_the_order(tmp_path: Path, workers: int) -> None:
     loader = _loader(tmp_path, dataloader_num_workers=workers)
     batches = _take(loader, 2 * loader.micro_per_step, step=5)
-    order = Order([0] * ROWS, seed=3, batch_images=4)
+    sampler = Sampler([0] * ROWS, seed=3, batch_images=4)
     assert loader.micro_per_step == 2 and [len(b) for b in batches] == [2] * 4
-    assert _pairs(batches) == order.step(5) + order.step(6)
-    assert all(number_of(b.picture.pixels[i]) == b.row[i] for b in batches for i in range(2))
+    assert _pairs(batches) == sampler.step(5) + sampler.step(6)
+    assert all(number_of(b.inputs.pixels[i]) == b.row[i] for b in batches for i in range(2))
 
 
 def test_workers_change_nothing(tmp_path: Path) -> None:
     chance = {"random_flip": True, "center_crop": False, "text_drop_rate": 0.3, "prompt_crop_min_share": 0.5}
     alone, helped = (_take(_loader(tmp_path, dataloader_num_workers=n, **chance), 6) for n in (0, 2))
     for one, other in zip(alone, helped, strict=True):
-        assert torch.equal(one.picture.pixels, other.picture.pixels) and torch.equal(
-            one.picture.prompt_pixels, other.picture.prompt_pixels
+        assert torch.equal(one.inputs.pixels, other.inputs.pixels) and torch.equal(
+            one.inputs.prompt_pixels, other.inputs.prompt_pixels
         )
         assert (one.text, one.geometry) == (other.text, other.geometry)
 
@@ -84,10 +84,10 @@ def test_batches_are_pinned(tmp_path: Path, workers: int, monkeypatch: pytest.Mo
         (batch,) = _take(_loader(tmp_path, dataloader_num_workers=workers), 1)
         monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor + 5)
         pinned = torch.utils.data._utils.pin_memory.pin_memory(Parcel(batch)).open()
-        assert torch.equal(pinned.picture.pixels, batch.picture.pixels + 5) and torch.equal(pinned.index, batch.index)
+        assert torch.equal(pinned.inputs.pixels, batch.inputs.pixels + 5) and torch.equal(pinned.index, batch.index)
         return
     (batch,) = _take(_loader(tmp_path, pin=True, dataloader_num_workers=workers), 1)
-    assert batch.picture.pixels.is_pinned() and batch.picture.prompt_pixels.is_pinned()
+    assert batch.inputs.pixels.is_pinned() and batch.inputs.prompt_pixels.is_pinned()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -123,12 +123,12 @@ class _Trouble:
         self.mark, self.number, self.hang, self.always = folder / "trouble", number, hang, always
         self.parent = os.getpid()
 
-    def __call__(self, picture: Image.Image) -> Tensor:
-        blue = picture.getpixel((0, 0))[2]  # type: ignore[index]
+    def __call__(self, inputs: Image.Image) -> Tensor:
+        blue = inputs.getpixel((0, 0))[2]  # type: ignore[index]
         if blue == self.number and os.getpid() != self.parent and (self.always or not self.mark.exists()):
             self.mark.touch()
             time.sleep(600) if self.hang else os._exit(9)
-        return preprocess(picture)
+        return preprocess(inputs)
 
 
 @pytest.mark.parametrize("hang", [False, True])
@@ -153,12 +153,12 @@ class _Stop:
     def __init__(self, folder: Path, number: int) -> None:
         self.mark, self.number, self.parent = folder / "stopped", number, os.getpid()
 
-    def __call__(self, picture: Image.Image) -> Tensor:
-        blue = picture.getpixel((0, 0))[2]  # type: ignore[index]
+    def __call__(self, inputs: Image.Image) -> Tensor:
+        blue = inputs.getpixel((0, 0))[2]  # type: ignore[index]
         if blue == self.number and os.getpid() != self.parent and not self.mark.exists():
             self.mark.write_text(str(os.getpid()))
             os.kill(os.getpid(), signal.SIGSTOP)
-        return preprocess(picture)
+        return preprocess(inputs)
 
     def wait(self) -> None:
         """Until a process has been stopped for good."""
@@ -206,7 +206,7 @@ def test_no_worker_outlives_its_loader(tmp_path: Path) -> None:
     assert not alive
 
 
-def _bug(picture: Image.Image) -> Tensor:
+def _bug(inputs: Image.Image) -> Tensor:
     raise RuntimeError("a bug")
 
 

@@ -25,8 +25,8 @@ def _ramp(height: int, width: int) -> Image.Image:
 def test_fit_gives_the_target_from_inside_the_resized_picture(
     height: int, width: int, rows: int, columns: int, place: tuple[float, float] | None
 ) -> None:
-    picture, geometry = crop.fit(_ramp(height, width), (rows, columns), place)
-    assert (picture.height, picture.width) == (rows, columns) == geometry.target_px
+    image, geometry = crop.fit(_ramp(height, width), (rows, columns), place)
+    assert (image.height, image.width) == (rows, columns) == geometry.target_px
     assert geometry.original_px == (height, width)
     scale = max(rows / height, columns / width)
     top, left = geometry.crop_px
@@ -44,8 +44,8 @@ def test_fit_centres_or_goes_where_it_is_told() -> None:
 
 
 def test_fit_leaves_a_picture_of_the_right_size_untouched() -> None:
-    picture = _ramp(64, 64)
-    assert crop.fit(picture, (64, 64))[0].tobytes() == picture.tobytes()
+    image = _ramp(64, 64)
+    assert crop.fit(image, (64, 64))[0].tobytes() == image.tobytes()
 
 
 def test_fit_shrinks_as_lanczos_does() -> None:
@@ -71,16 +71,16 @@ def test_a_random_part_keeps_its_share_and_aspect(
 
 
 def test_parts_lie_everywhere() -> None:
-    picture = _ramp(100, 100)
-    corner = np.asarray(crop.random_part(picture, 0.25, (0.0, 0.999, 0.0)))
+    image = _ramp(100, 100)
+    corner = np.asarray(crop.random_part(image, 0.25, (0.0, 0.999, 0.0)))
     assert corner.shape == (50, 50, 3) and corner[-1, 0, 0] == 255 and corner[0, 0, 1] == 0
 
 
 def test_mirror_and_padding() -> None:
-    picture = _ramp(20, 30)
-    assert (np.asarray(crop.mirror(picture)) == np.asarray(picture)[:, ::-1]).all()
-    square = np.asarray(crop.pad_to_square(picture, (1, 2, 3)))
-    assert square.shape == (30, 30, 3) and (square[5:25] == np.asarray(picture)).all()
+    image = _ramp(20, 30)
+    assert (np.asarray(crop.mirror(image)) == np.asarray(image)[:, ::-1]).all()
+    square = np.asarray(crop.pad_to_square(image, (1, 2, 3)))
+    assert square.shape == (30, 30, 3) and (square[5:25] == np.asarray(image)).all()
     assert (square[:5] == (1, 2, 3)).all() and (square[25:] == (1, 2, 3)).all()
 
 

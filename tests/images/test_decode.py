@@ -20,12 +20,12 @@ from PIL import Image, ImageDraw
 
 from faults.corpus.broken_pictures import broken
 from faults.corpus.files import Array, encoded, png_claiming
-from faults.corpus.pictures import GRAY, GROUND, RGB, UNIT, UPRIGHT, sound
+from faults.corpus.pictures import BACKGROUND, GRAY, RGB, UNIT, UPRIGHT, sound
 from ip_adapter_trainer.images.crop import random_part
-from ip_adapter_trainer.images.decode import FaultKind, PictureFault, decode, read_size
+from ip_adapter_trainer.images.decode import FaultKind, ImageFault, decode, read_size
 from ip_adapter_trainer.images.limits import Limits
 from ip_adapter_trainer.manifest.config import ReadConfig
-from ip_adapter_trainer.manifest.images import Pictures
+from ip_adapter_trainer.manifest.images import ImageFiles
 
 LIMITS = Limits(min_side_px=1)
 RNG = np.random.default_rng(0)
@@ -40,7 +40,7 @@ def test_the_corpus_is_large_and_every_case_has_its_own_name() -> None:
 @pytest.mark.parametrize("what", SOUND)
 def test_pixels_are_those_of_the_reference(what: str) -> None:
     case = SOUND[what]
-    picture = decode(case.content, Limits(), GROUND)
+    picture = decode(case.content, Limits(), BACKGROUND)
     assert picture.image.mode == "RGB" and picture.notes == (("several_frames",) if case.frames > 1 else ())
     assert np.abs(np.asarray(picture.image, dtype=float) - case.pixels).max() <= 1
     assert read_size(case.content, Limits()) == case.pixels.shape[:2]
@@ -67,7 +67,7 @@ def test_exif_orientation_is_applied_once(format: str, options: dict[str, bool],
 
 
 def _fault(source: Path | bytes, limits: Limits = LIMITS) -> str:
-    with pytest.raises(PictureFault) as caught:
+    with pytest.raises(ImageFault) as caught:
         decode(source, limits)
     assert caught.value.what and caught.value.remedy and "\n" not in str(caught.value)
     return caught.value.kind
@@ -139,7 +139,7 @@ def test_a_file_cut_anywhere_is_a_fault_unless_all_its_pixels_are_there(format: 
     for end in {*range(1, len(data), max(1, len(data) // 60)), *range(len(data) - 25, len(data))}:
         try:
             assert decode(data[:end], LIMITS).image.tobytes() == whole, end
-        except PictureFault as fault:
+        except ImageFault as fault:
             assert fault.kind in ("truncated", "damaged", "not_a_picture", "too_small"), end
 
 
@@ -154,7 +154,7 @@ def test_noise_in_a_file_is_a_picture_or_a_fault_and_never_a_word_more(format: s
                 data[chance.randrange(min(len(data), 400))] = chance.randrange(256)
             try:
                 decode(bytes(data), LIMITS)
-            except PictureFault as fault:
+            except ImageFault as fault:
                 assert fault.kind in get_args(FaultKind)
 
 
@@ -176,11 +176,11 @@ def test_a_large_picture_is_refused_where_a_few_kilobytes_claim_it() -> None:
 FLAT = encoded(Image.new("L", (2500, 2500)), "PNG")  # 6.25 million pixels
 BEYOND: dict[str, tuple[bytes, dict[str, float], list[str]]] = {
     "pixels, then pixels a byte": (
-        FLAT, {"max_picture_megapixels": 5}, ["max_picture_megapixels", "max_pixels_per_byte"]
+        FLAT, {"max_image_megapixels": 5}, ["max_image_megapixels", "max_pixels_per_byte"]
     ),
     "a side": (encoded(RGB[:9], "PNG"), {}, ["min_side_px"]),
     "the aspect": (encoded(RGB[:16, :5].repeat(11, axis=0), "PNG"), {"min_side_px": 5}, ["max_aspect"]),
-    "megabytes": (encoded(RGB, "BMP"), {"max_picture_mb": 0.001}, ["max_picture_mb"]),
+    "megabytes": (encoded(RGB, "BMP"), {"max_image_mb": 0.001}, ["max_image_mb"]),
 }  # fmt: skip
 
 
@@ -189,16 +189,16 @@ def test_who_does_what_a_limit_asks_for_has_the_picture(what: str, tmp_path: Pat
     content, given, flags = BEYOND[what]
     (tmp_path / "a.png").write_bytes(content)
     for flag in flags:
-        with pytest.raises(PictureFault) as caught:
-            _pictures(tmp_path, given).read("a.png")
+        with pytest.raises(ImageFault) as caught:
+            _images(tmp_path, given).read("a.png")
         (told,) = re.findall(r"(?:raise|lower) --(\w+) to (\d+)$", caught.value.remedy)
         assert told[0] == flag
         given = given | {flag: float(told[1])}
-    assert _pictures(tmp_path, given).read("a.png").image.size == _pictures(tmp_path, given).size_px("a.png")[::-1]
+    assert _images(tmp_path, given).read("a.png").image.size == _images(tmp_path, given).size_px("a.png")[::-1]
 
 
-def _pictures(folder: Path, given: dict[str, float]) -> Pictures:
-    return Pictures.of(folder, ReadConfig.model_validate({"data_json_file": "a.json", **given}))
+def _images(folder: Path, given: dict[str, float]) -> ImageFiles:
+    return ImageFiles.of(folder, ReadConfig.model_validate({"data_json_file": "a.json", **given}))
 
 
 def test_pictures_beyond_what_pillow_takes_are_read_where_our_limit_is_higher(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +206,7 @@ def test_pictures_beyond_what_pillow_takes_are_read_where_our_limit_is_higher(mo
     content = encoded(np.zeros((side_px, side_px), np.uint8), "PNG")
     for pillows in (side_px**2 - 1, side_px**2 // 3):  # at which it warns; it refuses what has more than twice as many
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillows)
-        with pytest.raises(PictureFault, match=r"raise --max_picture_megapixels to 1$"):
+        with pytest.raises(ImageFault, match=r"raise --max_image_megapixels to 1$"):
             decode(content, Limits(max_pixels=100))
         assert pillows == Image.MAX_IMAGE_PIXELS
         picture = decode(content, Limits(max_pixels=10_000)).image
@@ -216,7 +216,7 @@ def test_pictures_beyond_what_pillow_takes_are_read_where_our_limit_is_higher(mo
 
 
 def test_more_pixels_than_can_be_allowed_are_to_be_shrunk() -> None:
-    with pytest.raises(PictureFault, match=r"1000.0 million pixels, over .* 64 million; shrink it to 500 million"):
+    with pytest.raises(ImageFault, match=r"1000.0 million pixels, over .* 64 million; shrink it to 500 million"):
         decode(png_claiming(100_000, 10_000, b""), Limits())
 
 

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image, features
 
 from faults.corpus.files import Array, encoded
-from faults.corpus.pictures import BLOCKS, GROUND, UPRIGHT
+from faults.corpus.pictures import BACKGROUND, BLOCKS, UPRIGHT
 from ip_adapter_trainer.images import decode as decoder
-from ip_adapter_trainer.images.decode import FORMATS, SUFFIXES, PictureFault, decode, read_size
+from ip_adapter_trainer.images.decode import FORMATS, SUFFIXES, ImageFault, decode, read_size
 from ip_adapter_trainer.images.limits import Limits
 
 HAS_AVIF = "avif" in features.modules and features.check("avif")
@@ -81,8 +81,8 @@ def test_avif_and_heif_have_alpha_frames_and_faults_like_others(format: str) -> 
     if format == "HEIF":
         _heif()
     clear = np.dstack([LARGE, np.zeros(LARGE.shape[:2], np.uint8)])
-    image = np.asarray(decode(encoded(clear, format), Limits(), GROUND).image)
-    assert np.abs(image.astype(int) - GROUND).max() <= 3
+    image = np.asarray(decode(encoded(clear, format), Limits(), BACKGROUND).image)
+    assert np.abs(image.astype(int) - BACKGROUND).max() <= 3
     frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "lime")]
     several = decode(encoded(frames[0], format, save_all=True, append_images=frames[1:]), Limits())
     assert several.notes == ("several_frames",) and several.image.getpixel((9, 9))[0] > 200  # type: ignore[index]
@@ -92,8 +92,8 @@ def test_avif_and_heif_have_alpha_frames_and_faults_like_others(format: str) -> 
     assert _fault(encoded(Image.new("RGB", (2001, 2001)), format)).kind == "too_many_pixels"
 
 
-def _fault(content: bytes) -> PictureFault:
-    with pytest.raises(PictureFault) as caught:
+def _fault(content: bytes) -> ImageFault:
+    with pytest.raises(ImageFault) as caught:
         decode(content, Limits())
     return caught.value
 

@@ -13,9 +13,9 @@ from PIL import Image, ImageCms
 from faults.corpus import profiles
 from faults.corpus.files import Array, chunk, encoded, gray, over
 from faults.corpus.mutate import of_bytes
-from faults.corpus.pictures import ALPHA, BLOCKS, CMYK, DEEP, GRAY, GROUND, RGB
+from faults.corpus.pictures import ALPHA, BACKGROUND, BLOCKS, CMYK, DEEP, GRAY, RGB
 from faults.corpus.profiles import ADOBE_RGB, D50, D65, DISPLAY_P3, PROPHOTO, SRGB_PRIMARIES, gamma, srgb_curve
-from ip_adapter_trainer.images.decode import FORMATS, Picture, decode
+from ip_adapter_trainer.images.decode import FORMATS, DecodedImage, decode
 from ip_adapter_trainer.images.limits import MOST_PROFILE_BYTES, Limits
 from ip_adapter_trainer.prepare.check_report import RowsCheckConfig as CheckConfig
 from ip_adapter_trainer.prepare.check_report import check
@@ -29,8 +29,8 @@ ADOBE = SPACES["Adobe RGB"]
 CURVES = {"gamma 2.2": gamma(2.2), "gamma 1.8": gamma(1.8), "dot gain": profiles.dot_gain}
 
 
-def _read(content: bytes) -> Picture:
-    return decode(content, Limits(), GROUND)
+def _read(content: bytes) -> DecodedImage:
+    return decode(content, Limits(), BACKGROUND)
 
 
 def _demand(content: bytes, expected: Array) -> None:
@@ -55,9 +55,9 @@ def test_colours_of_rgb_become_those_of_srgb(name: str) -> None:
 
 def test_transparency_is_laid_on_the_ground_after_the_colours_were_converted() -> None:
     icc, right = profiles.rgb_profile(*ADOBE), profiles.rgb_in_srgb(RGB, *ADOBE)
-    _demand(encoded(np.dstack([RGB, ALPHA]), "PNG", icc_profile=icc), over(right, ALPHA, GROUND))
+    _demand(encoded(np.dstack([RGB, ALPHA]), "PNG", icc_profile=icc), over(right, ALPHA, BACKGROUND))
     colour = RGB[3, 4]
-    clear = np.where((colour == RGB).all(-1, keepdims=True), GROUND, right)
+    clear = np.where((colour == RGB).all(-1, keepdims=True), BACKGROUND, right)
     _demand(encoded(RGB, "PNG", transparency=tuple(colour.tolist()), icc_profile=icc), clear)
 
 
@@ -66,7 +66,7 @@ def test_gray_becomes_that_of_srgb(name: str) -> None:
     icc, right = profiles.gray_profile(CURVES[name]), gray(profiles.gray_in_srgb(GRAY, CURVES[name]))
     _demand(encoded(GRAY, "PNG", icc_profile=icc), right)
     content = encoded(np.dstack([GRAY, ALPHA]), "PNG", icc_profile=icc)
-    _demand(content, over(right, ALPHA, GROUND))
+    _demand(content, over(right, ALPHA, BACKGROUND))
     deep = gray(profiles.gray_in_srgb(np.rint(DEEP / 257), CURVES[name]))
     _demand(encoded(DEEP, "PNG", icc_profile=icc), deep)
 

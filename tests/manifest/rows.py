@@ -15,16 +15,16 @@ from ip_adapter_trainer.core.values import Fault, Geometry, map_tensors
 from ip_adapter_trainer.feed.bucketing import lay_out
 from ip_adapter_trainer.feed.config import DataConfig
 from ip_adapter_trainer.feed.dataset import TrainingSet
-from ip_adapter_trainer.feed.reading import Preprocess
+from ip_adapter_trainer.feed.readers import Preprocess
 from ip_adapter_trainer.feed.sampler import Pair
 from ip_adapter_trainer.manifest.manifest import read_manifest
 
 NO_DROPS: dict[str, Any] = {"text_drop_rate": 0.0, "image_drop_rate": 0.0, "both_drop_rate": 0.0}
 
 
-def preprocess(picture: Image.Image) -> Tensor:
+def preprocess(image: Image.Image) -> Tensor:
     """The whole picture as [3, 16, 16] in 0..255; stands for an image encoder's own."""
-    return torch.from_numpy(np.array(picture.resize((16, 16)), dtype=np.float32)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(image.resize((16, 16)), dtype=np.float32)).permute(2, 0, 1)
 
 
 def write_pictures(folder: Path, count: int, *, sizes: tuple[tuple[int, int], ...] = ((32, 48),)) -> list[str]:
@@ -56,7 +56,7 @@ class Sample(NamedTuple):
 
     index: int
     row: int
-    picture: Any
+    image: Any
     text: str
     geometry: Geometry
     drop_text: bool
@@ -70,7 +70,7 @@ class Singly(TrainingSet):
     def __getitem__(self, pair: Pair) -> Sample:
         """The one sample of the batch of one (index, row) pair."""
         b = self.batch([pair])
-        alone = map_tensors(lambda stack: stack[0], b.picture)
+        alone = map_tensors(lambda stack: stack[0], b.inputs)
         flags = bool(b.drop_text), bool(b.drop_image)
         return Sample(int(b.index), int(b.row), alone, b.text[0], b.geometry[0], *flags, b.faults)
 

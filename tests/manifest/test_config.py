@@ -19,8 +19,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bucket step": ({"bucket_step_px": 12}, "take 8 or 16"),
     "bucket step of another resolution": ({"aspect_ratio_buckets": True, "resolution": 520}, "a step that divides it"),
     "rates": ({"text_drop_rate": 0.5, "image_drop_rate": 0.4, "both_drop_rate": 0.2}, "sum to 1.1"),
-    "colour": ({"alpha_ground": "pink"}, "'#rrggbb'"),
-    "more than memory takes": ({"max_picture_megapixels": 501}, "500"),
+    "colour": ({"alpha_background": "pink"}, "'#rrggbb'"),
+    "more than memory takes": ({"max_image_megapixels": 501}, "500"),
     "unknown key": ({"resolutoin": 512}, "resolutoin"),
 }
 

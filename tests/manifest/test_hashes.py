@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.images.decode import PictureFault
+from ip_adapter_trainer.images.decode import ImageFault
 from ip_adapter_trainer.manifest.hashes import Hashes
 from ip_adapter_trainer.prepare.check_report import RowsCheckConfig as CheckConfig
 from ip_adapter_trainer.prepare.check_report import check
@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def _kinds(manifest: Path, listed: Path | str, **settings: int) -> list[str]:
-    config = CheckConfig(data_json_file=str(manifest), picture_hashes_file=str(listed), max_fault_rate=1, **settings)
+    config = CheckConfig(data_json_file=str(manifest), image_hashes_file=str(listed), max_fault_rate=1, **settings)
     return [fault.kind for fault in check(config).faults]
 
 
@@ -58,7 +58,7 @@ def test_training_takes_the_next_row_for_a_changed_picture(folder: Path) -> None
     names = [f"{number}.png" for number in range(4)]
     listed, manifest = _list(folder, names), write_manifest(folder, names)
     _flip(folder / "2.png", 1000)
-    sample = training_set(manifest, picture_hashes_file=str(listed))[0, 2]
+    sample = training_set(manifest, image_hashes_file=str(listed))[0, 2]
     assert sample.row == 3 and [fault.kind for fault in sample.faults] == ["changed"]
 
 
@@ -79,7 +79,7 @@ def test_it_reads_what_sha256sum_writes(tmp_path: Path) -> None:
         assert len(hashes) == 4
         for name in names:
             hashes.demand(name, name.encode())
-            with pytest.raises(PictureFault, match="another"):
+            with pytest.raises(ImageFault, match="another"):
                 hashes.demand(name, b"x")
 
 

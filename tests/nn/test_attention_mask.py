@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from diffusers.models.attention_processor import Attention
 
-from ip_adapter_trainer.nn.attention import DecoupledProcessor, ImageKeyValue, ImagePrompt
+from ip_adapter_trainer.nn.attention import DecoupledProcessor, ImageKV, ImagePrompt
 
 
 def layer_and_prompt() -> tuple[Attention, ImagePrompt]:
     torch.manual_seed(0)
     layer = Attention(query_dim=16, cross_attention_dim=12, heads=2, dim_head=8)
     prompt = ImagePrompt(tokens=torch.randn(2, 4, 12))
-    pair = ImageKeyValue(12, 16)
+    pair = ImageKV(12, 16)
     torch.nn.init.zeros_(pair.to_v_ip.weight)  # the image branch adds nothing
     layer.set_processor(DecoupledProcessor(pair, prompt, layer.processor))
     return layer, prompt

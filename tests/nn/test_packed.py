@@ -21,7 +21,7 @@ from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.nn.packed import PackedConv2d, PackedLinear, Storage, expanded, pack, packed_weights
 from ip_adapter_trainer.train.config import LeanConfig
 from ip_adapter_trainer.train.lean import lean
-from ip_adapter_trainer.train.plan import parameters
+from ip_adapter_trainer.train.run_plan import parameters
 from tests import tiny
 from tests.nn.test_lean import gradients
 from tests.test_model import inputs

@@ -28,14 +28,14 @@ def test_the_oracle_reads_rendered_truth() -> None:
 def test_the_oracle_reads_through_noise_and_blur() -> None:
     drawn = scenes(100, seed=12)
     noise = np.random.default_rng(0).normal(0, 6, (100, world.SIZE_PX, world.SIZE_PX, 3))
-    pictures = np.clip(np.stack([world.render(s) for s in drawn]) + noise, 0, 255)
-    assert min(oracle.accuracy(pictures, [s.attributes() for s in drawn]).values()) >= 0.95
+    images = np.clip(np.stack([world.render(s) for s in drawn]) + noise, 0, 255)
+    assert min(oracle.accuracy(images, [s.attributes() for s in drawn]).values()) >= 0.95
 
 
 def test_the_oracle_is_at_chance_on_pictures_of_other_scenes() -> None:
     drawn = scenes(300, seed=13)
-    pictures = np.stack([world.render(s) for s in drawn])
-    wrong = oracle.accuracy(pictures, [s.attributes() for s in drawn[1:] + drawn[:1]])
+    images = np.stack([world.render(s) for s in drawn])
+    wrong = oracle.accuracy(images, [s.attributes() for s in drawn[1:] + drawn[:1]])
     for name, values in ATTRIBUTES.items():
         assert wrong[name] < 1 / len(values) + 0.1
 

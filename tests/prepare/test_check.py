@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from ip_adapter_trainer.prepare.check_report import Report, check
+from ip_adapter_trainer.prepare.check_report import CheckReport, check
 from ip_adapter_trainer.prepare.check_report import RowsCheckConfig as CheckConfig
 from tests.manifest.rows import write_manifest, write_pictures
 
 
-def _check(manifest: Path, **settings: Any) -> Report:
+def _check(manifest: Path, **settings: Any) -> CheckReport:
     return check(CheckConfig(data_json_file=str(manifest), **settings))
 
 

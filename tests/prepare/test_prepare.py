@@ -80,8 +80,8 @@ def test_a_second_run_reads_and_encodes_nothing(go: Callable, tmp_path: Path) ->
     first = go()
     before = content(tmp_path / "set")
     second = go()
-    assert (first.pictures, first.read, first.encoded) == (8, 8, 16)
-    assert (second.pictures, second.read, second.encoded) == (8, 0, 0)
+    assert (first.images, first.read, first.encoded) == (8, 8, 16)
+    assert (second.images, second.read, second.encoded) == (8, 0, 0)
     assert content(tmp_path / "set") == before and [len(table) for table in before.values()] == [8, 8]
 
 
@@ -100,8 +100,8 @@ def test_a_file_as_young_as_its_record_is_not_trusted(go: Callable, rows: Path) 
 def test_a_changed_picture_is_encoded_again_and_alone(go: Callable, rows: Path) -> None:
     go()
     status = (rows / "3.png").stat()
-    picture = bytearray((rows / "4.png").read_bytes())
-    (rows / "3.png").write_bytes(picture)
+    image = bytearray((rows / "4.png").read_bytes())
+    (rows / "3.png").write_bytes(image)
     os.utime(rows / "3.png", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     shutil.copy(rows / "4.png", rows / "spare.png")
     assert (again := go()).read == 1 and again.encoded == 0, "the same content as another's"
@@ -114,7 +114,7 @@ def test_a_changed_picture_is_encoded_again_and_alone(go: Callable, rows: Path) 
 
 @pytest.mark.parametrize(("change", "encoded"), [
     ({"resolution": 40}, 8), ({"random_flip": True}, 16), ({"prompt_pad_square": True}, 8), ({"variant": "plus"}, 8),
-    ({"variant": "full", "both_features": True}, 8), ({"alpha_ground": "black"}, 16),
+    ({"variant": "full", "both_features": True}, 8), ({"alpha_background": "black"}, 16),
     ({"aspect_ratio_buckets": True}, 8), ({"mixed_precision": "bf16"}, 16),
 ], ids=lambda c: "-".join(c) if isinstance(c, dict) else "")  # fmt: skip
 def test_other_settings_encode_what_they_change(go: Callable, change: dict[str, object], encoded: int) -> None:
@@ -290,6 +290,6 @@ def test_two_processes_give_the_same_set(go: Callable, flags: Callable, tmp_path
 def test_one_run_prepares_for_several_encoders(go: Callable, tmp_path: Path, encoder_folder: Path) -> None:
     other = tiny.make_encoder(tmp_path / "other", seed=2)
     both = go(more_image_encoders=other)
-    assert (both.pictures, both.read, both.encoded) == (8, 16, 24), "latents once, features for each"
+    assert (both.images, both.read, both.encoded) == (8, 16, 24), "latents once, features for each"
     for encoder in (encoder_folder, other):
         assert go(image_encoder_path=encoder).encoded == 0

@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def pictures() -> Path:
+def images() -> Path:
     """Photographs and drawings that ship with scikit-image: colour, gray, alpha, many sizes."""
     skimage = pytest.importorskip("skimage")
     return Path(skimage.__file__).parent / "data"
@@ -43,7 +43,7 @@ def mode_of(file: Path) -> str:
 
 
 def test_real_pictures_train_at_real_sizes(folder: Path) -> None:
-    root = pictures()
+    root = images()
     names = sorted(p.name for p in root.iterdir() if p.suffix in (".png", ".jpg", ".tif", ".jpeg", ".gif"))
     modes = {mode_of(root / name) for name in names}
     assert len(names) >= 6 and len(modes) >= 2

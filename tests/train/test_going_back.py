@@ -26,8 +26,8 @@ from ip_adapter_trainer.train import run as running
 from ip_adapter_trainer.train.aside import lies_in, set_aside
 from ip_adapter_trainer.train.config import CheckpointConfig, OptimConfig
 from ip_adapter_trainer.train.metrics import cut_metrics
-from ip_adapter_trainer.train.plan import _warmup_steps
 from ip_adapter_trainer.train.restored import length_settings
+from ip_adapter_trainer.train.run_plan import _warmup_steps
 from ip_adapter_trainer.train.starting import starting_point
 from ip_adapter_trainer.train.step import Step
 from tests import tiny
@@ -179,7 +179,7 @@ def test_nothing_left_to_train_is_told_and_changes_nothing(
 ) -> None:
     before = content(first)
     with monkeypatch.context() as patched:
-        patched.setattr(running, "build_model", lambda *_: pytest.fail("loaded"))
+        patched.setattr(running, "make_model", lambda *_: pytest.fail("loaded"))
         run(first, resume_from_checkpoint="latest")
         said = capsys.readouterr().err
         assert "checkpoint-4 is at step 4, and the run has 4 steps; give --max_train_steps above 4" in said
@@ -263,7 +263,7 @@ def test_a_refused_resume_changes_nothing(
     asked = {"resume_from_checkpoint": "checkpoint-2", "max_train_steps": 6}
     with pytest.raises(Problem, match="before: image_encoder"):
         run(first, image_encoder_path=other, **asked)
-    monkeypatch.setattr(running, "build_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(running, "make_model", lambda *_: pytest.fail("loaded"))
     for wrong, said in (
         ({"seed": 7}, "seed was 0, is 7"),
         ({"resume_from_checkpoint": "checkpoint-4"}, "the checkpoint is damaged"),

@@ -14,20 +14,20 @@ from ip_adapter_trainer.config import parse_train
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.manifest.fingerprint import Digest
 from ip_adapter_trainer.train import checkpoint, guard
-from ip_adapter_trainer.train.model_hashes import SAMPLES, compared, marks_of
+from ip_adapter_trainer.train.model_hashes import SAMPLES, compared, hash_models
 from tests.test_model import build
 
 Flags = Callable[..., list[str]]
 
 
-def of(*rows: str, images: int = 4, models: Mapping[str, str] | None = None) -> guard.Identity:
+def of(*rows: str, images: int = 4, models: Mapping[str, str] | None = None) -> guard.RunIdentity:
     digest = Digest()
     for row in rows:
         digest.add(row.encode())
-    return guard.Identity(digest.fingerprint(), lambda row: f"line {row + 1}", models or {}, images, world=2)
+    return guard.RunIdentity(digest.fingerprint(), lambda row: f"line {row + 1}", models or {}, images, world=2)
 
 
-def saved(config: Any, identity: guard.Identity, **changed: Any) -> dict[str, Any]:
+def saved(config: Any, identity: guard.RunIdentity, **changed: Any) -> dict[str, Any]:
     state = json.loads(json.dumps({"config": config.model_dump(mode="json"), **identity.to_json()}))
     return {**state, "config": state["config"] | changed}
 
@@ -124,7 +124,7 @@ def test_nothing_is_loaded_for_a_run_that_is_refused(
     from ip_adapter_trainer.train import run as running
 
     output = run(tmp_path / "out", max_train_steps=2)
-    monkeypatch.setattr(running, "build_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(running, "make_model", lambda *_: pytest.fail("loaded"))
     for asked in ("latest", output / "checkpoint-2"):
         with pytest.raises(Problem, match="seed was 0, is 7"):
             run(output, seed=7, resume_from_checkpoint=asked)
@@ -132,21 +132,21 @@ def test_nothing_is_loaded_for_a_run_that_is_refused(
 
 def test_marks_tell_models_apart(base_folder: Callable, encoder_folder: Path) -> None:
     model = build(base_folder("sd1"), encoder_folder, "base")
-    marks = marks_of(model)
-    assert set(marks) == {"unet", "vae", "text_encoder", "image_encoder", "scheduler"}
-    assert marks_of(build(base_folder("sd1"), encoder_folder, "base")) == marks
+    model_hashes = hash_models(model)
+    assert set(model_hashes) == {"unet", "vae", "text_encoder", "image_encoder", "scheduler"}
+    assert hash_models(build(base_folder("sd1"), encoder_folder, "base")) == model_hashes
     with torch.no_grad():
         weight = model.family.denoiser.conv_in.weight  # type: ignore[attr-defined]
         assert weight.numel() > SAMPLES
         weight.mul_(1.001)
     model.family.pipeline.scheduler.register_to_config(beta_end=0.5)
-    assert compared(marks, marks_of(model)) == (["unet", "scheduler"], [])
+    assert compared(model_hashes, hash_models(model)) == (["unet", "scheduler"], [])
     model.family.denoiser.half()
-    assert compared(marks, marks_of(model)) == (["scheduler"], ["unet"])
+    assert compared(model_hashes, hash_models(model)) == (["scheduler"], ["unet"])
 
 
 def test_the_order_in_memory_does_not_matter(base_folder: Callable, encoder_folder: Path) -> None:
     model = build(base_folder("sd1"), encoder_folder, "base")
-    marks = marks_of(model)
+    model_hashes = hash_models(model)
     model.family.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    assert marks_of(model) == marks
+    assert hash_models(model) == model_hashes

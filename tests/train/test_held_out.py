@@ -89,7 +89,7 @@ def test_a_validation_set_that_cannot_be_read_is_refused_and_hashes_are_of_train
         run(tmp_path / "out", **given, validation_root_path=tmp_path)
     hashes = [f"{sha256(f.read_bytes()).hexdigest()}  {f.name}" for f in (rows_folder / "images").iterdir()]
     (tmp_path / "sums").write_text("\n".join(hashes))
-    run(tmp_path / "out", **given, picture_hashes_file=tmp_path / "sums")
+    run(tmp_path / "out", **given, image_hashes_file=tmp_path / "sums")
     assert "on 2 rows of --validation_data" in capsys.readouterr().err
 
 

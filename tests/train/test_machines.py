@@ -55,10 +55,10 @@ def switch_off(launcher: subprocess.Popen[str]) -> None:
 
 
 def test_a_run_that_loses_a_machine_is_resumed_and_ends_as_that_of_one_machine(flags: Callable, tmp_path: Path) -> None:
-    recipe = PUBLISHED | {"max_train_steps": 24, "save_steps": 4}  # the script that is launched has it by itself
+    spec = PUBLISHED | {"max_train_steps": 24, "save_steps": 4}  # the script that is launched has it by itself
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finish(launched(flags(whole, **recipe)))
-    arguments = flags(broken, **recipe)
+    finish(launched(flags(whole, **spec)))
+    arguments = flags(broken, **spec)
     first, second = machines(arguments)
     wait_for(broken / "checkpoint-8", first)
     switch_off(second)

@@ -49,16 +49,16 @@ class Waits(TorchDispatchMode):
 
 def batch_of(model: Any, encoded: str) -> Batch:
     features = (model.encoder.length(model.variant.feature), model.encoder.width(model.variant.feature))
-    picture: Pixels | Encoded = Pixels(torch.zeros(2, 3, 32, 32), torch.zeros(2, 3, *[model.encoder.side_px] * 2))
+    image: Pixels | Encoded = Pixels(torch.zeros(2, 3, 32, 32), torch.zeros(2, 3, *[model.encoder.side_px] * 2))
     if encoded != "pixels":
         shape = features[1:] if model.variant.feature == "image_embeds" else features
         channels, height, width = model.family.latent_shape(32, 32)
         captions = model.family.encode_captions(["a dog", ""]) if encoded == "prepared_text" else {}
         text = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in captions.items()}
-        picture = Encoded(torch.zeros(2, 2 * channels, height, width), torch.zeros(2, *shape), text)
+        image = Encoded(torch.zeros(2, 2 * channels, height, width), torch.zeros(2, *shape), text)
     places, drops = torch.arange(2), torch.tensor([True, False])
     geometry = (Geometry((32, 32), (0, 0), (32, 32)),) * 2
-    return Batch(places, places, picture, ("a dog", ""), geometry, drops, drops)
+    return Batch(places, places, image, ("a dog", ""), geometry, drops, drops)
 
 
 @pytest.mark.parametrize("encoded", ["pixels", "prepared", "prepared_text"])

@@ -64,7 +64,7 @@ def test_losses_and_adapter_are_those_of_the_raw_rows(
     run: Callable, flags: Callable, tmp_path: Path, extra: dict[str, object]
 ) -> None:
     report = prepared(flags, tmp_path / "raw", tmp_path / "set", **extra)
-    assert report.pictures == 24 and report.encoded == 24 and not report.faulty_rows
+    assert report.images == 24 and report.encoded == 24 and not report.faulty_rows
     assert_same_training(
         run(tmp_path / "raw", **extra), run(tmp_path / "encoded", prepared_dir=tmp_path / "set", **extra)
     )
@@ -197,8 +197,8 @@ def test_a_set_serves_without_its_pictures_and_then_draws_no_grid(
     extra = own_rows(tmp_path / "rows", 6) | {"grid_rows": 2, "grid_steps": 2}
     prepared(flags, tmp_path / "raw", tmp_path / "set", **extra)
     raw = run(tmp_path / "raw", **extra)
-    for picture in (tmp_path / "rows").glob("*.png"):
-        picture.unlink()
+    for image in (tmp_path / "rows").glob("*.png"):
+        image.unlink()
     encoded = run(tmp_path / "encoded", prepared_dir=tmp_path / "set", **extra)
     assert_same_training(raw, encoded)
     assert "no grid" in capsys.readouterr().err

@@ -24,7 +24,7 @@ from ip_adapter_trainer.storage.checkpoints import all_checkpoints, newest, veri
 from ip_adapter_trainer.train import checkpoint
 from ip_adapter_trainer.train.config import PUBLISHED
 from ip_adapter_trainer.train.step import Step
-from ip_adapter_trainer.train.step_metrics import Outcomes
+from ip_adapter_trainer.train.step_metrics import PendingMetrics
 
 COMPARED = (checkpoint.WEIGHTS, checkpoint.TENSORS)
 
@@ -255,13 +255,13 @@ def test_learning_of_a_step_late_changes_no_byte(
     monkeypatch.setattr(Step, "__call__", some_bad)
     settings = {"max_train_steps": 6, "save_steps": 4, "validation_steps": 3, "use_ema": True}
     prompt = run(tmp_path / "prompt", **settings)
-    own = Outcomes.__init__
+    own = PendingMetrics.__init__
 
-    def late(self: Outcomes, device: torch.device) -> None:
+    def late(self: PendingMetrics, device: torch.device) -> None:
         own(self, device)
         self.late = 1
 
-    monkeypatch.setattr(Outcomes, "__init__", late)
+    monkeypatch.setattr(PendingMetrics, "__init__", late)
     assert_same_run(prompt, run(tmp_path / "late", **settings), 6)
 
 

@@ -44,13 +44,13 @@ def test_each_card_trains_saves_and_exports_what_diffusers_reads_alike(
 def test_the_denoiser_goes_to_the_device_when_what_encodes_is_gone(
     run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    order: list[str] = []
+    sampler: list[str] = []
 
     def note(kind: type, name: str) -> None:
         own = getattr(kind, name)
 
         def noted(self: object, *args: object, **kwargs: object) -> None:
-            order.append(name)
+            sampler.append(name)
             own(self, *args, **kwargs)
 
         monkeypatch.setattr(kind, name, noted)
@@ -58,7 +58,7 @@ def test_the_denoiser_goes_to_the_device_when_what_encodes_is_gone(
     for kind, name in ((Model, "place_encoders"), (Encoding, "finish"), (Model, "release_encoders"), (Model, "place")):
         note(kind, name)
     run(tmp_path / "out", max_train_steps=12, prepare="auto", num_validation_images=0)
-    assert order == ["place_encoders", "finish", "release_encoders", "place"]
+    assert sampler == ["place_encoders", "finish", "release_encoders", "place"]
 
 
 @NEEDS_BNB

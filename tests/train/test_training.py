@@ -239,8 +239,8 @@ def test_the_grid_reaches_its_file_and_tensorboard(run: Callable, tmp_path: Path
     from PIL import Image
 
     output = run(tmp_path / "out", max_train_steps=2, grid_rows=2, grid_steps=2, report_to="tensorboard")
-    picture = Image.open(output / "grids" / "step-0000002.png")
-    assert picture.width > 4 * 160 > picture.height > 2 * 160 - 1 or picture.height > 320
+    image = Image.open(output / "grids" / "step-0000002.png")
+    assert image.width > 4 * 160 > image.height > 2 * 160 - 1 or image.height > 320
     assert list((output / "logs").rglob("events.out.tfevents.*"))
 
 

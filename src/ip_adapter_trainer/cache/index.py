@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ip_adapter_trainer.cache.shards import Table, TableKind
-from ip_adapter_trainer.storage.digests import KEY_BYTES, Addresses, framed, places_of
+from ip_adapter_trainer.storage.digests import KEY_BYTES, Digests, framed, places_of
 
 _LAYOUT = np.dtype(
     [
@@ -32,7 +32,7 @@ _LAYOUT = np.dtype(
 )
 PICTURES = TableKind("pictures", (_LAYOUT.itemsize,), torch.uint8)
 _UNREADABLE = bytes(KEY_BYTES)
-_NAMES = Addresses(framed("picture"))
+_NAMES = Digests(framed("picture"))
 _SETTLED_NS = 2_000_000_000  # a file younger than this when it was read may have changed since without a new time
 
 
@@ -78,7 +78,7 @@ class Record:
         return torch.from_numpy(row.view(np.uint8))
 
 
-class PictureIndex:
+class ImageIndex:
     """The newest record of each picture, all in memory: 64 bytes each.
 
     Attributes:

@@ -10,14 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ip_adapter_trainer.cache.index import PictureIndex, Record
+from ip_adapter_trainer.cache.index import ImageIndex, Record
 from ip_adapter_trainer.cache.shards import Table, TableKind
-from ip_adapter_trainer.cache.spec import ALL_USES, Recipe, Size
+from ip_adapter_trainer.cache.spec import ALL_USES, CacheSpec, Size
 from ip_adapter_trainer.core.values import Encoded, Geometry, Row
 from ip_adapter_trainer.images import crop
-from ip_adapter_trainer.images.decode import PictureFault, check_bytes, check_density, check_size
-from ip_adapter_trainer.manifest.images import Pictures
-from ip_adapter_trainer.storage.digests import address
+from ip_adapter_trainer.images.decode import ImageFault, check_bytes, check_density, check_size
+from ip_adapter_trainer.manifest.images import ImageFiles
+from ip_adapter_trainer.storage.digests import digest
 
 _AGAIN = "run `ip-adapter prepare` again"
 _CHUNK_ROWS = 65536
@@ -53,10 +53,10 @@ class PreparedSet:
         Problem: a damaged shard.
     """
 
-    def __init__(self, root: Path, recipe: Recipe, pictures: Pictures) -> None:
-        self.root, self.recipe, self._pictures = root, recipe, pictures
-        self.index = PictureIndex(root)
-        kinds = recipe.tables
+    def __init__(self, root: Path, spec: CacheSpec, pictures: ImageFiles) -> None:
+        self.root, self.spec, self._images = root, spec, pictures
+        self.index = ImageIndex(root)
+        kinds = spec.tables
         self.tables = {kind: Table(root, kind, max(1, _MAX_MAPS // len(kinds))) for kind in kinds}
 
     def sizes_px(self, rows: Sequence[Row]) -> list[Size | None]:
@@ -77,13 +77,13 @@ class PreparedSet:
         """
         for first in range(among.start, among.stop, _CHUNK_ROWS):
             chunk = rows[first : min(first + _CHUNK_ROWS, among.stop)]
-            used = [(number, name, use) for number, row in enumerate(chunk) for name, use in self.recipe.uses(row)]
+            used = [(number, name, use) for number, row in enumerate(chunk) for name, use in self.spec.uses(row)]
             places = self.index.places([name for _, name, _ in used])
             there = self.all_there(places, np.array([use for _, _, use in used]))
             missing = {
                 used[place][0]
                 for place in np.flatnonzero(~there).tolist()
-                if places[place] < 0 or self._pictures.stat(used[place][1]) is not None
+                if places[place] < 0 or self._images.stat(used[place][1]) is not None
             }
             said = [(number, caption) for number, row in enumerate(chunk) for caption in row.captions]
             captions = self.captions_there([caption for _, caption in said]) & self.captions_there([""])  # dropped text
@@ -93,9 +93,9 @@ class PreparedSet:
     def captions_there(self, captions: Sequence[str]) -> NDArray[np.bool_]:
         """Whether what was made of each caption is in the set, [captions]; nothing is wanted if text is not kept."""
         there = np.ones(len(captions), np.bool_)
-        if self.recipe.text is not None:
+        if self.spec.text is not None:
             contents = [caption.encode() for caption in captions]
-            for kind, keys in zip(self.recipe.text.tables, self.recipe.text.keys, strict=True):
+            for kind, keys in zip(self.spec.text.tables, self.spec.text.keys, strict=True):
                 there &= self.tables[kind].find(keys.of(contents)) >= 0
         return there
 
@@ -114,13 +114,13 @@ class PreparedSet:
         for kind in np.unique(kinds).tolist():
             group, (bucket, use) = known[kinds == kind], divmod(kind, ALL_USES)
             contents = self.index.contents[places[group]].tolist()
-            for way in self.recipe.ways(self.recipe.buckets.sizes_px[bucket], use):
+            for way in self.spec.ways(self.spec.buckets.sizes_px[bucket], use):
                 there[group] &= self.tables[way.kind].find(way.keys.of(contents)) >= 0
         return there
 
     def _buckets(self, sizes_px: NDArray[np.uint32]) -> NDArray[np.int64]:
         """The bucket of each picture by its size, [pictures, 2]; -1 for one that could not be read."""
-        buckets = self.recipe.buckets
+        buckets = self.spec.buckets
         if len(buckets) == 1:
             return np.where(sizes_px[:, 0] > 0, 0, -1)
         distinct, which = np.unique(sizes_px[:, 0].astype(np.int64) << 32 | sizes_px[:, 1], return_inverse=True)
@@ -135,14 +135,14 @@ class PreparedSet:
 
     @property
     def _text_kinds(self) -> tuple[TableKind, ...]:
-        return self.recipe.text.tables if self.recipe.text else ()
+        return self.spec.text.tables if self.spec.text else ()
 
     def _kinds(self, target_px: Size) -> tuple[TableKind, ...]:
-        return self.recipe.moments[target_px], self.recipe.features[0], *self._text_kinds
+        return self.spec.moments[target_px], self.spec.features[0], *self._text_kinds
 
     def read(
         self, asked: Sequence[Asked], target_px: Size, into: Encoded, slots: Sequence[int]
-    ) -> list[Geometry | PictureFault]:
+    ) -> list[Geometry | ImageFault]:
         """Copies what the encoders said of rows into slots of a batch, and says how each row's target was cut.
 
         A row has a fault in place of its geometry, and nothing in its slot, if one of its pictures could not be read,
@@ -151,68 +151,68 @@ class PreparedSet:
         found, stacks = self._found(asked, target_px), (into.moments, into.features, *into.text.values())
         for column, (kind, stack) in enumerate(zip(self._kinds(target_px), stacks, strict=True)):
             self._fill(self.tables[kind], column, found, stack, slots)
-        return [one if isinstance(one, PictureFault) else one.geometry for one in found]
+        return [one if isinstance(one, ImageFault) else one.geometry for one in found]
 
-    def _found(self, asked: Sequence[Asked], target_px: Size) -> list[_Found | PictureFault]:
+    def _found(self, asked: Sequence[Asked], target_px: Size) -> list[_Found | ImageFault]:
         """The addresses of each row's values, if its pictures are what they were when they were encoded."""
         own = [row.prompt_image_file for row, _, _ in asked]
         records = self._records([row.image_file for row, _, _ in asked] + [name for name in own if name is not None])
-        others, text_keys = iter(records[len(asked) :]), self.recipe.text.keys if self.recipe.text else ()
-        found: list[_Found | PictureFault] = []
+        others, text_keys = iter(records[len(asked) :]), self.spec.text.keys if self.spec.text else ()
+        found: list[_Found | ImageFault] = []
         for (_, side, text), target, name in zip(asked, records, own, strict=False):
             prompt, prompt_side = (target, side) if name is None else (next(others), False)
-            if isinstance(target, PictureFault) or isinstance(prompt, PictureFault):
-                found.append(target if isinstance(target, PictureFault) else prompt)  # type: ignore[arg-type]
+            if isinstance(target, ImageFault) or isinstance(prompt, ImageFault):
+                found.append(target if isinstance(target, ImageFault) else prompt)  # type: ignore[arg-type]
                 continue
-            moments = self.recipe.targets[target_px, side].keys(target.content)
-            features = self.recipe.prompts[self.recipe.features[0], prompt_side].keys(prompt.content)
+            moments = self.spec.targets[target_px, side].keys(target.content)
+            features = self.spec.prompts[self.spec.features[0], prompt_side].keys(prompt.content)
             captions = [keys(text.encode()) for keys in text_keys]
             found.append(_Found((moments, features, *captions), crop.plan(target.size_px, target_px)[1]))
         return found
 
     def _fill(
-        self, table: Table, column: int, found: list[_Found | PictureFault], stack: Tensor, slots: Sequence[int]
+        self, table: Table, column: int, found: list[_Found | ImageFault], stack: Tensor, slots: Sequence[int]
     ) -> None:
         """Copies one value of each row into its slot; what is not there or damaged makes the row a fault."""
-        asked = [(number, one.keys[column]) for number, one in enumerate(found) if not isinstance(one, PictureFault)]
+        asked = [(number, one.keys[column]) for number, one in enumerate(found) if not isinstance(one, ImageFault)]
         places = table.find([key for _, key in asked]).tolist()
         there = [(slots[number], place) for (number, _), place in zip(asked, places, strict=True) if place >= 0]
         damaged = table.fill(stack, [slot for slot, _ in there], [place for _, place in there])
         for (number, _), place in zip(asked, places, strict=True):
             if place < 0:
                 what = f"its {table.kind.name} are not in the prepared set"
-                found[number] = PictureFault("not_prepared", what, _AGAIN)
+                found[number] = ImageFault("not_prepared", what, _AGAIN)
             elif place in damaged:
                 what = f"its {table.kind.name} in the prepared set are not what was written"
-                found[number] = PictureFault("damaged_values", what, f"remove {table.file_of(place)} and {_AGAIN}")
+                found[number] = ImageFault("damaged_values", what, f"remove {table.file_of(place)} and {_AGAIN}")
 
-    def _records(self, names: Sequence[str]) -> list[Record | PictureFault]:
+    def _records(self, names: Sequence[str]) -> list[Record | ImageFault]:
         """The record of each picture whose file, if there still is one, holds what was encoded."""
-        records: list[Record | PictureFault] = []
+        records: list[Record | ImageFault] = []
         for name, record in zip(names, self.index.find(names), strict=True):
             try:
                 records.append(self._trusted(name, record))
-            except PictureFault as fault:
+            except ImageFault as fault:
                 records.append(fault)
         return records
 
     def _trusted(self, name: str, record: Record | None) -> Record:
         if record is None:
-            raise PictureFault("not_prepared", "the picture is not in the prepared set", _AGAIN)
+            raise ImageFault("not_prepared", "the picture is not in the prepared set", _AGAIN)
         if not record.is_sound:
-            self._pictures.read(name)  # tells what is wrong with it
-            raise PictureFault("changed", "the picture could not be read when the set was prepared", _AGAIN)
-        status = self._pictures.stat(name)  # a file that is gone takes nothing with it: sets travel alone
+            self._images.read(name)  # tells what is wrong with it
+            raise ImageFault("changed", "the picture could not be read when the set was prepared", _AGAIN)
+        status = self._images.stat(name)  # a file that is gone takes nothing with it: sets travel alone
         if status is not None and not record.fits(status):
-            content, _ = self._pictures.read_file(name)
-            if address(content) != record.content:
-                raise PictureFault("changed", "the picture changed since it was prepared", _AGAIN)
+            content, _ = self._images.read_file(name)
+            if digest(content) != record.content:
+                raise ImageFault("changed", "the picture changed since it was prepared", _AGAIN)
         self._demand_limits(record)
         return record
 
     def _demand_limits(self, record: Record) -> None:
         """The limits of this run, which may be narrower than those that the set was made with."""
-        limits = self._pictures.limits
+        limits = self._images.limits
         check_size(record.size_px[::-1], limits)
         check_bytes(record.file_bytes, limits)
         check_density(record.size_px, record.file_bytes, limits)
@@ -220,6 +220,6 @@ class PreparedSet:
     def _admits(self, record: Record) -> bool:
         try:
             self._demand_limits(record)
-        except PictureFault:
+        except ImageFault:
             return False
         return True

@@ -91,9 +91,9 @@ class Table:
         self.kind, self._max_maps = kind, max_maps
         self._shards = [_open_shard(path, kind) for path in sorted((root / kind.folder).glob("[!.]*.safetensors"))]
         keys = np.frombuffer(b"".join(_read(shard, "key", KEY_BYTES) for shard in self._shards), KEY)
-        sums = np.frombuffer(b"".join(_read(shard, "sum", SUM_BYTES) for shard in self._shards), "<u8")
+        checksums = np.frombuffer(b"".join(_read(shard, "sum", SUM_BYTES) for shard in self._shards), "<u8")
         order = np.argsort(keys, kind="stable")
-        self._keys, self._sums = keys[order], sums[order]
+        self._keys, self._checksums = keys[order], checksums[order]
         self._sound = np.zeros(len(keys), np.bool_)  # rows that were what was written when first read
         starts = np.cumsum([0, *(shard.rows for shard in self._shards)])
         self._shard = (np.searchsorted(starts, order, side="right") - 1).astype(np.int32)
@@ -139,7 +139,10 @@ class Table:
         if not len(fresh):
             return []
         numbers = places[fresh]
-        sound = sums_of(self._keys[numbers], rows[[slots[place] for place in fresh.tolist()]]) == self._sums[numbers]
+        sound = (
+            checksums_of(self._keys[numbers], rows[[slots[place] for place in fresh.tolist()]])
+            == self._checksums[numbers]
+        )
         self._sound[numbers[sound]] = True
         return numbers[~sound].tolist()
 
@@ -163,7 +166,7 @@ class Table:
         whole = np.frombuffer(b"".join(parts), np.uint8).reshape(-1, self.kind.value_bytes)
         starts = np.cumsum([0, *(shard.rows for shard in self._shards)])
         values = whole[starts[self._shard] + self._row]
-        damaged = np.flatnonzero(sums_of(self._keys, values) != self._sums)
+        damaged = np.flatnonzero(checksums_of(self._keys, values) != self._checksums)
         if len(damaged):
             raise _no_shard(self.file_of(int(damaged[0])), "rows of this shard are not what was written")
         return values
@@ -193,7 +196,7 @@ def _fetch(mapped: mmap.mmap, at: int, length: int) -> None:
         mapped.madvise(mmap.MADV_WILLNEED, page, at + length - page)
 
 
-def sums_of(keys: NDArray[np.bytes_], rows: NDArray[np.uint8]) -> NDArray[np.uint64]:
+def checksums_of(keys: NDArray[np.bytes_], rows: NDArray[np.uint8]) -> NDArray[np.uint64]:
     """The checksum of each row of bytes [R, n] under its address: the sum of the row's words and the address's first.
 
     Words are of 64 bits where the length allows it, sums modulo 2^64. Any one bit that flips changes it, and so does a
@@ -294,13 +297,15 @@ class TableWriter:
         written = values.reshape(len(values), -1).view(torch.uint8).numpy()
         name = hashlib.blake2b(joined, digest_size=KEY_BYTES)
         name.update(written.data)
-        sums = torch.from_numpy(sums_of(np.frombuffer(joined, KEY), written).view(np.uint8)).view(-1, SUM_BYTES)
+        checksums = torch.from_numpy(checksums_of(np.frombuffer(joined, KEY), written).view(np.uint8)).view(
+            -1, SUM_BYTES
+        )
         keys = torch.frombuffer(bytearray(joined), dtype=torch.uint8).view(-1, KEY_BYTES)
         final = self._folder / f"{name.hexdigest()}.safetensors"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with staged_file(final) as stage:
-                save_file({"key": keys, "sum": sums, "value": values}, stage)
+                save_file({"key": keys, "sum": checksums, "value": values}, stage)
         except refusals() as error:
             what = f"a shard of the prepared set was not saved: {reason_of(error)}"
             remedy = "make room and run the same command again; it goes on where it was"

@@ -15,7 +15,7 @@ from ip_adapter_trainer.cache.shards import TableKind
 from ip_adapter_trainer.core.values import Row
 from ip_adapter_trainer.images.background import Colour
 from ip_adapter_trainer.images.buckets import Buckets
-from ip_adapter_trainer.storage.digests import Addresses, framed
+from ip_adapter_trainer.storage.digests import Digests, framed
 
 Size = tuple[int, int]
 
@@ -35,7 +35,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class TextRecipe:
+class TextSpec:
     """All that decides what a caption is encoded to, but for the caption.
 
     Attributes:
@@ -47,10 +47,10 @@ class TextRecipe:
     tables: tuple[TableKind, ...]
 
     @cached_property
-    def keys(self) -> tuple[Addresses, ...]:
+    def keys(self) -> tuple[Digests, ...]:
         """By the caption in UTF-8, for each table."""
         return tuple(
-            Addresses(framed(kind.name), framed(TEXT_FORMAT, self.encoders, str(kind.dtype))) for kind in self.tables
+            Digests(framed(kind.name), framed(TEXT_FORMAT, self.encoders, str(kind.dtype))) for kind in self.tables
         )
 
 
@@ -62,7 +62,7 @@ class Way:
     """One way of encoding pictures: all that decides a `View` but for the picture."""
 
     kind: TableKind
-    keys: Addresses  # by the hash of the picture's file
+    keys: Digests  # by the hash of the picture's file
     target_px: Size | None
     mirrored: bool
 
@@ -72,7 +72,7 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class CacheSpec:
     """All that decides what a picture is encoded to, but for the picture.
 
     Attributes:
@@ -88,14 +88,14 @@ class Recipe:
     """
 
     buckets: Buckets
-    ground: Colour
+    background: Colour
     pad_square: bool
     mirrors: bool
     autoencoder: str
     encoder: str
     moments: dict[Size, TableKind]
     features: tuple[TableKind, ...]
-    text: TextRecipe | None = None
+    text: TextSpec | None = None
 
     @property
     def tables(self) -> list[TableKind]:
@@ -115,12 +115,12 @@ class Recipe:
 
     def _target(self, target_px: Size, mirrored: bool) -> Way:
         kind = self.moments[target_px]
-        after = framed(FORMAT, *self.ground, *target_px, int(mirrored), self.autoencoder, str(kind.dtype))
-        return Way(kind, Addresses(framed(kind.name), after), target_px, mirrored)
+        after = framed(FORMAT, *self.background, *target_px, int(mirrored), self.autoencoder, str(kind.dtype))
+        return Way(kind, Digests(framed(kind.name), after), target_px, mirrored)
 
     def _prompt(self, kind: TableKind, mirrored: bool) -> Way:
-        after = framed(FORMAT, *self.ground, int(self.pad_square), int(mirrored), self.encoder, str(kind.dtype))
-        return Way(kind, Addresses(framed(kind.name), after), None, mirrored)
+        after = framed(FORMAT, *self.background, int(self.pad_square), int(mirrored), self.encoder, str(kind.dtype))
+        return Way(kind, Digests(framed(kind.name), after), None, mirrored)
 
     def ways(self, target_px: Size, use: int) -> list[Way]:
         """All that is wanted of a picture whose bucket is this, used so."""
@@ -148,7 +148,7 @@ def _sides(both: bool) -> tuple[bool, ...]:
     return (False, True) if both else (False,)
 
 
-def drawn_anew(config: CutConfig) -> list[str]:
+def random_cuts(config: CutConfig) -> list[str]:
     """The flags by which each image is drawn otherwise every time, so that nothing could be encoded beforehand."""
     anew = {
         "--no_center_crop": not config.center_crop,

@@ -36,7 +36,7 @@ class Problem(ValueError):
 
 
 @contextmanager
-def told_as_not_loaded(name: str, where: str, remedy: str) -> Iterator[None]:
+def as_load_problem(name: str, where: str, remedy: str) -> Iterator[None]:
     """What a library says against somebody's model, by whatever error, is a problem of the model.
 
     Raises:

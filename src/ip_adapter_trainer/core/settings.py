@@ -54,6 +54,14 @@ class Part(BaseModel):
     resume: ClassVar[Resume] = Resume()
 
     @classmethod
+    def current_names(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return settings under the names of now, in place of aliases: of earlier versions, or of other trainers."""
+        fields = {
+            a: n for n, f in cls.model_fields.items() for m in f.metadata if isinstance(m, Alias) for a in m.names
+        }
+        return {fields.get(name, name): value for name, value in settings.items()}
+
+    @classmethod
     def resume_lists(cls) -> dict[str, list[str]]:
         """The names of each list of `Resume`, of this class and all it is composed of."""
         owners = [kind.__dict__["resume"] for kind in cls.__mro__ if "resume" in kind.__dict__]

@@ -81,7 +81,7 @@ class Encoded:
     text: dict[str, Tensor] = field(default_factory=dict)  # of the caption, as the family encodes it; empty: not kept
 
 
-Picture = Pixels | Encoded
+Inputs = Pixels | Encoded
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Batch:
 
     index: Tensor  # [B] int64
     row: Tensor  # [B] int64
-    picture: Picture
+    inputs: Inputs
     text: tuple[str, ...]
     geometry: tuple[Geometry, ...]
     drop_text: Tensor  # [B] bool
@@ -106,7 +106,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
-        return replace(self, picture=map_tensors(lambda t: to_device(t, device), self.picture))
+        return replace(self, inputs=map_tensors(lambda t: to_device(t, device), self.inputs))
 
 
 def map_tensors(function: Callable[..., Tensor], first: P, *others: P) -> P:

@@ -37,9 +37,9 @@ class ClipPreprocess:
         self.side_px = side_px
         self._processor = CLIPImageProcessorPil(size={"shortest_edge": side_px}, crop_size=side_px)
 
-    def __call__(self, picture: Image) -> Tensor:
+    def __call__(self, image: Image) -> Tensor:
         """One RGB picture to [3, S, S]."""
-        pixels = self._processor(images=picture, return_tensors="np")["pixel_values"][0]
+        pixels = self._processor(images=image, return_tensors="np")["pixel_values"][0]
         return torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32))
 
 

@@ -15,7 +15,7 @@ from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.evaluate.config import GenerateConfig
 from ip_adapter_trainer.evaluate.sample import image_tokens, sample
 from ip_adapter_trainer.evaluate.start import load, sampling
-from ip_adapter_trainer.images.decode import PictureFault, decode
+from ip_adapter_trainer.images.decode import ImageFault, decode
 from ip_adapter_trainer.images.limits import Limits
 from ip_adapter_trainer.model import Adapter
 from ip_adapter_trainer.runtime.progress import Progress
@@ -27,7 +27,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     Raises:
         Problem: a picture that cannot be read, an output that cannot be written, a model that does not load.
     """
-    references = [read_picture(Path(name)) for name in config.image]  # before the minutes of loading a model
+    references = [read_image(Path(name)) for name in config.image]  # before the minutes of loading a model
     seeds = [config.seed + number for number in range(config.num_images)]
     files = output_files(Path(config.output), seeds)
     model = load(config)
@@ -43,7 +43,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     return files
 
 
-def read_picture(path: Path) -> Image.Image:
+def read_image(path: Path) -> Image.Image:
     """An upright RGB picture.
 
     Raises:
@@ -51,7 +51,7 @@ def read_picture(path: Path) -> Image.Image:
     """
     try:
         return decode(path, Limits()).image
-    except PictureFault as fault:
+    except ImageFault as fault:
         raise Problem(fault.what, where=str(path), remedy="name another picture with --image") from fault
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ip_adapter_trainer.core.values import Batch, Pixels
 from ip_adapter_trainer.evaluate.config import ValidationConfig
-from ip_adapter_trainer.evaluate.grid_layout import CELL_PX, lay_out
+from ip_adapter_trainer.evaluate.grid_layout import CELL_PX, draw_grid
 from ip_adapter_trainer.evaluate.sample import Sampling, image_tokens, sample, tokens_of
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.runtime.stopping import Poll, no_poll
@@ -43,11 +43,11 @@ def grid(
         how: size, steps, guidance; its scale is not used.
         poll: called before the first step of every drawing and after every step.
         blocks: in which rows stand side by side.
-        cell_px: see `lay_out`.
+        cell_px: see `draw_grid`.
     """
     tokens = image_tokens(model, [[reference] for reference in references])
     rows = _rows(model, references, tokens, prompts, seeds, how, poll)
-    return lay_out(HEADINGS, rows, prompts, blocks, cell_px)
+    return draw_grid(HEADINGS, rows, prompts, blocks, cell_px)
 
 
 def validation_grid(
@@ -74,16 +74,16 @@ def validation_grid(
         first, shown = len(rows), min(len(batch), config.grid_rows - len(rows))
         if not shown:
             break
-        assert isinstance(batch.picture, Pixels)
-        height_px, width_px = batch.picture.pixels.shape[-2:]
+        assert isinstance(batch.inputs, Pixels)
+        height_px, width_px = batch.inputs.pixels.shape[-2:]
         how = Sampling(height_px, width_px, config.grid_steps, config.grid_guidance_scale)
-        pixels, places = batch.picture.prompt_pixels[:shown], range(first, first + shown)
+        pixels, places = batch.inputs.prompt_pixels[:shown], range(first, first + shown)
         tokens = tokens_of(model, pixels, None if features is None else features[first:][:shown])
         texts = batch.text[:shown] if config.grid_prompt is None else [config.grid_prompt] * shown
         seeds = [config.validation_seed + place for place in places]
         rows += _rows(model, as_seen(model.encoder.preprocess, pixels), tokens, texts, seeds, how, poll)
         prompts += texts
-    return lay_out(HEADINGS, rows, prompts)
+    return draw_grid(HEADINGS, rows, prompts)
 
 
 def _rows(

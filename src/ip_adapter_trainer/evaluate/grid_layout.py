@@ -16,7 +16,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
-class Sheet:
+class GridLayout:
     """Where things stand on a sheet, in pixels."""
 
     cell_width_px: int
@@ -56,7 +56,7 @@ class Sheet:
         return width, self.corner(rows - 1, 0)[1] + self.row_heights_px[-1] + self.unit_px
 
 
-def lay_out(
+def draw_grid(
     headings: Sequence[str],
     rows: Sequence[Sequence[Image.Image]],
     captions: Sequence[str],
@@ -74,52 +74,52 @@ def lay_out(
         blocks: in which rows stand side by side, filled one after the other.
         cell_px: smallest and largest longer side of a cell.
     """
-    shown = [[_fitted(picture, *_cell_px(row[-1], cell_px)) for picture in row] for row in rows]
-    widest_px = max(picture.width for row in shown for picture in row)
+    shown = [[_fitted(image, *_cell_px(row[-1], cell_px)) for image in row] for row in rows]
+    widest_px = max(image.width for row in shown for image in row)
     lines = math.ceil(len(rows) / blocks)
     heights_px = tuple(max(p.height for row in shown[line::lines] for p in row) for line in range(lines))
-    sheet = Sheet(widest_px, heights_px, len(headings), any(captions), blocks)
-    paper = Image.new("RGB", sheet.size_px, PAPER)
-    draw, font = ImageDraw.Draw(paper), ImageFont.load_default(sheet.unit_px)
-    for row, (pictures, caption) in enumerate(zip(shown, captions, strict=True)):
-        for column, (picture, heading) in enumerate(zip(pictures, headings, strict=True)):
-            left, top = sheet.corner(row, column)
+    grid = GridLayout(widest_px, heights_px, len(headings), any(captions), blocks)
+    paper = Image.new("RGB", grid.size_px, PAPER)
+    draw, font = ImageDraw.Draw(paper), ImageFont.load_default(grid.unit_px)
+    for row, (images, caption) in enumerate(zip(shown, captions, strict=True)):
+        for column, (image, heading) in enumerate(zip(images, headings, strict=True)):
+            left, top = grid.corner(row, column)
             if row % lines == 0:
-                above_px = sheet.caption_px + 0.8 * sheet.unit_px
+                above_px = grid.caption_px + 0.8 * grid.unit_px
                 draw.text((left + widest_px / 2, top - above_px), heading, FADED, font, anchor="ms")
-            _place(paper, picture, sheet, row, column)
-        left, top = sheet.corner(row, min(1, len(headings) - 1))
+            _place(paper, image, grid, row, column)
+        left, top = grid.corner(row, min(1, len(headings) - 1))
         quoted = f"“{' '.join(caption.split())}”" if caption else ""
-        text = _shortened(quoted, font, sheet.corner(row, len(headings))[0] - left - sheet.unit_px)
-        draw.text((left, top - 0.5 * sheet.unit_px), text, INK, font, anchor="ls")
+        text = _shortened(quoted, font, grid.corner(row, len(headings))[0] - left - grid.unit_px)
+        draw.text((left, top - 0.5 * grid.unit_px), text, INK, font, anchor="ls")
     return paper
 
 
-def _cell_px(picture: Image.Image, bounds_px: tuple[int, int]) -> tuple[int, int]:
+def _cell_px(image: Image.Image, bounds_px: tuple[int, int]) -> tuple[int, int]:
     """The size at which a picture is shown: a whole multiple if it is tiny, reduced if it is huge."""
     least, most = bounds_px
-    longer = max(picture.size)
+    longer = max(image.size)
     factor = math.ceil(least / longer) if longer < least else min(1, most / longer)
-    return round(picture.width * factor), round(picture.height * factor)
+    return round(image.width * factor), round(image.height * factor)
 
 
-def _fitted(picture: Image.Image, width_px: int, height_px: int) -> Image.Image:
+def _fitted(image: Image.Image, width_px: int, height_px: int) -> Image.Image:
     """The picture as large as it goes into a cell; a tiny one by a whole factor, pixel for pixel."""
-    factor = min(width_px / picture.width, height_px / picture.height)
-    tiny = max(picture.size) < CELL_PX[0] and factor >= 1
+    factor = min(width_px / image.width, height_px / image.height)
+    tiny = max(image.size) < CELL_PX[0] and factor >= 1
     factor = int(factor) if tiny else factor
     method = Image.Resampling.NEAREST if tiny else Image.Resampling.LANCZOS
-    return picture.resize((round(picture.width * factor), round(picture.height * factor)), method)
+    return image.resize((round(image.width * factor), round(image.height * factor)), method)
 
 
-def _place(paper: Image.Image, picture: Image.Image, sheet: Sheet, row: int, column: int) -> None:
+def _place(paper: Image.Image, image: Image.Image, grid: GridLayout, row: int, column: int) -> None:
     """Pastes a picture into the middle of its cell, in a thin frame that shows where a white one ends."""
-    left, top = sheet.corner(row, column)
-    left += (sheet.cell_width_px - picture.width) // 2
-    top += (sheet.row_heights_px[row % len(sheet.row_heights_px)] - picture.height) // 2
-    frame = (left - 1, top - 1, left + picture.width, top + picture.height)
+    left, top = grid.corner(row, column)
+    left += (grid.cell_width_px - image.width) // 2
+    top += (grid.row_heights_px[row % len(grid.row_heights_px)] - image.height) // 2
+    frame = (left - 1, top - 1, left + image.width, top + image.height)
     ImageDraw.Draw(paper).rectangle(frame, outline=FAINT)
-    paper.paste(picture, (left, top))
+    paper.paste(image, (left, top))
 
 
 def _shortened(text: str, font: Font, width_px: int) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ip_adapter_trainer.core.rng import stream
 from ip_adapter_trainer.core.values import Batch
 from ip_adapter_trainer.diffusion.objective import NoiseProcess
-from ip_adapter_trainer.evaluate.mode import lent
+from ip_adapter_trainer.evaluate.mode import evaluation_mode
 from ip_adapter_trainer.evaluate.shuffle import others
 from ip_adapter_trainer.manifest.hold_out import LEAST_IMAGES
 from ip_adapter_trainer.model import Model
@@ -128,7 +128,7 @@ def validation_losses(
     partners = others(indices, seed, "validation-shuffle")
     shown = [RIGHT, NONE] if partners is None else [RIGHT, SHUFFLED, NONE]
     errors: dict[str, Table] = {name: np.zeros((len(indices), BANDS)) for name in shown}
-    with lent(model):
+    with evaluation_mode(model):
         features = _features(model, batches, indices, poll)
         for batch in batches:
             rows = [indices.index(int(i)) for i in batch.index]
@@ -146,7 +146,7 @@ def _features(model: Model, batches: Sequence[Batch], indices: list[int], poll: 
     found: dict[int, Tensor] = {}
     for batch in batches:
         poll()
-        found.update(zip(batch.index.tolist(), model.features_of(batch.picture), strict=True))
+        found.update(zip(batch.index.tolist(), model.features_of(batch.inputs), strict=True))
     return torch.stack([found[i] for i in indices])
 
 
@@ -177,7 +177,7 @@ def _errors(
     """Name of the image shown, band, and mean squared errors [B], for every image and band."""
     poll()
     family, device = model.family, model.family.device
-    moments = model.moments_of(batch.picture)  # [B, 2C, h, w]
+    moments = model.moments_of(batch.inputs)  # [B, 2C, h, w]
     shape = (moments.shape[1] // 2, *moments.shape[2:])
     posterior, noise, timesteps = _draw(process, batch, shape, seed)
     latents = family.sample_latents(moments, process.posterior(posterior))

@@ -11,7 +11,7 @@ from ip_adapter_trainer.model import Model
 
 
 @contextmanager
-def lent(model: Model) -> Iterator[None]:
+def evaluation_mode(model: Model) -> Iterator[None]:
     """The adapter attached, in evaluation mode, without gradients; all as it was found after, whatever is raised."""
     was_attached, was_training = model.is_attached, model.adapter.training
     tokens, scale = model.prompt.tokens, model.prompt.scale

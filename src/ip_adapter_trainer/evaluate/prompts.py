@@ -11,10 +11,10 @@ from PIL.Image import Image
 from ip_adapter_trainer.core.rng import stream
 from ip_adapter_trainer.core.values import Fault, Row
 from ip_adapter_trainer.evaluate.config import EvaluateConfig
-from ip_adapter_trainer.images.decode import PictureFault
+from ip_adapter_trainer.images.decode import ImageFault
 from ip_adapter_trainer.manifest.faults import demand_usable
 from ip_adapter_trainer.manifest.hold_out import plain_name
-from ip_adapter_trainer.manifest.images import Pictures, fault_of, map_rows
+from ip_adapter_trainer.manifest.images import ImageFiles, fault_of, map_rows
 from ip_adapter_trainer.manifest.manifest import usable_manifest
 
 
@@ -36,7 +36,7 @@ def read_prompts(config: EvaluateConfig) -> tuple[list[Prompt], tuple[Fault, ...
         DataProblem: more rows are faulty than the settings allow, or none is left.
     """
     manifest = usable_manifest(config)
-    pictures = Pictures.of(manifest.root, config)
+    pictures = ImageFiles.of(manifest.root, config)
     chosen = sorted(stream(config.seed, "evaluate-rows").permutation(len(manifest.rows))[: config.num_rows].tolist())
     prompts = [_prompt(pictures, manifest.rows[number], number, config.seed) for number in chosen]
     errors = list(map_rows(_error, prompts, config.dataloader_num_workers))
@@ -46,19 +46,19 @@ def read_prompts(config: EvaluateConfig) -> tuple[list[Prompt], tuple[Fault, ...
     return sound, (*manifest.faults, *unread)
 
 
-def _prompt(pictures: Pictures, row: Row, number: int, seed: int) -> Prompt:
+def _prompt(pictures: ImageFiles, row: Row, number: int, seed: int) -> Prompt:
     name = row.prompt_image_file or row.image_file
     return Prompt(partial(_read, pictures, name), row.caption(seed, number), plain_name(name, pictures.root), number)
 
 
-def _read(pictures: Pictures, name: str) -> Image:
+def _read(pictures: ImageFiles, name: str) -> Image:
     return pictures.read(name).image
 
 
-def _error(prompt: Prompt) -> PictureFault | None:
+def _error(prompt: Prompt) -> ImageFault | None:
     """Why a row's picture cannot be read."""
     try:
         prompt.read()
-    except PictureFault as error:
+    except ImageFault as error:
         return error
     return None

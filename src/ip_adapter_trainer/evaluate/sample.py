@@ -15,7 +15,7 @@ from torch import Tensor
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.rng import key, stream
 from ip_adapter_trainer.evaluate.config import Scheduler
-from ip_adapter_trainer.evaluate.mode import lent
+from ip_adapter_trainer.evaluate.mode import evaluation_mode
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.runtime.stopping import Poll, no_poll
 
@@ -57,7 +57,7 @@ def image_tokens(model: Model, references: Sequence[Sequence[Image]]) -> Tensor:
     """
     assert len({len(pictures) for pictures in references}) == 1, "as many pictures in every prompt"
     tokens = tokens_of(
-        model, torch.stack([model.encoder.preprocess(picture) for pictures in references for picture in pictures])
+        model, torch.stack([model.encoder.preprocess(image) for pictures in references for image in pictures])
     )
     return tokens.reshape(len(references), -1, tokens.shape[-1])
 
@@ -104,7 +104,7 @@ def sample(
     if tokens is not None:
         tokens = tokens.expand(len(prompts), -1, -1)
     pictures: list[Image] = []
-    with lent(model), _scheduler(model.family.pipeline, how.scheduler):
+    with evaluation_mode(model), _scheduler(model.family.pipeline, how.scheduler):
         model.prompt.scale = how.scale
         for start in range(0, len(prompts), how.batch_images):
             part = slice(start, start + how.batch_images)

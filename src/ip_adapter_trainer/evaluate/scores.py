@@ -35,13 +35,13 @@ from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.runtime.progress import Progress
 from ip_adapter_trainer.runtime.stopping import Poll, no_poll
 
-__all__ = ["EvaluateConfig", "Plan", "evaluate", "score"]
+__all__ = ["DrawPlan", "EvaluateConfig", "evaluate", "score"]
 
 Values = dict[str, dict[str, NDArray[np.float64]]]  # condition, metric: [rows]
 
 
 @dataclass(frozen=True)
-class Plan:
+class DrawPlan:
     """What is drawn for every row in each condition."""
 
     how: Sampling
@@ -62,7 +62,7 @@ def evaluate(config: EvaluateConfig, poll: Poll = no_poll) -> Evaluation:
     if cuts := clip.cuts([prompt.caption for prompt in prompts]):
         say(cuts)
     model, began = load(config), time.monotonic()
-    plan = Plan(sampling(config, model), config.prompt, config.num_images_per_prompt, config.seed)
+    plan = DrawPlan(sampling(config, model), config.prompt, config.num_images_per_prompt, config.seed)
     values = score(model, clip, prompts, plan, poll)
     protocol: dict[str, Any] = {
         "adapter": Path(config.adapter).name,
@@ -98,7 +98,7 @@ def _write(found: Evaluation, output: Path) -> None:
         raise StorageProblem(what, where=str(output), remedy="they are printed above; make room") from error
 
 
-def score(model: Model, clip: ClipScorer, prompts: Sequence[Prompt], plan: Plan, poll: Poll = no_poll) -> Values:
+def score(model: Model, clip: ClipScorer, prompts: Sequence[Prompt], plan: DrawPlan, poll: Poll = no_poll) -> Values:
     """CLIP-I and CLIP-T of every row in every condition.
 
     CLIP-T is NaN where a row has no caption; both are, for shuffled prompts, where all rows show one image.
@@ -126,7 +126,7 @@ def score(model: Model, clip: ClipScorer, prompts: Sequence[Prompt], plan: Plan,
 
 
 def _score_rows(
-    model: Model, clip: ClipScorer, prompts: Sequence[Prompt], strangers: Sequence[Image], plan: Plan, poll: Poll
+    model: Model, clip: ClipScorer, prompts: Sequence[Prompt], strangers: Sequence[Image], plan: DrawPlan, poll: Poll
 ) -> Values:
     """The values of a few rows, drawn together."""
     own, captions = [prompt.read() for prompt in prompts], [prompt.caption.strip() for prompt in prompts]
@@ -146,7 +146,7 @@ def _score_rows(
 
 
 def _embeddings(
-    model: Model, clip: ClipScorer, pictures: Sequence[Image], seeds: Sequence[int], plan: Plan, poll: Poll
+    model: Model, clip: ClipScorer, pictures: Sequence[Image], seeds: Sequence[int], plan: DrawPlan, poll: Poll
 ) -> Tensor:
     """Embeddings [R, n, E] of what R image prompts make of n seeds each."""
     tokens = image_tokens(model, [[picture] for picture in pictures]).repeat_interleave(plan.pictures, 0)

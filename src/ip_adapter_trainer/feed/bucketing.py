@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from ip_adapter_trainer.cache.config import CutConfig
 from ip_adapter_trainer.core.values import Fault
 from ip_adapter_trainer.images.buckets import Buckets
-from ip_adapter_trainer.images.decode import PictureFault
-from ip_adapter_trainer.manifest.images import Pictures, fault_of, map_rows
+from ip_adapter_trainer.images.decode import ImageFault
+from ip_adapter_trainer.manifest.images import ImageFiles, fault_of, map_rows
 from ip_adapter_trainer.manifest.manifest import Manifest
 
 MAX_TRIES = 16  # rows tried for one image; so many broken neighbours are no accident
@@ -22,7 +22,7 @@ Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Layout:
+class Bucketing:
     """The buckets and, for each row, the number of its bucket."""
 
     buckets: Buckets
@@ -33,7 +33,7 @@ class Layout:
         """Height and width that a row is cut to."""
         return self.buckets.sizes_px[self.bucket_of_row[row]]
 
-    def only(self, wanted: NDArray[np.bool_]) -> Layout:
+    def only(self, wanted: NDArray[np.bool_]) -> Bucketing:
         """Return the layout of some rows alone, all keeping their numbers."""
         return replace(self, bucket_of_row=np.where(wanted, self.bucket_of_row, np.int16(-1)))
 
@@ -57,7 +57,7 @@ def first_without_stand_in(bucket_of_row: NDArray[np.int16], faulty: Sequence[in
     return None
 
 
-def lay_out(manifest: Manifest, config: CutConfig, known: Sequence[Size | None] | None = None) -> Layout:
+def assign_buckets(manifest: Manifest, config: CutConfig, known: Sequence[Size | None] | None = None) -> Bucketing:
     """One square bucket; with `aspect_ratio_buckets`, the nearest bucket of each picture by its header.
 
     Args:
@@ -67,28 +67,28 @@ def lay_out(manifest: Manifest, config: CutConfig, known: Sequence[Size | None] 
     """
     buckets = config.buckets()
     if not config.aspect_ratio_buckets:
-        return Layout(buckets, np.zeros(len(manifest.rows), np.int16))
+        return Bucketing(buckets, np.zeros(len(manifest.rows), np.int16))
     sizes = scan_sizes(manifest, config, known)
     square = buckets.nearest((1, 1))
     numbers = [square if isinstance(size, Fault) else buckets.nearest(size) for size in sizes]
     faults = tuple(size for size in sizes if isinstance(size, Fault))
-    return Layout(buckets, np.array(numbers, np.int16), faults)
+    return Bucketing(buckets, np.array(numbers, np.int16), faults)
 
 
 def scan_sizes(
     manifest: Manifest, config: CutConfig, known: Sequence[Size | None] | None = None
 ) -> Sequence[Size | Fault]:
-    """Height and width of each row's upright picture in pixels, or why its header tells none; see `lay_out`."""
-    size_of = partial(_size_of, Pictures.of(manifest.root, config))
+    """Height and width of each row's upright picture in pixels, or why its header tells none; see `assign_buckets`."""
+    size_of = partial(_size_of, ImageFiles.of(manifest.root, config))
     sizes: Sequence[Size | None] = known or [None] * len(manifest.rows)
     names = ((manifest.rows[number].image_file, manifest.where(number)) for number, s in enumerate(sizes) if s is None)
     read = map_rows(size_of, names, config.dataloader_num_workers)
     return [next(read) if size is None else size for size in sizes]
 
 
-def _size_of(pictures: Pictures, name: tuple[str, str]) -> Size | Fault:
+def _size_of(pictures: ImageFiles, name: tuple[str, str]) -> Size | Fault:
     image_file, where = name
     try:
         return pictures.size_px(image_file)
-    except PictureFault as error:
+    except ImageFault as error:
         return fault_of(error, where)

@@ -12,12 +12,12 @@ from ip_adapter_trainer.cache.prepared import PreparedSet
 from ip_adapter_trainer.core.errors import DataProblem
 from ip_adapter_trainer.core.rng import stream
 from ip_adapter_trainer.core.values import Batch, Fault, Geometry, Row
-from ip_adapter_trainer.feed.bucketing import MAX_TRIES, Layout, Size
+from ip_adapter_trainer.feed.bucketing import MAX_TRIES, Bucketing, Size
 from ip_adapter_trainer.feed.config import DataConfig
-from ip_adapter_trainer.feed.reading import CutReading, Cutter, PreparedReading, Preprocess, Reading, Slot
+from ip_adapter_trainer.feed.readers import CacheSlotReader, Cutter, ImageSlotReader, Preprocess, Slot, SlotReader
 from ip_adapter_trainer.feed.sampler import Pair
-from ip_adapter_trainer.images.decode import PictureFault
-from ip_adapter_trainer.manifest.images import Pictures, fault_of
+from ip_adapter_trainer.images.decode import ImageFault
+from ip_adapter_trainer.manifest.images import ImageFiles, fault_of
 from ip_adapter_trainer.manifest.manifest import Manifest
 
 _AHEAD_ROWS = 256  # looked through at first for rows of the same bucket; a set has millions
@@ -42,7 +42,7 @@ class TrainingSet:
         self,
         manifest: Manifest,
         config: DataConfig,
-        layout: Layout,
+        bucketing: Bucketing,
         *,
         seed: int,
         preprocess: Preprocess,
@@ -52,9 +52,9 @@ class TrainingSet:
         if not manifest.rows:
             first = manifest.faults[0]
             raise DataProblem(f"no row can be used; the first: {first.what}", where=first.where, remedy=first.remedy)
-        self.manifest, self.config, self.layout, self.seed = manifest, config, layout, seed
+        self.manifest, self.config, self.bucketing, self.seed = manifest, config, bucketing, seed
         self.preprocess, self.prepared, self._max_tries = preprocess, prepared, max_tries
-        self._cutter = Cutter(Pictures.of(manifest.root, config), config, preprocess, seed)
+        self._cutter = Cutter(ImageFiles.of(manifest.root, config), config, preprocess, seed)
 
     def __len__(self) -> int:
         return len(self.manifest.rows)
@@ -66,12 +66,12 @@ class TrainingSet:
             DataProblem: neither a row nor those after it can be read.
         """
         settled = [self._settled(index) for index, _ in pairs]
-        reading = self._reading(settled, self.layout.size_px(pairs[0][1]))
+        reading = self._reader(settled, self.bucketing.size_px(pairs[0][1]))
         taken = self._read(reading, [row for _, row in pairs])
         return Batch(
             index=torch.tensor([slot.index for slot in settled]),
             row=torch.tensor([one.number for one in taken]),
-            picture=reading.picture(),
+            inputs=reading.inputs(),
             text=tuple(slot.text_of(one.row) for slot, one in zip(settled, taken, strict=True)),
             geometry=tuple(one.geometry for one in taken),
             drop_text=torch.tensor([slot.drop_text for slot in settled]),
@@ -84,12 +84,12 @@ class TrainingSet:
         drop_text, drop_image = drops(stream(self.seed, "drop", index).random(), self.config)
         return Slot(self.seed, index, mirrored, drop_text, drop_image)
 
-    def _reading(self, settled: Sequence[Slot], target_px: Size) -> Reading:
+    def _reader(self, settled: Sequence[Slot], target_px: Size) -> SlotReader:
         if self.prepared is None:
-            return CutReading(self._cutter, settled, target_px)
-        return PreparedReading(self.prepared, settled, target_px)
+            return ImageSlotReader(self._cutter, settled, target_px)
+        return CacheSlotReader(self.prepared, settled, target_px)
 
-    def _read(self, reading: Reading, numbers: Sequence[int]) -> list[_Taken]:
+    def _read(self, reading: SlotReader, numbers: Sequence[int]) -> list[_Taken]:
         """Fills every slot, with the row of that number or with one that stands in for it."""
         turns = [_Turn(self._candidates(number)) for number in numbers]
         waiting = list(range(len(numbers)))
@@ -99,7 +99,7 @@ class TrainingSet:
             rows = [self.manifest.rows[number] for number in chosen]
             read = reading.read(rows, waiting)
             for slot, number, row, found in zip(waiting, chosen, rows, read, strict=True):
-                if isinstance(found, PictureFault):
+                if isinstance(found, ImageFault):
                     turns[slot].faults.append(fault_of(found, self.manifest.where(number)))
                 else:
                     taken[slot] = _Taken(number, row, found, turns[slot].faults)
@@ -109,7 +109,7 @@ class TrainingSet:
     def _candidates(self, row: int) -> Iterator[int]:
         """The row, then those that follow it in its bucket, around the end; each once, at most `max_tries`."""
         yield row
-        buckets, tries, start, ahead = self.layout.bucket_of_row, 1, row + 1, _AHEAD_ROWS
+        buckets, tries, start, ahead = self.bucketing.bucket_of_row, 1, row + 1, _AHEAD_ROWS
         last = row + len(buckets)  # itself, once around
         while tries < self._max_tries and start < last:
             numbers = np.arange(start, min(start + ahead, last)) % len(buckets)

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from ip_adapter_trainer.core.errors import DataProblem
 from ip_adapter_trainer.core.values import Batch, Fault, map_tensors
 from ip_adapter_trainer.feed.dataset import TrainingSet
-from ip_adapter_trainer.feed.sampler import Order, Pair, share
+from ip_adapter_trainer.feed.sampler import Pair, Sampler, share
 from ip_adapter_trainer.feed.workers import Pool, lost
 from ip_adapter_trainer.manifest.faults import FaultLog
 from ip_adapter_trainer.runtime.stopping import Poll, no_poll
@@ -30,7 +30,7 @@ class Parcel:
         batch = self.content
         if isinstance(batch, Fault):
             return self
-        return Parcel(replace(batch, picture=map_tensors(lambda t: t.pin_memory(), batch.picture)))
+        return Parcel(replace(batch, inputs=map_tensors(lambda t: t.pin_memory(), batch.inputs)))
 
     def open(self) -> Batch:
         """The batch.
@@ -71,12 +71,12 @@ class Loader:
     """
 
     def __init__(
-        self, samples: TrainingSet, order: Order, log: FaultLog, *, rank: int = 0, world: int = 1, pin: bool = False
+        self, samples: TrainingSet, sampler: Sampler, log: FaultLog, *, rank: int = 0, world: int = 1, pin: bool = False
     ) -> None:
-        self._samples, self._order, self._log = samples, order, log
+        self._samples, self._sampler, self._log = samples, sampler, log
         self._rank, self._world, self._pin = rank, world, pin
         self._micro_images = samples.config.train_batch_size
-        self.micro_per_step, rest = divmod(order.batch_images, world * self._micro_images)
+        self.micro_per_step, rest = divmod(sampler.batch_images, world * self._micro_images)
         assert rest == 0, "a step's images are train_batch_size * processes * accumulation"
 
     def from_step(self, step: int, poll: Poll = no_poll) -> Iterator[Batch]:
@@ -105,7 +105,7 @@ class Loader:
         """The pairs of this process's micro-batches from a place on, counted from the first step's first."""
         first, within = divmod(place, self.micro_per_step)
         for step in count(first):
-            pairs = self._order.step(step)
+            pairs = self._sampler.step(step)
             micros = share(pairs, rank=self._rank, world=self._world, micro_images=self._micro_images)
             yield from micros[within:]
             within = 0

@@ -30,7 +30,7 @@ Pair = tuple[int, int]  # index in the endless order, row
 Item = TypeVar("Item")
 
 
-class Order:
+class Sampler:
     """Steps of `batch_images` images, all of one bucket.
 
     Usage::

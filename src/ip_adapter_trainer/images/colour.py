@@ -38,7 +38,7 @@ class NotFiniteSamplesError(ValueError):
     """A float picture holds NaN or infinite samples."""
 
 
-def to_rgb(image: Image.Image, ground: Colour) -> tuple[Image.Image, bool]:
+def to_rgb(image: Image.Image, background: Colour) -> tuple[Image.Image, bool]:
     """Convert a loaded picture of any mode to sRGB.
 
     Returns:
@@ -49,11 +49,11 @@ def to_rgb(image: Image.Image, ground: Colour) -> tuple[Image.Image, bool]:
     """
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        return _deep_to_rgb(image, ground, profile)
+        return _deep_to_rgb(image, background, profile)
     if not image.has_transparency_data:
         return to_srgb(image, "RGB", profile)
     above, left_out = to_srgb(image, "RGBA", profile)
-    below = Image.new("RGB", image.size, ground)
+    below = Image.new("RGB", image.size, background)
     below.paste(above, mask=above)
     return below, left_out
 
@@ -99,13 +99,13 @@ def _has_other_codes(image: ImageFile.ImageFile) -> bool:
     return primaries not in _PLAIN_PRIMARIES or curve not in _PLAIN_CURVES
 
 
-def _deep_to_rgb(image: Image.Image, ground: Colour, profile: object) -> tuple[Image.Image, bool]:
+def _deep_to_rgb(image: Image.Image, background: Colour, profile: object) -> tuple[Image.Image, bool]:
     samples: Samples = np.asarray(image)  # [H, W]
     gray = Image.fromarray(_float_to_8_bits(samples) if image.mode == "F" else _integers_to_8_bits(image, samples))
     picture, left_out = to_srgb(gray, "RGB", profile)
     key = image.info.get("transparency")  # PNG: the one gray value that is transparent
     if isinstance(key, int):
-        picture.paste(ground, mask=Image.fromarray((samples == key).astype(np.uint8) * 255))
+        picture.paste(background, mask=Image.fromarray((samples == key).astype(np.uint8) * 255))
     return picture, left_out
 
 

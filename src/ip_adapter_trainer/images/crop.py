@@ -17,7 +17,7 @@ _REDUCING_GAP = 3.0  # box-average first down to 3 times the target: indistingui
 
 
 def fit(
-    picture: Image.Image, target_px: tuple[int, int], place: tuple[float, float] | None = None
+    image: Image.Image, target_px: tuple[int, int], place: tuple[float, float] | None = None
 ) -> tuple[Image.Image, Geometry]:
     """Resizes (Lanczos) until the target is just covered, then crops the target out.
 
@@ -29,11 +29,11 @@ def fit(
     Returns:
         The crop, and how it was cut, as SDXL's micro-conditioning wants it (arXiv 2307.01952, section 2.2).
     """
-    covered_px, geometry = plan((picture.height, picture.width), target_px, place)
+    covered_px, geometry = plan((image.height, image.width), target_px, place)
     if covered_px != geometry.original_px:
-        picture = picture.resize(covered_px[::-1], Image.Resampling.LANCZOS, reducing_gap=_REDUCING_GAP)
+        image = image.resize(covered_px[::-1], Image.Resampling.LANCZOS, reducing_gap=_REDUCING_GAP)
     (height, width), (top, left) = target_px, geometry.crop_px
-    return picture.crop((left, top, left + width, top + height)), geometry
+    return image.crop((left, top, left + width, top + height)), geometry
 
 
 def plan(
@@ -53,16 +53,16 @@ def _corner(whole_px: tuple[int, int], part_px: tuple[int, int], place: tuple[fl
     return int(place[0] * (down + 1)), int(place[1] * (right + 1))
 
 
-def to_tensor(picture: Image.Image) -> Tensor:
+def to_tensor(image: Image.Image) -> Tensor:
     """RGB picture to float32 [3, H, W]: black is -1, white is 1."""
     import numpy as np
     import torch
 
-    pixels = torch.from_numpy(np.array(picture, dtype=np.float32))  # [H, W, 3]
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32))  # [H, W, 3]
     return pixels.permute(2, 0, 1).contiguous().div_(127.5).sub_(1)
 
 
-def random_part(picture: Image.Image, min_share: float, draws: tuple[float, float, float]) -> Image.Image:
+def random_part(image: Image.Image, min_share: float, draws: tuple[float, float, float]) -> Image.Image:
     """A part with the picture's own aspect that keeps at least `min_share` of its area.
 
     Args:
@@ -71,19 +71,19 @@ def random_part(picture: Image.Image, min_share: float, draws: tuple[float, floa
         draws: how much, how far down, how far right, each in [0, 1).
     """
     side_share = math.sqrt(min_share + (1 - min_share) * draws[0])
-    part_px = math.ceil(picture.height * side_share), math.ceil(picture.width * side_share)
-    top, left = _corner((picture.height, picture.width), part_px, draws[1:])
-    return picture.crop((left, top, left + part_px[1], top + part_px[0]))
+    part_px = math.ceil(image.height * side_share), math.ceil(image.width * side_share)
+    top, left = _corner((image.height, image.width), part_px, draws[1:])
+    return image.crop((left, top, left + part_px[1], top + part_px[0]))
 
 
-def mirror(picture: Image.Image) -> Image.Image:
+def mirror(image: Image.Image) -> Image.Image:
     """Left becomes right."""
-    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
-def pad_to_square(picture: Image.Image, colour: Colour) -> Image.Image:
+def pad_to_square(image: Image.Image, colour: Colour) -> Image.Image:
     """The whole picture in the middle of a square of its longer side."""
-    side_px = max(picture.size)
+    side_px = max(image.size)
     square = Image.new("RGB", (side_px, side_px), colour)
-    square.paste(picture, ((side_px - picture.width) // 2, (side_px - picture.height) // 2))
+    square.paste(image, ((side_px - image.width) // 2, (side_px - image.height) // 2))
     return square

@@ -61,7 +61,7 @@ PngImagePlugin.MAX_TEXT_MEMORY = min(PngImagePlugin.MAX_TEXT_MEMORY, 8 * 2**20)
 PngImagePlugin.MAX_TEXT_CHUNK = MOST_PROFILE_BYTES  # colour profiles are chunks too
 
 
-class PictureFault(Exception):
+class ImageFault(Exception):
     """Why a file gives no picture: `kind` to count by, one line what, one line what to do."""
 
     def __init__(self, kind: FaultKind, what: str, remedy: str) -> None:
@@ -73,7 +73,7 @@ class PictureFault(Exception):
 
 
 @dataclass(frozen=True)
-class Picture:
+class DecodedImage:
     """A decoded picture: upright sRGB, and what is worth counting though no fault.
 
     Notes: `several_frames`, of which the first was taken; `profile_left_out`, a broken or unfitting colour profile;
@@ -84,8 +84,8 @@ class Picture:
     notes: tuple[Note, ...] = ()
 
 
-def decode(source: Path | bytes, limits: Limits, ground: Colour = (255, 255, 255)) -> Picture:
-    """The first frame of a picture as upright sRGB, transparency laid on `ground`.
+def decode(source: Path | bytes, limits: Limits, background: Colour = (255, 255, 255)) -> DecodedImage:
+    """The first frame of a picture as upright sRGB, transparency laid on `background`.
 
     Raises:
         PictureFault: no such picture.
@@ -96,12 +96,12 @@ def decode(source: Path | bytes, limits: Limits, ground: Colour = (255, 255, 255
         others = _has_other_colours(image)
         image.load()
         turn = _orientation(image)  # after load: Pillow turns a TIFF itself, and then no longer says so
-        picture, left_out = to_rgb(image, ground)
+        picture, left_out = to_rgb(image, background)
         noted: dict[Note, bool] = {
             "several_frames": _has_several_frames(image), "profile_left_out": left_out, "not_srgb": others,
         }  # fmt: skip
     upright = picture.transpose(_TURNS[turn]) if turn in _TURNS else picture
-    return Picture(upright, tuple(note for note, is_so in noted.items() if is_so))
+    return DecodedImage(upright, tuple(note for note, is_so in noted.items() if is_so))
 
 
 def read_size(source: Path | bytes, limits: Limits) -> tuple[int, int]:
@@ -131,7 +131,7 @@ def read_file(path: Path, limits: Limits) -> tuple[bytes, os.stat_result]:
 
 @contextmanager
 def _opened(source: Path | bytes, limits: Limits) -> Iterator[ImageFile.ImageFile]:
-    """The picture with its header checked; whatever goes wrong inside the block becomes a `PictureFault`."""
+    """The picture with its header checked; whatever goes wrong inside the block becomes a `ImageFault`."""
     _raise_pillows_limit(limits.max_pixels)
     with _stream(source, limits) as stream, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -144,7 +144,7 @@ def _opened(source: Path | bytes, limits: Limits) -> Iterator[ImageFile.ImageFil
                 check_density(image.size, size_bytes, limits)
                 _check_tiles(image)
                 yield image
-        except PictureFault:
+        except ImageFault:
             raise
         except Exception as error:  # a broken file can make Pillow raise nearly anything
             raise _fault_of(error, stream, limits) from error
@@ -165,7 +165,7 @@ def _stream(source: Path | bytes, limits: Limits) -> BinaryIO:
         size_bytes = os.fstat(stream.fileno()).st_size
     try:
         check_bytes(size_bytes, limits)
-    except PictureFault:
+    except ImageFault:
         stream.close()
         raise
     return stream
@@ -178,22 +178,22 @@ def check_bytes(size_bytes: int, limits: Limits) -> None:
         PictureFault: it is not.
     """
     if size_bytes == 0:
-        raise PictureFault("empty_file", "the file is empty", _REPLACE)
+        raise ImageFault("empty_file", "the file is empty", _REPLACE)
     if size_bytes > limits.max_file_bytes:
         megabytes = f"{size_bytes / 2**20:.1f} MB, over the limit of {limits.max_file_bytes / 2**20:g} MB"
-        remedy = f"shrink it, or raise --max_picture_mb to {math.ceil(size_bytes / 2**20)}"
-        raise PictureFault("file_too_large", f"the file has {megabytes}", remedy)
+        remedy = f"shrink it, or raise --max_image_mb to {math.ceil(size_bytes / 2**20)}"
+        raise ImageFault("file_too_large", f"the file has {megabytes}", remedy)
 
 
 def _open_file(path: Path) -> BinaryIO:
     try:
         return open_regular(path)
     except FileNotFoundError as error:
-        raise PictureFault("missing_file", "there is no such file", "correct the path or --data_root_path") from error
+        raise ImageFault("missing_file", "there is no such file", "correct the path or --data_root_path") from error
     except NotRegularError as error:
-        raise PictureFault("not_a_file", "the path is no regular file", "name a picture file") from error
+        raise ImageFault("not_a_file", "the path is no regular file", "name a picture file") from error
     except (OSError, ValueError) as error:
-        raise PictureFault("unreadable", f"the file cannot be read ({error})", "check its permissions") from error
+        raise ImageFault("unreadable", f"the file cannot be read ({error})", "check its permissions") from error
 
 
 def check_size(size_px: tuple[int, int], limits: Limits) -> None:
@@ -208,10 +208,10 @@ def check_size(size_px: tuple[int, int], limits: Limits) -> None:
         raise _too_many_pixels(what, shorter * longer, limits)
     if shorter < limits.min_side_px:
         remedy = f"use a larger copy, or lower --min_side_px to {shorter}" if shorter else _REPLACE
-        raise PictureFault("too_small", f"the picture is {what}, a side under {limits.min_side_px}", remedy)
+        raise ImageFault("too_small", f"the picture is {what}, a side under {limits.min_side_px}", remedy)
     if longer > limits.max_aspect * shorter:
         remedy = f"crop it, or raise --max_aspect to {math.ceil(longer / shorter)}"
-        raise PictureFault("too_elongated", f"the picture is {what}, more than {limits.max_aspect:g} to 1", remedy)
+        raise ImageFault("too_elongated", f"the picture is {what}, more than {limits.max_aspect:g} to 1", remedy)
 
 
 def check_density(size_px: tuple[int, int], size_bytes: int, limits: Limits) -> None:
@@ -226,7 +226,7 @@ def check_density(size_px: tuple[int, int], size_bytes: int, limits: Limits) -> 
         what += f"{limits.max_pixels_per_byte:g} to a byte"
         remedy = f"shrink it to {_EASY_PIXELS / 1e6:g} million pixels, or raise --max_pixels_per_byte to "
         remedy += str(math.ceil(width * height / size_bytes))
-        raise PictureFault("too_many_pixels", f"the picture claims {what}", remedy)
+        raise ImageFault("too_many_pixels", f"the picture claims {what}", remedy)
 
 
 def _check_tiles(image: ImageFile.ImageFile) -> None:
@@ -235,7 +235,7 @@ def _check_tiles(image: ImageFile.ImageFile) -> None:
     width, height = tags.get(_TILE_WIDTH_TAG, 0), tags.get(_TILE_HEIGHT_TAG, 0)
     if width * height > max(_MAX_TILE_PIXELS, image.width * image.height):
         what = f"the picture claims tiles of {width}x{height} pixels for {image.width}x{image.height}"
-        raise PictureFault("too_many_pixels", what, "save it again without tiles")
+        raise ImageFault("too_many_pixels", what, "save it again without tiles")
 
 
 def _check_scans(image: ImageFile.ImageFile) -> None:
@@ -246,16 +246,16 @@ def _check_scans(image: ImageFile.ImageFile) -> None:
     scans = image.fp.read().count(_START_OF_SCAN)
     if scans > _MAX_SCANS:
         what = f"the picture is made up of {scans} scans, over the limit of {_MAX_SCANS}"
-        raise PictureFault("damaged", what, "save it again as a baseline JPEG, or remove the row")
+        raise ImageFault("damaged", what, "save it again as a baseline JPEG, or remove the row")
 
 
-def _too_many_pixels(what: str, pixels: int, limits: Limits) -> PictureFault:
+def _too_many_pixels(what: str, pixels: int, limits: Limits) -> ImageFault:
     megapixels = math.ceil(pixels / 1e6)
-    remedy = f"shrink it, or raise --max_picture_megapixels to {megapixels}"
+    remedy = f"shrink it, or raise --max_image_megapixels to {megapixels}"
     if megapixels > MOST_MEGAPIXELS:
         remedy = f"shrink it to {MOST_MEGAPIXELS:g} million pixels at most"
     over = f"over the limit of {limits.max_pixels / 1e6:g} million"
-    return PictureFault("too_many_pixels", f"the picture claims {what}, {over}", remedy)
+    return ImageFault("too_many_pixels", f"the picture claims {what}, {over}", remedy)
 
 
 def _has_other_colours(image: ImageFile.ImageFile) -> bool:
@@ -265,27 +265,27 @@ def _has_other_colours(image: ImageFile.ImageFile) -> bool:
         return False
 
 
-def _fault_of(error: Exception, stream: BinaryIO, limits: Limits) -> PictureFault:
+def _fault_of(error: Exception, stream: BinaryIO, limits: Limits) -> ImageFault:
     if isinstance(error, NotFiniteSamplesError):
-        return PictureFault("not_finite", str(error), _REPLACE)
+        return ImageFault("not_finite", str(error), _REPLACE)
     if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
         pixels = int(re.findall(r"\d+", str(error))[0])  # Pillow raises it before it gives a size
         return _too_many_pixels(f"{pixels / 1e6:.1f} million pixels", pixels, limits)
     if isinstance(error, MemoryError):
-        return PictureFault("too_many_pixels", "the picture takes more memory than there is", "shrink it")
+        return ImageFault("too_many_pixels", "the picture takes more memory than there is", "shrink it")
     if isinstance(error, OSError) and error.errno is not None:
-        return PictureFault("unreadable", f"the file cannot be read ({error.strerror})", "check the disk and retry")
+        return ImageFault("unreadable", f"the file cannot be read ({error.strerror})", "check the disk and retry")
     head = _head(stream)
     if isinstance(error, UnidentifiedImageError) and (package := package_for(head, FORMATS)):
         remedy = f"install {package}, convert it to PNG or JPEG, or remove the row"
-        return PictureFault("not_a_picture", "a picture of a format that cannot be read here", remedy)
+        return ImageFault("not_a_picture", "a picture of a format that cannot be read here", remedy)
     if isinstance(error, UnidentifiedImageError) and not is_known(head):
         what = f"not a picture of a known format ({', '.join(FORMATS)})"
-        return PictureFault("not_a_picture", what, "convert it to PNG or JPEG, or remove the row")
+        return ImageFault("not_a_picture", what, "convert it to PNG or JPEG, or remove the row")
     if isinstance(error, EOFError) or "truncated" in str(error).lower():
-        return PictureFault("truncated", "the file ends before the picture does", _REPLACE)
+        return ImageFault("truncated", "the file ends before the picture does", _REPLACE)
     reason = "its header cannot be read" if isinstance(error, UnidentifiedImageError) else str(error).split("\n")[0]
-    return PictureFault("damaged", f"the picture is damaged, cut short or of an unusual kind ({reason})", _REPLACE)
+    return ImageFault("damaged", f"the picture is damaged, cut short or of an unusual kind ({reason})", _REPLACE)
 
 
 def _head(stream: BinaryIO) -> bytes:

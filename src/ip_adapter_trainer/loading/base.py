@@ -12,7 +12,7 @@ from ip_adapter_trainer.families import FAMILIES, PARTS, Family, PartName
 from ip_adapter_trainer.loading.config import BaseConfig
 from ip_adapter_trainer.loading.found import Base
 from ip_adapter_trainer.loading.text import load_tokenizer
-from ip_adapter_trainer.loading.vae import load_vae, tell_of_other_latents
+from ip_adapter_trainer.loading.vae import load_vae, warn_of_other_latents
 from ip_adapter_trainer.loading.weights import SPARE, load_module
 from ip_adapter_trainer.nn.packed import Storage
 
@@ -75,7 +75,7 @@ def load_base(
     if other_vae:
         loaded["vae"] = load_vae(config, base.folder, dtype)
         settings["vae"] = dict(loaded["vae"].config)
-        tell_of_other_latents(loaded["vae"], base.folder, config)
+        warn_of_other_latents(loaded["vae"], base.folder, config)
     entry.demand(settings, config.clip_skip, base.name)
     loaded |= _tokenizers(base, own_names)
     loaded |= _load_modules(base, entry, modules, dtype)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ip_adapter_trainer.core.errors import Problem, told_as_not_loaded
+from ip_adapter_trainer.core.errors import Problem, as_load_problem
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.encoders import ClipImageEncoder, FeatureKind
 from ip_adapter_trainer.loading.config import BaseConfig
@@ -190,7 +190,7 @@ def load_scorer(name: str) -> tuple[Any, Any, Any]:
 
     folder = find(name, _SCORER, wanted)
     remedy = "give --clip_model a folder or hub id of a CLIPModel with its tokenizer and preprocessor"
-    with told_as_not_loaded(_SCORER, name, remedy):
+    with as_load_problem(_SCORER, name, remedy):
         processor = CLIPImageProcessorPil.from_pretrained(str(folder))
     settings = read_config(folder, _SCORER)
     if settings.get("model_type", "clip") != "clip":

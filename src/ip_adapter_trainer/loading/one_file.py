@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ip_adapter_trainer.core.errors import Problem, told_as_not_loaded
+from ip_adapter_trainer.core.errors import Problem, as_load_problem
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.loading.weights import damaged, load_tensors, read_config, some
 
@@ -147,7 +147,7 @@ class OneFile:
         """
         name, where = f"the checkpoint's {part}", str(self.path)
         beginnings = _BEGINNINGS[part]
-        with told_as_not_loaded(name, where, _REMEDY), safe_open(self.path, "pt") as opened:
+        with as_load_problem(name, where, _REMEDY), safe_open(self.path, "pt") as opened:
             held = {key: opened.get_tensor(key) for key in self.shapes if key.startswith(beginnings)}
         converted = _converted(held, part, read_config(settings, name), name, where)
         counted = [key for key in held if not re.search(_BESIDE, key)]

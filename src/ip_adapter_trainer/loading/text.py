@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ip_adapter_trainer.core.errors import Problem, told_as_not_loaded
+from ip_adapter_trainer.core.errors import Problem, as_load_problem
 
 _SPARE_WORDS = 0.01  # embeddings beyond the vocabulary: some models pad their number
 _SAMPLE = 32
@@ -31,7 +31,7 @@ def load_tokenizer(folder: Path, encoder: Mapping[str, Any], part: str) -> Any:
     """
     from transformers import CLIPTokenizer
 
-    with told_as_not_loaded(part, str(folder), _REMEDY):
+    with as_load_problem(part, str(folder), _REMEDY):
         if not folder.is_dir():
             raise FileNotFoundError("no such folder")
         tokenizer: Any = CLIPTokenizer.from_pretrained(str(folder))

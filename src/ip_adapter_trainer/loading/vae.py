@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ip_adapter_trainer.core.errors import Problem, told_as_not_loaded
+from ip_adapter_trainer.core.errors import Problem, as_load_problem
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.loading.config import BaseConfig
 from ip_adapter_trainer.loading.hub import find
@@ -67,14 +67,14 @@ def _from_file(kind: Any, file: Path, base: Path, dtype: torch.dtype) -> Any:
         raise Problem(f"{_PART} is read from .safetensors files only", where=str(file), remedy=remedy)
     settings = read_config(base / "vae", "the base model's vae")
     names_of(Weights(file.parent, None, (file,)), _PART)  # tells of a damaged file
-    with told_as_not_loaded(_PART, str(file), remedy):
+    with as_load_problem(_PART, str(file), remedy):
         tensors = load_file(file)
         if any(".down." in name for name in tensors):
             tensors = convert_ldm_vae_checkpoint(tensors, settings)
     return load_tensors(kind, tensors, base / "vae", _PART, str(file), dtype=dtype)
 
 
-def tell_of_other_latents(vae: Any, base: Path, config: BaseConfig) -> None:
+def warn_of_other_latents(vae: Any, base: Path, config: BaseConfig) -> None:
     """Says so where a VAE scales its latents otherwise than the base model's own: those are another space."""
     if not (base / "vae" / "config.json").is_file():
         return

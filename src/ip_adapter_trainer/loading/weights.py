@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ip_adapter_trainer.core.errors import Problem, first_line, told_as_not_loaded
+from ip_adapter_trainer.core.errors import Problem, as_load_problem, first_line
 from ip_adapter_trainer.core.log import quiet_loading, say, silent_diffusers
 from ip_adapter_trainer.storage.documents import read_json, read_text
 from ip_adapter_trainer.storage.files import mistaken
@@ -162,7 +162,7 @@ def load_module(
         say(f"{part}: its weights' names carry a wrapper's prefix ({names[0]}), which is left out")
         return module
     quiet_loading()
-    with silent_diffusers(), told_as_not_loaded(part, weights.where, _REMEDY):
+    with silent_diffusers(), as_load_problem(part, weights.where, _REMEDY):
         model, info = kind.from_pretrained(
             str(weights.folder), variant=weights.variant, dtype=dtype, use_safetensors=True,
             ignore_mismatched_sizes=True, output_loading_info=True,
@@ -198,7 +198,7 @@ def load_tensors(
     """
     demand_numbers([name for name, tensor in tensors.items() if not tensor.is_floating_point()], part, where)
     quiet_loading()
-    with silent_diffusers(), told_as_not_loaded(part, where, _REMEDY):
+    with silent_diffusers(), as_load_problem(part, where, _REMEDY):
         if hasattr(kind, "load_config"):  # diffusers
             with init_empty_weights():
                 empty = kind.from_config(kind.load_config(str(settings)))

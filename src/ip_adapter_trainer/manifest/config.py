@@ -17,9 +17,9 @@ class ReadConfig(Part):
     """Where rows and pictures are, and which of them are refused."""
 
     resume = Resume(
-        must_match="allow_outside_root alpha_ground min_side_px max_aspect max_picture_megapixels max_picture_mb "
+        must_match="allow_outside_root alpha_background min_side_px max_aspect max_image_megapixels max_image_mb "
         "max_pixels_per_byte",
-        may_change="data_json_file data_root_path image_column text_column prompt_image_column picture_hashes_file "
+        may_change="data_json_file data_root_path image_column text_column prompt_image_column image_hashes_file "
         "caption_extension missing_captions",
         free="max_fault_rate dataloader_num_workers",
     )
@@ -41,22 +41,24 @@ class ReadConfig(Part):
     missing_captions: Literal["error", "empty"] = Field(
         "error", description="In a folder: a picture without a caption file is a fault, or has the empty caption."
     )
-    picture_hashes_file: str = Field(
+    image_hashes_file: Annotated[str, alias("picture_hashes_file")] = Field(
         "", description="List of the pictures' SHA-256, as `sha256sum` writes it; a picture of another hash is a fault."
     )
     allow_outside_root: bool = Field(False, description="Take absolute paths, '..' and links that leave the root.")
-    alpha_ground: str = Field(
+    alpha_background: Annotated[str, alias("alpha_ground")] = Field(
         "white", description="Colour under transparent pictures: white, black, gray or '#rrggbb'."
     )
     min_side_px: int = Field(16, ge=1, description="Pictures with a shorter side than this are faults.")
     max_aspect: float = Field(10.0, ge=1, description="Pictures longer than this many times their width are faults.")
-    max_picture_megapixels: float = Field(
+    max_image_megapixels: Annotated[float, alias("max_picture_megapixels")] = Field(
         64.0, gt=0, le=MOST_MEGAPIXELS, description="Pictures of more pixels are faults, found before decoding."
     )
     max_pixels_per_byte: float = Field(
         250.0, gt=0, description="Pictures over 4 megapixels with more pixels to a byte of their file are faults."
     )
-    max_picture_mb: float = Field(128.0, gt=0, description="Picture files of more MB are faults.")
+    max_image_mb: Annotated[float, alias("max_picture_mb")] = Field(
+        128.0, gt=0, description="Picture files of more MB are faults."
+    )
     max_fault_rate: float = Field(
         0.01, ge=0, le=1, description="Share of faulty rows above which the run stops (exit 3); 0: at the first."
     )
@@ -71,7 +73,7 @@ class ReadConfig(Part):
             raise ValueError(f"{value!r} is no suffix; give one as .txt")
         return f".{value.removeprefix('.')}".lower()
 
-    @field_validator("alpha_ground")
+    @field_validator("alpha_background")
     @classmethod
     def _known_colour(cls, value: str) -> str:
         parse_colour(value)

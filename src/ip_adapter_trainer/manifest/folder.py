@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from ip_adapter_trainer.core.errors import DataProblem, Problem
-from ip_adapter_trainer.images.decode import SUFFIXES as PICTURE_SUFFIXES
+from ip_adapter_trainer.images.decode import SUFFIXES as IMAGE_SUFFIXES
 from ip_adapter_trainer.manifest.config import ReadConfig
 from ip_adapter_trainer.manifest.entries import BOM, Entry
 from ip_adapter_trainer.manifest.noticed import Noticed
@@ -27,7 +27,7 @@ _OTHER_PICTURES = """
     .3fr .arw .cr2 .cr3 .crw .dng .iiq .mrw .nef .nrw .orf .pef .raf .raw .rw2 .sr2 .srf .srw .x3f
 """
 _NO_PICTURES = ".avi .mkv .mov .mp4 .webm .7z .arrow .parquet .rar .tar .tgz .zip"  # but what may hold some
-_NOT_READ = frozenset(f"{_OTHER_PICTURES} {_NO_PICTURES}".split()) - PICTURE_SUFFIXES
+_NOT_READ = frozenset(f"{_OTHER_PICTURES} {_NO_PICTURES}".split()) - IMAGE_SUFFIXES
 _CAPTIONS = (".txt", ".caption")  # what is usual, whichever is read
 _LISTS = (".json", ".jsonl", ".csv", ".tsv")
 
@@ -119,7 +119,7 @@ def _pairs(folder: Path, config: ReadConfig, noticed: Noticed) -> Iterator[_Pair
         captions = {file.stem: file.name for file in files if file.suffix == config.caption_extension}
         stems = set[str]()
         for name, stem, suffix in files:
-            if suffix in PICTURE_SUFFIXES:
+            if suffix in IMAGE_SUFFIXES:
                 if stem in stems:
                     noticed.add(_SHARED, place + name)
                 stems.add(stem)

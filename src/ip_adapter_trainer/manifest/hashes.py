@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.images.decode import PictureFault
-from ip_adapter_trainer.storage.digests import KEY, address, places_of
+from ip_adapter_trainer.images.decode import ImageFault
+from ip_adapter_trainer.storage.digests import KEY, digest, places_of
 from ip_adapter_trainer.storage.files import open_regular
 
 _LINE = re.compile(rb"(\\?)([0-9a-fA-F]{64}) [ *](.+)")
@@ -34,11 +34,11 @@ class Hashes:
         hashes.demand("a.png", content)
     """
 
-    def __init__(self, path: Path, names: bytes, sums: bytes) -> None:
+    def __init__(self, path: Path, names: bytes, checksums: bytes) -> None:
         keys = np.frombuffer(names, KEY)
         order = np.argsort(keys)
         self._path, self._keys = path, keys[order]
-        self._sums = np.frombuffer(sums, np.uint8).reshape(-1, _SUM_BYTES)[order]
+        self._checksums = np.frombuffer(checksums, np.uint8).reshape(-1, _SUM_BYTES)[order]
         if (self._keys[1:] == self._keys[:-1]).any():
             raise Problem("a picture is listed twice", where=str(path), remedy="keep one line of each picture")
 
@@ -70,15 +70,15 @@ class Hashes:
         place = int(places_of([_key(name)], self._keys)[0])
         if place < 0:
             what = f"{self._path.name} does not list the picture"
-            raise PictureFault("not_listed", what, "list it, relative to the root of the image paths")
-        if hashlib.sha256(content).digest() != self._sums[place].tobytes():
+            raise ImageFault("not_listed", what, "list it, relative to the root of the image paths")
+        if hashlib.sha256(content).digest() != self._checksums[place].tobytes():
             what = f"the file is not the one that {self._path.name} lists: its SHA-256 is another"
-            raise PictureFault("changed", what, "replace the file by a sound copy, or list it anew")
+            raise ImageFault("changed", what, "replace the file by a sound copy, or list it anew")
 
 
 @lru_cache(maxsize=1)
 def _read(path: str, size_bytes: int, mtime_ns: int) -> Hashes:
-    names, sums = bytearray(), bytearray()
+    names, checksums = bytearray(), bytearray()
     for number, line in enumerate(_lines(path), 1):
         found = _LINE.fullmatch(line)
         if found is None or len(line) >= _MAX_LINE_BYTES:
@@ -86,8 +86,8 @@ def _read(path: str, size_bytes: int, mtime_ns: int) -> Hashes:
             raise Problem(what, where=f"{path}, line {number}", remedy="write it by `sha256sum FILES`")
         name = os.fsdecode(found[3])
         names += _key(_ESCAPED.sub(lambda escape: _MEANT[escape[1]], name) if found[1] else name)
-        sums += bytes.fromhex(found[2].decode())
-    return Hashes(Path(path), bytes(names), bytes(sums))
+        checksums += bytes.fromhex(found[2].decode())
+    return Hashes(Path(path), bytes(names), bytes(checksums))
 
 
 def _lines(path: str) -> Iterator[bytes]:
@@ -101,8 +101,8 @@ def _lines(path: str) -> Iterator[bytes]:
 
 def _unreadable(path: str, error: OSError) -> Problem:
     what = f"the list of hashes cannot be read: {error.strerror}"
-    return Problem(what, where=path, remedy="correct --picture_hashes_file")
+    return Problem(what, where=path, remedy="correct --image_hashes_file")
 
 
 def _key(name: str) -> bytes:
-    return address(posixpath.normpath(name))
+    return digest(posixpath.normpath(name))

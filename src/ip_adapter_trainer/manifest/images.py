@@ -14,7 +14,7 @@ from typing import TypeVar
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.values import Fault
 from ip_adapter_trainer.images.background import Colour, parse_colour
-from ip_adapter_trainer.images.decode import Picture, PictureFault, decode, read_file, read_size
+from ip_adapter_trainer.images.decode import DecodedImage, ImageFault, decode, read_file, read_size
 from ip_adapter_trainer.images.limits import Limits
 from ip_adapter_trainer.manifest.config import ReadConfig
 from ip_adapter_trainer.manifest.hashes import Hashes
@@ -28,36 +28,36 @@ _CHUNKS_AHEAD = 4  # per process, submitted before their results are wanted; no 
 
 
 @dataclass(frozen=True)
-class Pictures:
+class ImageFiles:
     """Opens pictures by the names that rows give them."""
 
     root: Path  # resolved
     limits: Limits
-    ground: Colour
+    background: Colour
     allow_outside: bool
     hashes: Hashes | None = None  # recorded ones, which files must have
 
     @classmethod
-    def of(cls, root: Path, config: ReadConfig) -> Pictures:
+    def of(cls, root: Path, config: ReadConfig) -> ImageFiles:
         """The pictures under `root` as the settings want them read."""
         limits = Limits(
-            max_pixels=int(config.max_picture_megapixels * 1e6),
-            max_file_bytes=int(config.max_picture_mb * 2**20),
+            max_pixels=int(config.max_image_megapixels * 1e6),
+            max_file_bytes=int(config.max_image_mb * 2**20),
             min_side_px=config.min_side_px,
             max_aspect=config.max_aspect,
             max_pixels_per_byte=config.max_pixels_per_byte,
         )
-        hashes = Hashes.of(config.picture_hashes_file) if config.picture_hashes_file else None
-        return cls(root, limits, parse_colour(config.alpha_ground), config.allow_outside_root, hashes)
+        hashes = Hashes.of(config.image_hashes_file) if config.image_hashes_file else None
+        return cls(root, limits, parse_colour(config.alpha_background), config.allow_outside_root, hashes)
 
-    def read(self, name: str) -> Picture:
+    def read(self, name: str) -> DecodedImage:
         """The decoded picture.
 
         Raises:
             PictureFault: there is none to be had.
         """
         source = self._path(name) if self.hashes is None else self.read_file(name)[0]
-        return decode(source, self.limits, self.ground)
+        return decode(source, self.limits, self.background)
 
     def read_file(self, name: str) -> tuple[bytes, os.stat_result]:
         """The picture's file, undecoded, and what the system says of it.
@@ -70,9 +70,9 @@ class Pictures:
             self.hashes.demand(name, content)
         return content, status
 
-    def decode(self, content: bytes) -> Picture:
+    def decode(self, content: bytes) -> DecodedImage:
         """The picture of a file's content; raises as `read` does."""
-        return decode(content, self.limits, self.ground)
+        return decode(content, self.limits, self.background)
 
     def stat(self, name: str) -> os.stat_result | None:
         """What the system says of the picture's file; None if there is no such file.
@@ -98,10 +98,10 @@ class Pictures:
         try:
             return safe_join(self.root, name, allow_outside=self.allow_outside)
         except Problem as problem:
-            raise PictureFault("unsafe_path", problem.what, problem.remedy) from problem
+            raise ImageFault("unsafe_path", problem.what, problem.remedy) from problem
 
 
-def fault_of(error: PictureFault, where: str) -> Fault:
+def fault_of(error: ImageFault, where: str) -> Fault:
     """The fault of the row that stands at `where`."""
     return Fault(error.kind, error.what, where, error.remedy)
 

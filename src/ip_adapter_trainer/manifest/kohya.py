@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.images.decode import SUFFIXES as PICTURE_SUFFIXES
+from ip_adapter_trainer.images.decode import SUFFIXES as IMAGE_SUFFIXES
 from ip_adapter_trainer.manifest.rows import Columns
 from ip_adapter_trainer.storage.files import safe_join
 
@@ -40,17 +40,17 @@ class Listed:
     def _file(self, key: str) -> str:
         """Return the picture's name; a key that has no suffix of a picture is looked up among the pictures' stems."""
         name = PurePosixPath(key)
-        if name.suffix.lower() in PICTURE_SUFFIXES:
+        if name.suffix.lower() in IMAGE_SUFFIXES:
             return key
         place = str(name.parent)
         if place not in self._names:
-            self._names[place] = self._pictures(place)
+            self._names[place] = self._images(place)
         found = self._names[place].get(name.name)
         return str(name.with_name(found)) if found else key
 
-    def _pictures(self, place: str) -> dict[str, str]:
+    def _images(self, place: str) -> dict[str, str]:
         try:
             paths = sorted(safe_join(self._root, place).iterdir(), reverse=True)  # of one stem, the first remains
         except (OSError, Problem):
             return {}
-        return {path.stem: path.name for path in paths if path.suffix.lower() in PICTURE_SUFFIXES}
+        return {path.stem: path.name for path in paths if path.suffix.lower() in IMAGE_SUFFIXES}

@@ -21,7 +21,7 @@ from ip_adapter_trainer.manifest.strict_json import Complaint, StrictDecoder, sk
 
 
 @dataclass(frozen=True)
-class Source:
+class OpenedManifest:
     """An opened form: the file or folder that is read, what its entries are called, and the entries."""
 
     path: Path
@@ -34,7 +34,7 @@ class Source:
         return self.path if self.path.is_dir() else self.path.parent
 
 
-def open_source(config: ReadConfig, columns: Columns, noticed: Noticed) -> Source:
+def open_source(config: ReadConfig, columns: Columns, noticed: Noticed) -> OpenedManifest:
     """The entries of a manifest: of a file by its suffix, of a folder by what is in it.
 
     Args:
@@ -52,7 +52,7 @@ def open_source(config: ReadConfig, columns: Columns, noticed: Noticed) -> Sourc
         folder = trained_part(path, noticed, follows=config.allow_outside_root)
         metadata = metadata_in(folder)
         if metadata is None:
-            return Source(folder, "picture", read_folder(folder, columns, config, noticed))
+            return OpenedManifest(folder, "picture", read_folder(folder, columns, config, noticed))
         path = metadata
     form = _FORMS.get(path.suffix.lower())
     if form is None:
@@ -62,7 +62,7 @@ def open_source(config: ReadConfig, columns: Columns, noticed: Noticed) -> Sourc
     entries = read(path, columns, Path(config.data_root_path or path.parent))
     if path.stem == METADATA:
         entries = (_with_image_key(entry, columns.image) for entry in entries)
-    return Source(path, unit, entries)
+    return OpenedManifest(path, unit, entries)
 
 
 def _read_json(path: Path, columns: Columns, root: Path) -> Iterator[Entry]:

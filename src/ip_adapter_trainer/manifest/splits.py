@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePath
 
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.images.decode import SUFFIXES as PICTURE_SUFFIXES
+from ip_adapter_trainer.images.decode import SUFFIXES as IMAGE_SUFFIXES
 from ip_adapter_trainer.manifest.noticed import Noticed
 
 METADATA = "metadata"  # name of the list in a folder of pictures
@@ -58,7 +58,7 @@ def trained_part(folder: Path, noticed: Noticed, *, follows: bool) -> Path:
 
 
 def _is_picture(name: str) -> bool:
-    return PurePath(name).suffix.lower() in PICTURE_SUFFIXES
+    return PurePath(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 def _is_folder(path: Path, follows: bool) -> bool:

@@ -76,7 +76,7 @@ class ImagePrompt:
         return self.tokens is not None and self.scale != 0.0
 
 
-class ImageKeyValue(nn.Module):
+class ImageKV(nn.Module):
     """The trained pair of one layer, under its published names `to_k_ip` and `to_v_ip` (no biases)."""
 
     def __init__(self, context_dim: int, width: int) -> None:
@@ -159,7 +159,7 @@ class DecoupledProcessor(_Processor):
     well is what made the published script's checkpoints drop them as shared duplicates.
     """
 
-    def __init__(self, pair: ImageKeyValue, prompt: ImagePrompt, original: Any) -> None:
+    def __init__(self, pair: ImageKV, prompt: ImagePrompt, original: Any) -> None:
         super().__init__(original)
         self.pair, self.prompt = pair, prompt
 

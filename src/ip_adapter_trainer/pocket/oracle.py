@@ -20,7 +20,7 @@ _DIAMETERS_PX = (19.0, 21.0, 23.0, 25.0)
 
 
 @dataclass(frozen=True)
-class Reading:
+class Verdict:
     """What the oracle sees in one picture."""
 
     shape: str
@@ -113,23 +113,23 @@ def _read_pattern(cover: np.ndarray, dark: np.ndarray, x_px: float, y_px: float)
     return PATTERNS[int(error.argmin())]
 
 
-def read(picture: np.ndarray) -> Reading:
+def read(image: np.ndarray) -> Verdict:
     """Reads one picture, uint8 or float [SIZE_PX, SIZE_PX, 3] in 0..255."""
-    rgb = np.asarray(picture, np.float32)
+    rgb = np.asarray(image, np.float32)
     if rgb.shape != (SIZE_PX, SIZE_PX, 3):
         raise ValueError(f"the oracle reads {SIZE_PX}x{SIZE_PX} RGB pictures, not {rgb.shape}; resize first")
     background = _read_background(rgb)
     colour, cover, dark = _read_colour(rgb, np.array(BACKGROUNDS[background], np.float32))
     shape, x_px, y_px = _read_shape(cover)
-    return Reading(shape, colour, _read_pattern(cover, dark, x_px, y_px), background)
+    return Verdict(shape, colour, _read_pattern(cover, dark, x_px, y_px), background)
 
 
-def accuracy(pictures: np.ndarray, truths: list[dict[str, str]]) -> dict[str, float]:
+def accuracy(images: np.ndarray, truths: list[dict[str, str]]) -> dict[str, float]:
     """The fraction of pictures [N, S, S, 3] whose reading agrees with its truth, for every attribute named there."""
-    if len(pictures) != len(truths):
-        raise ValueError(f"{len(pictures)} pictures but {len(truths)} truths; give one truth per picture")
+    if len(images) != len(truths):
+        raise ValueError(f"{len(images)} pictures but {len(truths)} truths; give one truth per picture")
     hits: dict[str, list[bool]] = {}
-    for picture, truth in zip(pictures, truths, strict=True):
-        for name, hit in read(picture).matches(truth).items():
+    for image, truth in zip(images, truths, strict=True):
+        for name, hit in read(image).matches(truth).items():
             hits.setdefault(name, []).append(hit)
     return {name: float(np.mean(hits[name])) for name in ATTRIBUTES if name in hits}

@@ -52,11 +52,11 @@ class Pool:
     """The training pictures: scenes without held-out combinations, and their pixels [N, S, S, 3] uint8."""
 
     scenes: list[Scene]
-    pictures: np.ndarray
+    images: np.ndarray
 
     def pixels(self, index: np.ndarray) -> Tensor:
         """The chosen pictures as floats [B, 3, S, S] in -1..1."""
-        return torch.from_numpy(self.pictures[index]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return torch.from_numpy(self.images[index]).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def make_pool(seed: int, spread: float = 1.0) -> Pool:
@@ -250,7 +250,7 @@ def encode_pool(vae: AutoencoderKL, pool: Pool) -> tuple[Tensor, Tensor]:
 
 def fix_scaling_factor(vae: AutoencoderKL, pool: Pool) -> None:
     """Sets `scaling_factor` so that sampled latents of the pool have unit deviation, as latent diffusion assumes."""
-    mean, std = encode_pool(vae, Pool(pool.scenes[:4000], pool.pictures[:4000]))
+    mean, std = encode_pool(vae, Pool(pool.scenes[:4000], pool.images[:4000]))
     vae.register_to_config(scaling_factor=round(float((mean.var() + std.square().mean()).rsqrt()), 4))
 
 

@@ -128,7 +128,7 @@ def write_pairs(
     (folder / rows).write_text(json.dumps(table, indent=0) + "\n", encoding="utf-8")
 
 
-def lay(folder: Path, *, rows: int = 2000, seed: int = 0) -> None:
+def write_pocket(folder: Path, *, rows: int = 2000, seed: int = 0) -> None:
     """Lays models, a training set and a validation set in a folder, ready for every command."""
     folder.mkdir(parents=True, exist_ok=True)
     pipeline().save_pretrained(folder / "base")
@@ -141,10 +141,10 @@ def lay(folder: Path, *, rows: int = 2000, seed: int = 0) -> None:
     write_pairs(folder, validation_pairs(seed, VALIDATION_ROWS), "validation", "validation/data.json")
 
 
-def lay_command(config: PocketConfig) -> str:
+def pocket(config: PocketConfig) -> str:
     """`ip-adapter pocket`: lays everything out and tells how to train on it."""
     folder = Path(config.folder)
-    lay(folder, rows=config.rows, seed=config.seed)
+    write_pocket(folder, rows=config.rows, seed=config.seed)
     return (
         f"{folder}/base            Stable Diffusion pipeline, {world.SIZE_PX} px\n"
         f"{folder}/image_encoder   CLIP image encoder\n"

@@ -10,14 +10,14 @@ from ip_adapter_trainer.cache.prepared import PreparedSet
 from ip_adapter_trainer.families import Family
 from ip_adapter_trainer.manifest.manifest import Manifest
 from ip_adapter_trainer.prepare.encode import Encoding
-from ip_adapter_trainer.storage.digests import address
+from ip_adapter_trainer.storage.digests import digest
 
 _CHUNK = 65536
 
 
 def missing_captions(manifest: Manifest, prepared: PreparedSet, rank: int, world: int) -> list[str]:
     """The captions that the set lacks and that fall to one process; each falls to exactly one."""
-    if prepared.recipe.text is None:
+    if prepared.spec.text is None:
         return []
     distinct = list(dict.fromkeys(["", *(caption for row in manifest.rows for caption in row.captions)]))
     mine = [text for text in distinct if world == 1 or _share(text, world) == rank]
@@ -29,18 +29,18 @@ def missing_captions(manifest: Manifest, prepared: PreparedSet, rank: int, world
 
 
 def _share(text: str, world: int) -> int:
-    return int.from_bytes(address("caption", text)[:8], "little") % world
+    return int.from_bytes(digest("caption", text)[:8], "little") % world
 
 
 def encode_captions(
     captions: list[str], family: Family, encoding: Encoding, prepared: PreparedSet, batch: int, poll: Callable[[], None]
 ) -> None:
     """Encodes captions, `batch` at once, the last batch filled up with its first as that of pictures is."""
-    recipe = prepared.recipe.text
+    spec = prepared.spec.text
     for start in range(0, len(captions), batch):
         poll()
-        assert recipe is not None, "captions are missing only where they are wanted"
+        assert spec is not None, "captions are missing only where they are wanted"
         part = captions[start : start + batch]
         made = family.encode_captions(part + [part[0]] * (batch - len(part)))
-        for kind, keys in zip(recipe.tables, recipe.keys, strict=True):
+        for kind, keys in zip(spec.tables, spec.keys, strict=True):
             encoding.keep(kind, keys.of(text.encode() for text in part), made[kind.name][: len(part)])

@@ -21,7 +21,7 @@ class CheckConfig(rows.RowsCheckConfig, FoundConfig):
     )
 
 
-def check(config: CheckConfig) -> rows.Report:
+def check(config: CheckConfig) -> rows.CheckReport:
     """Read every row and picture, and count the captions that the base model cuts if one is named.
 
     Raises:

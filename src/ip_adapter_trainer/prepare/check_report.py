@@ -14,14 +14,14 @@ from tqdm import tqdm
 
 from ip_adapter_trainer.cache.config import CutConfig
 from ip_adapter_trainer.core.values import Fault, Row
-from ip_adapter_trainer.feed.bucketing import Size, first_without_stand_in, lay_out
+from ip_adapter_trainer.feed.bucketing import Size, assign_buckets, first_without_stand_in
 from ip_adapter_trainer.feed.config import DataConfig
 from ip_adapter_trainer.images.buckets import Buckets
-from ip_adapter_trainer.images.decode import Note, Picture, PictureFault
+from ip_adapter_trainer.images.decode import DecodedImage, ImageFault, Note
 from ip_adapter_trainer.manifest.config import HELD_OUT_SHARE
 from ip_adapter_trainer.manifest.faults import allowed_rows, excess
 from ip_adapter_trainer.manifest.hold_out import hold_out
-from ip_adapter_trainer.manifest.images import Pictures, fault_of, map_rows
+from ip_adapter_trainer.manifest.images import ImageFiles, fault_of, map_rows
 from ip_adapter_trainer.manifest.manifest import Manifest, read_manifest
 
 _SHAPES = ("under 1:2", "1:2 to 2:3", "2:3 to 1:1", "1:1", "1:1 to 3:2", "3:2 to 2:1", "over 2:1")  # width : height
@@ -55,7 +55,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Report:
+class CheckReport:
     """What reading everything showed."""
 
     manifest: Manifest
@@ -103,14 +103,14 @@ class Report:
         return {shape: bands[band] for band, shape in enumerate(_SHAPES)}
 
 
-def check(config: RowsCheckConfig) -> Report:
+def check(config: RowsCheckConfig) -> CheckReport:
     """Reads every row and picture, with a progress bar where somebody watches.
 
     Raises:
         Problem: the manifest cannot be read at all.
     """
     manifest = read_manifest(config)
-    see = partial(_see, Pictures.of(manifest.root, config))
+    see = partial(_see, ImageFiles.of(manifest.root, config))
     named = ((row, manifest.where(number)) for number, row in enumerate(manifest.rows))
     faults, faulty, notes, sides_px = list(manifest.faults), list[int](), Counter[str](), array("i")
     rows = map_rows(see, named, config.dataloader_num_workers)
@@ -119,18 +119,18 @@ def check(config: RowsCheckConfig) -> Report:
         faulty += [number] if seen.faults else []
         notes.update(seen.notes)
         sides_px.extend(seen.size_px or ())
-    return Report(manifest, tuple(faults), notes, sides_px, config, _stuck_at(manifest, faulty, config))
+    return CheckReport(manifest, tuple(faults), notes, sides_px, config, _stuck_at(manifest, faulty, config))
 
 
 def _stuck_at(manifest: Manifest, faulty: list[int], config: RowsCheckConfig) -> str:
     if not faulty:
         return ""
     held_out = hold_out(manifest.rows, config.validation_share, manifest.root)
-    number = first_without_stand_in(lay_out(manifest, config).only(~held_out).bucket_of_row, faulty)
+    number = first_without_stand_in(assign_buckets(manifest, config).only(~held_out).bucket_of_row, faulty)
     return "" if number is None else manifest.where(number)
 
 
-def _see(pictures: Pictures, named: tuple[Row, str]) -> Seen:
+def _see(pictures: ImageFiles, named: tuple[Row, str]) -> Seen:
     row, where = named
     target, faults = _try(pictures, row.image_file, where)
     prompt = None
@@ -142,14 +142,14 @@ def _see(pictures: Pictures, named: tuple[Row, str]) -> Seen:
     return Seen(size_px, tuple(sorted(notes)), faults)
 
 
-def _try(pictures: Pictures, name: str, where: str) -> tuple[Picture | None, tuple[Fault, ...]]:
+def _try(pictures: ImageFiles, name: str, where: str) -> tuple[DecodedImage | None, tuple[Fault, ...]]:
     try:
         return pictures.read(name), ()
-    except PictureFault as error:
+    except ImageFault as error:
         return None, (fault_of(error, where),)
 
 
-def render(report: Report) -> str:
+def render(report: CheckReport) -> str:
     """The report as plain text: the first faults one by one, counts, the verdict on the last line."""
     shown = [f"{fault.kind:>16}  {fault}" for fault in report.faults[: report.config.show_faults]]
     hidden = len(report.faults) - len(shown)
@@ -186,7 +186,7 @@ def _unread(columns: tuple[str, ...]) -> list[str]:
     return [f"columns that nothing reads: {', '.join(columns)}"] if columns else []
 
 
-def _verdict(report: Report) -> str:
+def _verdict(report: CheckReport) -> str:
     rows, faulty, rate = report.manifest.entries, report.faulty_rows, report.config.max_fault_rate
     if not faulty:
         return f"clean: {rows} rows, all read" + ("; see what was noticed" if report.manifest.noticed.counts else "")

@@ -71,7 +71,7 @@ def cut_captions(manifest: Manifest, tokenizers: Sequence[Any]) -> CutCaptions:
     return CutCaptions(captions, len(numbers), len(chosen), len(cut), reach.tokens, max(lengths, default=0), first)
 
 
-def tell_of_cut(manifest: Manifest, tokenizers: Sequence[Any]) -> None:
+def warn_of_cut_captions(manifest: Manifest, tokenizers: Sequence[Any]) -> None:
     """Say in one line how many captions are cut, if any is."""
     found = cut_captions(manifest, tokenizers)
     if found.cut:

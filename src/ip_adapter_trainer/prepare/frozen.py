@@ -13,7 +13,7 @@ from torch import nn
 from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.cache.config import CutConfig
 from ip_adapter_trainer.cache.shards import TableKind
-from ip_adapter_trainer.cache.spec import Recipe, TextRecipe
+from ip_adapter_trainer.cache.spec import CacheSpec, TextSpec
 from ip_adapter_trainer.diffusion.schedulers import NoiseConfig
 from ip_adapter_trainer.encoders import ClipImageEncoder, FeatureKind
 from ip_adapter_trainer.families import FAMILIES, Family
@@ -53,7 +53,7 @@ def load_family(config: FrozenConfig, dtype: torch.dtype, device: torch.device |
     return load_base(name, config, family=family, own=own, noise=noise, dtype=dtype, device=device, **how)
 
 
-def identity(module: Any) -> str:
+def module_digest(module: Any) -> str:
     """A hash of a model's config and of its weights, as loaded: it changes when either does."""
     config = dict(module.config.items() if hasattr(module.config, "items") else module.config.to_dict().items())
     told = {k: v for k, v in config.items() if not k.startswith("_") and k not in _SAYS_NOTHING}
@@ -64,30 +64,30 @@ def identity(module: Any) -> str:
     return digest.hexdigest()
 
 
-def recipe_of(
+def cache_spec(
     config: CutConfig, family: Family, encoder: ClipImageEncoder, kinds: Sequence[FeatureKind], *, text: bool
-) -> Recipe:
+) -> CacheSpec:
     """What these models make of pictures that are read and cut by these settings, and with `text` of captions."""
     buckets, autoencoder = config.buckets(), family.autoencoder
     moments = {size_px: _moments_kind(family, autoencoder, size_px) for size_px in buckets.sizes_px}
-    return Recipe(
+    return CacheSpec(
         buckets=buckets,
-        ground=parse_colour(config.alpha_ground),
+        background=parse_colour(config.alpha_background),
         pad_square=config.prompt_pad_square,
         mirrors=config.random_flip,
-        autoencoder=identity(autoencoder),
-        encoder=identity(encoder.model),
+        autoencoder=module_digest(autoencoder),
+        encoder=module_digest(encoder.model),
         moments=moments,
         features=tuple(_features_kind(encoder, kind) for kind in kinds),
-        text=_text_recipe(family) if text else None,
+        text=_text_spec(family) if text else None,
     )
 
 
-def _text_recipe(family: Family) -> TextRecipe:
-    told = [family.text_rules, *map(identity, family.text_encoders)]
+def _text_spec(family: Family) -> TextSpec:
+    told = [family.text_rules, *map(module_digest, family.text_encoders)]
     encoders = hashlib.blake2b("\n".join(told).encode(), digest_size=16).hexdigest()
     made = family.encode_captions([""])
-    return TextRecipe(encoders, tuple(TableKind(name, tuple(t.shape[1:]), t.dtype) for name, t in made.items()))
+    return TextSpec(encoders, tuple(TableKind(name, tuple(t.shape[1:]), t.dtype) for name, t in made.items()))
 
 
 def _moments_kind(family: Family, autoencoder: nn.Module, size_px: tuple[int, int]) -> TableKind:

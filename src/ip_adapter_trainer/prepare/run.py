@@ -11,23 +11,23 @@ from pathlib import Path
 from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.cache.config import CutConfig
 from ip_adapter_trainer.cache.prepared import PreparedSet
-from ip_adapter_trainer.cache.spec import Recipe, drawn_anew
+from ip_adapter_trainer.cache.spec import CacheSpec, random_cuts
 from ip_adapter_trainer.core.errors import Problem, Stopped, StorageProblem
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.values import Fault
 from ip_adapter_trainer.encoders import FEATURES, ClipImageEncoder
 from ip_adapter_trainer.families import Family
-from ip_adapter_trainer.images.decode import PictureFault
+from ip_adapter_trainer.images.decode import ImageFault
 from ip_adapter_trainer.loading.encoder import load_encoder
 from ip_adapter_trainer.manifest.faults import FILE_NAME, FaultLog
-from ip_adapter_trainer.manifest.images import Pictures, fault_of
+from ip_adapter_trainer.manifest.images import ImageFiles, fault_of
 from ip_adapter_trainer.manifest.manifest import Manifest, read_alike
 from ip_adapter_trainer.prepare.captions import encode_captions, missing_captions
 from ip_adapter_trainer.prepare.config import PrepareConfig
-from ip_adapter_trainer.prepare.cut import tell_of_cut
+from ip_adapter_trainer.prepare.cut import warn_of_cut_captions
 from ip_adapter_trainer.prepare.encode import Encoding, encode_with
-from ip_adapter_trainer.prepare.frozen import load_family, recipe_of
-from ip_adapter_trainer.prepare.work import Reading, missing, read_all, share_of
+from ip_adapter_trainer.prepare.frozen import cache_spec, load_family
+from ip_adapter_trainer.prepare.work import PrepareDataset, missing, read_all, share_of
 from ip_adapter_trainer.runtime.launch import Runtime, claim, start
 from ip_adapter_trainer.runtime.progress import Progress
 from ip_adapter_trainer.runtime.signals import StopSignal
@@ -38,7 +38,7 @@ _FLAG = "--prepared_dir"
 
 
 @dataclass(frozen=True)
-class Report:
+class PrepareReport:
     """What a run of `prepare` did, over all processes."""
 
     folder: Path
@@ -48,7 +48,7 @@ class Report:
     captions: int = 0  # encoded now
     faulty_rows: int = 0
 
-    def followed_by(self, later: Report) -> Report:
+    def followed_by(self, later: PrepareReport) -> PrepareReport:
         """This and what was done after it for another image encoder, whose faults are the same ones."""
         done = {name: getattr(self, name) + getattr(later, name) for name in ("read", "encoded", "captions")}
         return replace(later, **done)
@@ -60,7 +60,7 @@ class Report:
         )
 
 
-def prepare(config: PrepareConfig) -> Report:
+def prepare(config: PrepareConfig) -> PrepareReport:
     """Encodes what the rows need and the set lacks.
 
     Raises:
@@ -85,14 +85,14 @@ def prepare(config: PrepareConfig) -> Report:
         with runtime.agreed():
             family = load_family(config, runtime.dtype, runtime.device, parts=parts)
         if config.prepare_text and runtime.is_main:
-            tell_of_cut(manifest, family.tokenizers)
+            warn_of_cut_captions(manifest, family.tokenizers)
         kinds = FEATURES if config.both_features else (VARIANTS[config.variant].feature,)
-        report, stopping = Report(folder), Stopping(signal, runtime)
+        report, stopping = PrepareReport(folder), Stopping(signal, runtime)
         for path in dict.fromkeys((config.image_encoder_path, *config.more_image_encoders)):
             with runtime.agreed():
                 encoder = load_encoder(path, config, kinds=kinds, dtype=runtime.dtype, device=runtime.device)
-            recipe = recipe_of(config, family, encoder, kinds, text=config.prepare_text)
-            job = Job(config, runtime, manifest, recipe, folder)
+            spec = cache_spec(config, family, encoder, kinds, text=config.prepare_text)
+            job = Job(config, runtime, manifest, spec, folder)
             report = report.followed_by(job.run(family, encoder, config.encode_batch_size, stopping))
         return report
 
@@ -103,7 +103,7 @@ def demand_preparable(config: CutConfig) -> None:
     Raises:
         Problem: such a setting is on.
     """
-    anew = drawn_anew(config)
+    anew = random_cuts(config)
     if anew:
         what = f"{' and '.join(anew)} cut each image otherwise every time, so it cannot be encoded beforehand"
         raise Problem(what, where=" ".join(anew), remedy="leave out these flags, or train from the pictures")
@@ -117,14 +117,14 @@ class Job:
         free_bytes: room on the disk of the set, as the first process sees it.
     """
 
-    def __init__(self, config: CutConfig, runtime: Runtime, manifest: Manifest, recipe: Recipe, folder: Path) -> None:
-        self.config, self.runtime, self.manifest, self.recipe, self.folder = config, runtime, manifest, recipe, folder
-        self.pictures = Pictures.of(manifest.root, config)
-        self.prepared = PreparedSet(folder, recipe, self.pictures)
-        self.items = share_of(manifest, recipe, runtime.rank, runtime.world)
+    def __init__(self, config: CutConfig, runtime: Runtime, manifest: Manifest, spec: CacheSpec, folder: Path) -> None:
+        self.config, self.runtime, self.manifest, self.spec, self.folder = config, runtime, manifest, spec, folder
+        self.pictures = ImageFiles.of(manifest.root, config)
+        self.prepared = PreparedSet(folder, spec, self.pictures)
+        self.items = share_of(manifest, spec, runtime.rank, runtime.world)
         self.left, need_bytes = missing(self.items, self.prepared, self.pictures)
         self.captions = missing_captions(manifest, self.prepared, runtime.rank, runtime.world)
-        need_bytes += len(self.captions) * sum(kind.row_bytes for kind in (recipe.text.tables if recipe.text else ()))
+        need_bytes += len(self.captions) * sum(kind.row_bytes for kind in (spec.text.tables if spec.text else ()))
         self.need_bytes = runtime.total(need_bytes)
         free_bytes = shutil.disk_usage(_existing(folder)).free if runtime.is_main else 0
         self.free_bytes = runtime.total(free_bytes)  # machines may differ, what is decided by it must not
@@ -134,7 +134,7 @@ class Job:
         """Whether the disk has room for what is missing."""
         return self.need_bytes * 1.02 + 2**20 < self.free_bytes or not self.need_bytes
 
-    def run(self, family: Family, encoder: ClipImageEncoder, batch_images: int, stopping: Stopping) -> Report:
+    def run(self, family: Family, encoder: ClipImageEncoder, batch_images: int, stopping: Stopping) -> PrepareReport:
         """Makes what is missing; see `prepare`."""
         room = f"{_size(self.need_bytes)} needed at most, {_size(self.free_bytes)} free"
         read = self.runtime.total(len(self.left))
@@ -144,7 +144,7 @@ class Job:
         try:
             self._begin()
             encoding = Encoding(self.folder, encode_with(family, encoder), batch_images)
-            reading = Reading(self.prepared, self.pictures, self.config, encoder.preprocess)
+            reading = PrepareDataset(self.prepared, self.pictures, self.config, encoder.preprocess)
 
             def fill(poll: Poll) -> None:
                 """This process's share."""
@@ -163,7 +163,7 @@ class Job:
                 claimed.release()
         pictures, encoded = self.runtime.total(len(self.items)), self.runtime.total(encoding.encoded)
         captions = self.runtime.total(len(self.captions))
-        return Report(self.folder, pictures, read, encoded, captions, log.faulty_rows)
+        return PrepareReport(self.folder, pictures, read, encoded, captions, log.faulty_rows)
 
     @contextmanager
     def _told_if_stopped(self, encoding: Encoding) -> Iterator[None]:
@@ -178,7 +178,7 @@ class Job:
     def _begin(self) -> None:
         """Removes what a killed run left; faults are met again, since faulty pictures are always tried again."""
         if self.runtime.is_main:
-            for kind in self.recipe.tables:
+            for kind in self.spec.tables:
                 sweep(self.folder / kind.folder)
             (self.folder / FILE_NAME).unlink(missing_ok=True)
         self.runtime.barrier()
@@ -186,8 +186,8 @@ class Job:
     def _log(self) -> FaultLog:
         return FaultLog(self.folder, self.manifest.entries, self.config.max_fault_rate)
 
-    def _fill(self, encoding: Encoding, reading: Reading, poll: Poll) -> None:
-        log, faulty = self._log(), dict[str, PictureFault]()
+    def _fill(self, encoding: Encoding, reading: PrepareDataset, poll: Poll) -> None:
+        log, faulty = self._log(), dict[str, ImageFault]()
         if self.runtime.is_main:
             log.add(self.manifest.faults)
         with Progress(len(self.left), self._unit, shown=self.runtime.is_main) as progress:
@@ -209,14 +209,14 @@ class Job:
         world = self.runtime.world
         return "picture" if world == 1 else f"process 1 of {world}: picture"
 
-    def _faults_of_rows(self, faulty: dict[str, PictureFault]) -> list[Fault]:
+    def _faults_of_rows(self, faulty: dict[str, ImageFault]) -> list[Fault]:
         """A faulty picture is a fault of every row that names it."""
         if not faulty:
             return []
         return [
             fault_of(faulty[name], self.manifest.where(number))
             for number, row in enumerate(self.manifest.rows)
-            for name, _ in self.recipe.uses(row)
+            for name, _ in self.spec.uses(row)
             if name in faulty
         ]
 

@@ -13,15 +13,15 @@ from torch.utils.data import Dataset
 from ip_adapter_trainer.cache.config import CutConfig
 from ip_adapter_trainer.cache.index import PICTURES, Record, name_key
 from ip_adapter_trainer.cache.prepared import PreparedSet
-from ip_adapter_trainer.cache.spec import Recipe, View, Views
-from ip_adapter_trainer.feed.reading import Preprocess, framed
+from ip_adapter_trainer.cache.spec import CacheSpec, View, Views
+from ip_adapter_trainer.feed.readers import Preprocess, framed
 from ip_adapter_trainer.feed.workers import Pool, lost
 from ip_adapter_trainer.images import crop
-from ip_adapter_trainer.images.decode import PictureFault
-from ip_adapter_trainer.manifest.images import Pictures
+from ip_adapter_trainer.images.decode import ImageFault
+from ip_adapter_trainer.manifest.images import ImageFiles
 from ip_adapter_trainer.manifest.manifest import Manifest
 from ip_adapter_trainer.runtime.stopping import Poll
-from ip_adapter_trainer.storage.digests import address
+from ip_adapter_trainer.storage.digests import digest
 
 _CHUNK = 65536
 _AHEAD = 2  # pictures that each data worker reads ahead
@@ -37,27 +37,27 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Read:
+class ReadImage:
     """A picture that was read, cut and preprocessed as far as the set lacks it, or the reason why it was not."""
 
     item: Item
     record: Record | None  # to be noted; None: what is known of it still holds
     pixels: tuple[tuple[Views, NDArray[np.float32]], ...] = ()  # [3, H, W] each, and what is wanted of them
-    fault: PictureFault | None = None
+    fault: ImageFault | None = None
 
 
-def share_of(manifest: Manifest, recipe: Recipe, rank: int, world: int) -> list[Item]:
+def share_of(manifest: Manifest, spec: CacheSpec, rank: int, world: int) -> list[Item]:
     """The pictures that fall to one process; each falls to exactly one, by its name."""
     found: dict[str, tuple[int, int]] = {}
     for number, row in enumerate(manifest.rows):
-        for name, use in recipe.uses(row):
+        for name, use in spec.uses(row):
             if world == 1 or int.from_bytes(name_key(name)[:8], "little") % world == rank:
                 known, first = found.get(name, (0, number))
                 found[name] = (known | use, first)
     return [Item(name, use, first) for name, (use, first) in found.items()]
 
 
-def missing(items: list[Item], prepared: PreparedSet, pictures: Pictures) -> tuple[list[Item], int]:
+def missing(items: list[Item], prepared: PreparedSet, pictures: ImageFiles) -> tuple[list[Item], int]:
     """The pictures that have to be read, and the bytes that what is made of them takes at most."""
     left: list[Item] = []
     need_bytes = 0
@@ -68,45 +68,45 @@ def missing(items: list[Item], prepared: PreparedSet, pictures: Pictures) -> tup
         for item, record, is_there in zip(chunk, prepared.index.records(places), there, strict=True):
             if not (is_there and record is not None and _still_holds(record, item.name, pictures)):
                 left.append(item)
-                need_bytes += PICTURES.row_bytes + (0 if is_there else _bytes_of(item, record, prepared.recipe))
+                need_bytes += PICTURES.row_bytes + (0 if is_there else _bytes_of(item, record, prepared.spec))
     return left, need_bytes
 
 
-def _still_holds(record: Record, name: str, pictures: Pictures) -> bool:
+def _still_holds(record: Record, name: str, pictures: ImageFiles) -> bool:
     """Whether a picture need not be read again; one that is gone from the disk keeps what was made of it."""
     try:
         status = pictures.stat(name)
-    except PictureFault:
+    except ImageFault:
         return False
     return record.is_sound and (status is None or record.fits(status))
 
 
-def _bytes_of(item: Item, record: Record | None, recipe: Recipe) -> int:
+def _bytes_of(item: Item, record: Record | None, spec: CacheSpec) -> int:
     """Of everything that is made of a picture; one of unknown size is taken for a square."""
     size_px = record.size_px if record is not None and record.is_sound else (1, 1)
-    return sum(view.kind.row_bytes for view in recipe.views(b"", size_px, item.use))
+    return sum(view.kind.row_bytes for view in spec.views(b"", size_px, item.use))
 
 
-class Reading(Dataset[Read]):
+class PrepareDataset(Dataset[ReadImage]):
     """Items to what has to be encoded; runs in data workers."""
 
-    def __init__(self, prepared: PreparedSet, pictures: Pictures, config: CutConfig, preprocess: Preprocess) -> None:
-        self._prepared, self._pictures, self._config, self._preprocess = prepared, pictures, config, preprocess
+    def __init__(self, prepared: PreparedSet, pictures: ImageFiles, config: CutConfig, preprocess: Preprocess) -> None:
+        self._prepared, self._images, self._config, self._preprocess = prepared, pictures, config, preprocess
 
-    def __getitem__(self, item: Item) -> Read:
+    def __getitem__(self, item: Item) -> ReadImage:
         known = self._prepared.index.find([item.name])[0]
         try:
             return self._read(item, known)
-        except PictureFault as fault:
+        except ImageFault as fault:
             moved_without = fault.kind == "missing_file" and known is not None and known.is_sound
             is_known = known is not None and not known.is_sound
-            return Read(item, None if moved_without or is_known else Record.unreadable(), fault=fault)
+            return ReadImage(item, None if moved_without or is_known else Record.unreadable(), fault=fault)
 
-    def _read(self, item: Item, known: Record | None) -> Read:
-        content, status = self._pictures.read_file(item.name)
-        key, picture = address(content), self._pictures.decode(content).image
+    def _read(self, item: Item, known: Record | None) -> ReadImage:
+        content, status = self._images.read_file(item.name)
+        key, picture = digest(content), self._images.decode(content).image
         record = Record.of(status, (picture.height, picture.width), key)
-        views = self._prepared.recipe.views(key, record.size_px, item.use)
+        views = self._prepared.spec.views(key, record.size_px, item.use)
         lacking = [v for v in views if self._prepared.tables[v.kind].find([v.key])[0] < 0]
         sides = {mirrored: crop.mirror(picture) if mirrored else picture for mirrored in {v.mirrored for v in lacking}}
         alike: dict[tuple[object, bool], list[View]] = {}
@@ -114,18 +114,18 @@ class Reading(Dataset[Read]):
             alike.setdefault((view.target_px, view.mirrored), []).append(view)
         pixels = tuple((tuple(views), self._pixels(views[0], sides[views[0].mirrored])) for views in alike.values())
         still_holds = known is not None and known.content == key and known.fits(status)
-        return Read(item, None if still_holds else record, pixels)
+        return ReadImage(item, None if still_holds else record, pixels)
 
     def _pixels(self, view: View, picture: Image) -> NDArray[np.float32]:
         """As numpy: arrays travel from worker to worker without an open file each."""
         if view.target_px is not None:
             return crop.to_tensor(crop.fit(picture, view.target_px)[0]).numpy()
-        return self._preprocess(framed(picture, self._config, self._pictures)).numpy()
+        return self._preprocess(framed(picture, self._config, self._images)).numpy()
 
 
 def read_all(
-    items: Sequence[Item], reading: Reading, config: CutConfig, where: Callable[[int], str], poll: Poll
-) -> Iterator[Read]:
+    items: Sequence[Item], reading: PrepareDataset, config: CutConfig, where: Callable[[int], str], poll: Poll
+) -> Iterator[ReadImage]:
     """Every item in order, read by data workers a few ahead, or by this process if there are none.
 
     Args:

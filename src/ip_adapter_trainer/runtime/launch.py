@@ -16,7 +16,7 @@ from ip_adapter_trainer.core.errors import LostProblem, Problem, Stopped, first_
 from ip_adapter_trainer.core.log import say_after
 from ip_adapter_trainer.runtime.launcher import demand_one_way, judge_alone
 from ip_adapter_trainer.runtime.precision import dtype_of, on_device
-from ip_adapter_trainer.storage.disk import told_as_storage
+from ip_adapter_trainer.storage.disk import as_storage_problem
 from ip_adapter_trainer.storage.staging import lock, sweep
 
 T = TypeVar("T")
@@ -218,7 +218,7 @@ def claim(folder: Path, runtime: Runtime, flag: str = "--output_dir") -> FileLoc
     claimed, problem = None, None
     if runtime.is_main:
         try:
-            with told_as_storage():
+            with as_storage_problem():
                 folder.mkdir(parents=True, exist_ok=True)
                 claimed = lock(folder, flag)
         except Problem as found:

@@ -14,7 +14,7 @@ KEY = np.dtype(f"S{KEY_BYTES}")  # compared with its trailing zeros left out, wh
 _MANY = 256  # from so many on it pays to search in order: each step then finds its neighbours in the cache
 
 
-def address(*parts: bytes | str | int) -> bytes:
+def digest(*parts: bytes | str | int) -> bytes:
     """The 16 bytes under which a thing is kept: a hash of all that decides it, each part with its length."""
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
     for part in parts:
@@ -25,7 +25,7 @@ def address(*parts: bytes | str | int) -> bytes:
 
 
 def framed(*parts: bytes | str | int) -> bytes:
-    """What `address` hashes of some of its parts."""
+    """What `digest` hashes of some of its parts."""
     contents = [_content(part) for part in parts]
     return b"".join([len(content).to_bytes(8, "little") + content for content in contents])
 
@@ -35,7 +35,7 @@ def _content(part: bytes | str | int) -> bytes:
 
 
 @dataclass(frozen=True)
-class Addresses:
+class Digests:
     """Many addresses that differ in one part only.
 
     Usage::

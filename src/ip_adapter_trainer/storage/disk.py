@@ -39,7 +39,7 @@ def reason_of(error: Exception) -> str:
 
 
 @contextmanager
-def told_as_storage() -> Iterator[None]:
+def as_storage_problem() -> Iterator[None]:
     """A disk that is full, read-only or broken is a problem of storage, whoever wrote; a path is one of its giver.
 
     Raises:
@@ -66,7 +66,7 @@ def demand_folder(folder: Path) -> None:
         Problem: a file is there, or on the way to it, or this user may not write there.
         StorageProblem: the disk is read-only.
     """
-    with told_as_storage():
+    with as_storage_problem():
         there = _first_that_exists(folder.absolute())
         if not there.is_dir():
             raise _refused(errno.ENOTDIR, there)

@@ -6,20 +6,20 @@ import math
 from pathlib import Path
 
 from ip_adapter_trainer.cache.prepared import PreparedSet
-from ip_adapter_trainer.cache.spec import Recipe, drawn_anew
+from ip_adapter_trainer.cache.spec import CacheSpec, random_cuts
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.log import say
-from ip_adapter_trainer.manifest.images import Pictures
+from ip_adapter_trainer.manifest.images import ImageFiles
 from ip_adapter_trainer.manifest.manifest import Manifest
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.prepare.config import command
-from ip_adapter_trainer.prepare.frozen import recipe_of
+from ip_adapter_trainer.prepare.frozen import cache_spec
 from ip_adapter_trainer.prepare.run import Job, demand_preparable
 from ip_adapter_trainer.runtime.launch import Runtime
 from ip_adapter_trainer.runtime.stopping import Stopping
 from ip_adapter_trainer.train.config import TrainConfig
-from ip_adapter_trainer.train.plan import total_steps
 from ip_adapter_trainer.train.rows import RunRows
+from ip_adapter_trainer.train.run_plan import total_steps
 
 _PAYS_EPOCHS = 2  # for each encoding of a picture: one is spent on preparing, the rest is won
 
@@ -41,18 +41,18 @@ def prepared_set(
             raise Problem(what, where="--prepare_text", remedy=remedy)
         return None
     demand_preparable(config)
-    return _opened(config, runtime, rows.manifest, _recipe(config, model), Path(config.prepared_dir))
+    return _opened(config, runtime, rows.manifest, _spec(config, model), Path(config.prepared_dir))
 
 
-def _recipe(config: TrainConfig, model: Model) -> Recipe:
-    return recipe_of(config, model.family, model.encoder, (model.variant.feature,), text=config.prepare_text)
+def _spec(config: TrainConfig, model: Model) -> CacheSpec:
+    return cache_spec(config, model.family, model.encoder, (model.variant.feature,), text=config.prepare_text)
 
 
-def _opened(config: TrainConfig, runtime: Runtime, manifest: Manifest, recipe: Recipe, folder: Path) -> PreparedSet:
+def _opened(config: TrainConfig, runtime: Runtime, manifest: Manifest, spec: CacheSpec, folder: Path) -> PreparedSet:
     """The set, once the processes of each machine have together looked for every row in the set as they see it."""
     if folder.exists() and not folder.is_dir():
         raise Problem("the prepared set is no folder", where=str(folder), remedy="give another --prepared_dir")
-    prepared = PreparedSet(folder, recipe, Pictures.of(manifest.root, config))
+    prepared = PreparedSet(folder, spec, ImageFiles.of(manifest.root, config))
     mine = prepared.lacking(manifest.rows, runtime.portion(len(manifest.rows)))
     lacking = sorted(set().union(*runtime.gathered(list(mine))))
     if lacking:
@@ -68,12 +68,12 @@ def _prepared_if_it_pays(
     config: TrainConfig, runtime: Runtime, model: Model, rows: RunRows, stopping: Stopping
 ) -> PreparedSet | None:
     """Prepares first, or trains from the pictures; says which, and why."""
-    if anew := drawn_anew(config):
+    if anew := random_cuts(config):
         say(f"not preparing: {' and '.join(anew)} cut each image otherwise every time")
         return None
     folder = Path(config.prepared_dir or Path(config.output_dir) / "prepared")
-    recipe = _recipe(config, model)
-    job = Job(config, runtime, rows.manifest, recipe, folder)
+    spec = _spec(config, model)
+    job = Job(config, runtime, rows.manifest, spec, folder)
     images_per_step = config.images_per_step(runtime.world)
     epochs = total_steps(config, rows.trained, images_per_step) * images_per_step / max(rows.trained, 1)
     least = _PAYS_EPOCHS * (2 if config.random_flip else 1)
@@ -88,4 +88,4 @@ def _prepared_if_it_pays(
         return None
     say(f"preparing first: {epochs:.1f} epochs, and it pays from {least} on")
     say(str(job.run(model.family, model.encoder, config.encode_batch_size, stopping)))
-    return _opened(config, runtime, rows.manifest, recipe, folder)
+    return _opened(config, runtime, rows.manifest, spec, folder)

@@ -14,7 +14,7 @@ from ip_adapter_trainer.core.errors import DataProblem
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.rng import stream
 from ip_adapter_trainer.core.values import Batch, Encoded, map_tensors
-from ip_adapter_trainer.feed.bucketing import MAX_TRIES, Layout
+from ip_adapter_trainer.feed.bucketing import MAX_TRIES, Bucketing
 from ip_adapter_trainer.feed.dataset import TrainingSet
 from ip_adapter_trainer.manifest.hold_out import one_an_image
 from ip_adapter_trainer.manifest.manifest import Manifest
@@ -48,7 +48,7 @@ class FixedRows:
         manifest: Manifest,
         numbers: Sequence[int],
         config: TrainConfig,
-        layout: Layout,
+        bucketing: Bucketing,
         preprocess: Callable[[Image], Tensor],
         prepared: PreparedSet | None = None,
     ) -> None:
@@ -58,7 +58,7 @@ class FixedRows:
         def samples(prepared: PreparedSet | None) -> TrainingSet:
             """Read a row as it is: none stands in for one that cannot be read."""
             return TrainingSet(
-                manifest, plain, layout, seed=seed, preprocess=preprocess, prepared=prepared, max_tries=1
+                manifest, plain, bucketing, seed=seed, preprocess=preprocess, prepared=prepared, max_tries=1
             )
 
         self._pixels, self._samples = samples(None), samples(prepared)
@@ -120,7 +120,7 @@ def _joined(rows: Sequence[Batch]) -> Batch:
     return Batch(
         index=torch.cat([row.index for row in rows]),
         row=torch.cat([row.row for row in rows]),
-        picture=map_tensors(lambda *parts: torch.cat(parts), *(row.picture for row in rows)),
+        inputs=map_tensors(lambda *parts: torch.cat(parts), *(row.inputs for row in rows)),
         text=tuple(text for row in rows for text in row.text),
         geometry=tuple(geometry for row in rows for geometry in row.geometry),
         drop_text=torch.cat([row.drop_text for row in rows]),
@@ -130,9 +130,9 @@ def _joined(rows: Sequence[Batch]) -> Batch:
 
 def _encoded(row: Batch, model: Model) -> Batch:
     """A batch with all that the frozen encoders say of it, on the host."""
-    picture = Encoded(
-        model.moments_of(row.picture).cpu(),
-        model.features_of(row.picture).cpu(),
+    inputs = Encoded(
+        model.moments_of(row.inputs).cpu(),
+        model.features_of(row.inputs).cpu(),
         {name: tensor.cpu() for name, tensor in model.family.encode_captions(row.text).items()},
     )
-    return replace(row, picture=picture)
+    return replace(row, inputs=inputs)

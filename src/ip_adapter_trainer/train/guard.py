@@ -22,7 +22,7 @@ BEFORE = {"timestep_density": "uniform", "validation_share": 0.0}
 
 
 @dataclass(frozen=True)
-class Identity:
+class RunIdentity:
     """What makes a run the one that it is, beside its settings.
 
     Attributes:
@@ -55,12 +55,12 @@ class Difference:
 
 
 def check(
-    saved: Mapping[str, Any], config: TrainConfig, identity: Identity, tell: Callable[[str], None] = say
+    saved: Mapping[str, Any], config: TrainConfig, identity: RunIdentity, tell: Callable[[str], None] = say
 ) -> list[str]:
     """Compares a checkpoint's run with this one; tells what changed.
 
     Args:
-        saved: `config` and all of `Identity.to_json`, as the checkpoint has them.
+        saved: `config` and all of `RunIdentity.to_json`, as the checkpoint has them.
         config: settings of this run.
         identity: of this run; models that it does not name are not compared.
         tell: takes a line for each difference that is no fault.
@@ -104,7 +104,7 @@ def _settings(saved: Mapping[str, Any], config: Part, tell: Callable[[str], None
     lists = config.resume_lists()
     new = config.model_dump(mode="json")
     old = to_jsonable_python({k: f.default for k, f in type(config).model_fields.items() if not f.is_required()})
-    old |= {k: v for k, v in BEFORE.items() if k in old} | dict(saved)
+    old |= {k: v for k, v in BEFORE.items() if k in old} | config.current_names(saved)
     for name in (name for name in new if name not in lists["free"] and old.get(name) != new[name]):
         before, after = old.get(name), new[name]
         if name in lists["may_change"]:
@@ -115,7 +115,7 @@ def _settings(saved: Mapping[str, Any], config: Part, tell: Callable[[str], None
         yield Difference(f"{name} was {before!r}, is {after!r}", f"give {flag}", accepts)
 
 
-def _rows(saved: Mapping[str, Any], identity: Identity) -> Iterator[Difference]:
+def _rows(saved: Mapping[str, Any], identity: RunIdentity) -> Iterator[Difference]:
     if saved["rows"] == identity.rows.sha256:
         return
     what = "the training rows changed"
@@ -127,7 +127,7 @@ def _rows(saved: Mapping[str, Any], identity: Identity) -> Iterator[Difference]:
     yield Difference(what, "restore the manifest", ROWS)
 
 
-def _models(saved: Mapping[str, Any], identity: Identity, tell: Callable[[str], None]) -> Iterator[Difference]:
+def _models(saved: Mapping[str, Any], identity: RunIdentity, tell: Callable[[str], None]) -> Iterator[Difference]:
     changed, untold = compared(saved.get("models", {}), identity.models)  # none in the first checkpoints
     if untold:
         tell(f"loaded in another precision than before and so not compared: {', '.join(untold)}")
@@ -136,7 +136,7 @@ def _models(saved: Mapping[str, Any], identity: Identity, tell: Callable[[str], 
         yield Difference(what, "give the models that the run began with", MODELS)
 
 
-def _batch(old: int, identity: Identity, config: TrainConfig) -> Iterator[Difference]:
+def _batch(old: int, identity: RunIdentity, config: TrainConfig) -> Iterator[Difference]:
     """Images per optimizer step must survive any change of processes, batch or accumulation: the order is by them."""
     if old == identity.images_per_step:
         return

@@ -24,14 +24,14 @@ from ip_adapter_trainer.runtime.launch import Runtime
 from ip_adapter_trainer.runtime.stopping import Poll, Stopping
 from ip_adapter_trainer.train import checkpoint, guard, optim
 from ip_adapter_trainer.train.config import TrainConfig
+from ip_adapter_trainer.train.data import TrainingData
 from ip_adapter_trainer.train.lean import lean
-from ip_adapter_trainer.train.plan import Plan
 from ip_adapter_trainer.train.restored import demand_fits
+from ip_adapter_trainer.train.run_plan import RunPlan
 from ip_adapter_trainer.train.saver import Saver
-from ip_adapter_trainer.train.source import Source
 from ip_adapter_trainer.train.spikes import Spikes
 from ip_adapter_trainer.train.step import Step
-from ip_adapter_trainer.train.step_metrics import Outcome, Outcomes
+from ip_adapter_trainer.train.step_metrics import PendingMetrics, StepMetrics
 from ip_adapter_trainer.train.track import Track
 from ip_adapter_trainer.train.trackers import start_trackers
 from ip_adapter_trainer.train.validate import Validator
@@ -42,20 +42,22 @@ MAX_BAD_STEPS = 5  # in a row; then something is wrong that waiting will not men
 
 
 class Trainer:
-    """One run from its first or resumed step to its last; `marks` are those of its frozen models."""
+    """One run from its first or resumed step to its last; `model_hashes` are those of its frozen models."""
 
     def __init__(
         self,
         config: TrainConfig,
         runtime: Runtime,
         model: Model,
-        source: Source,
+        data: TrainingData,
         step: Step,
-        plan: Plan,
-        marks: Mapping[str, str],
+        plan: RunPlan,
+        model_hashes: Mapping[str, str],
     ) -> None:
-        self.config, self.runtime, self.model, self.source, self.plan = config, runtime, model, source, plan
-        self.identity = guard.Identity(source.fingerprint, source.where, marks, plan.images_per_step, runtime.world)
+        self.config, self.runtime, self.model, self.data, self.plan = config, runtime, model, data, plan
+        self.identity = guard.RunIdentity(
+            data.fingerprint, data.where, model_hashes, plan.images_per_step, runtime.world
+        )
         self.output = Path(config.output_dir)
         self.loss_of = step
         parameters = [p for p in model.adapter.parameters() if p.requires_grad]
@@ -66,11 +68,11 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(
             runtime.device.type, init_scale=FP16_SCALE, enabled=runtime.precision == "fp16"
         )
-        self.validator = Validator(config, model, source, step)
-        self.outcomes = Outcomes(runtime.device)
+        self.validator = Validator(config, model, data, step)
+        self.pending = PendingMetrics(runtime.device)
         self.spikes = Spikes()
         self.saver = Saver(self.output, config.checkpoints_total_limit)
-        self.done = 0  # optimizer steps
+        self.global_step = 0  # optimizer steps
         self.validated = -1  # the step of the last validation
         self.saved = 0  # the last step at which a checkpoint was written or tried; before the first is nothing to save
         self.bad_steps = 0  # in a row
@@ -101,9 +103,9 @@ class Trainer:
         self.bad_steps = state.get("bad_steps", 0)
         if "spikes" in state:  # not in the first checkpoints
             self.spikes.restore(state["spikes"])
-        self.done = self.saved = saved.step
+        self.global_step = self.saved = saved.step
         self.validated = state["validated"]
-        optim.wind(self.schedule, self.done)
+        optim.wind(self.schedule, self.global_step)
         say(f"resuming from {folder.name}")
 
     def _state(self) -> dict[str, Any]:
@@ -129,14 +131,14 @@ class Trainer:
         Raises:
             NotFiniteProblem: on every process alike, whose weights are the same.
         """
-        if self.saved == self.done:
+        if self.saved == self.global_step:
             return
         self._demand_finite()
         track.flush()  # a checkpoint's metrics are written before it
         if self.runtime.is_main:
             self._tell_of(self.saver.settle)
             self.saver.start(self._snapshot())
-        self.saved = self.done  # on every process alike
+        self.saved = self.global_step  # on every process alike
 
     def _demand_finite(self) -> None:
         """A finite gradient can still lead to ruined weights, at a learning rate that is far too large.
@@ -150,7 +152,7 @@ class Trainer:
         if not (optim.all_within(optim.LARGEST_WEIGHT, weights) and optim.all_within(optim.LARGEST_MOMENT, state)):
             what = "weights or moments are not finite, or would not be in fp16, and are not saved"
             remedy = "resume from the last checkpoint, which is good, with a lower --learning_rate"
-            raise NotFiniteProblem(what, where=f"step {self.done}", remedy=remedy)
+            raise NotFiniteProblem(what, where=f"step {self.global_step}", remedy=remedy)
 
     def finish(self) -> None:
         """Waits until the last checkpoint is on the disk.
@@ -174,26 +176,28 @@ class Trainer:
             say(str(problem))
 
     def _snapshot(self) -> checkpoint.Snapshot:
-        base, seen = self.config.pretrained_model_name_or_path, self.done * self.plan.images_per_step
-        card = card_of(self.model, base=base, step=self.done, images_seen=seen, loaded_with=loaded_with(self.config))
+        base, seen = self.config.pretrained_model_name_or_path, self.global_step * self.plan.images_per_step
+        card = card_of(
+            self.model, base=base, step=self.global_step, images_seen=seen, loaded_with=loaded_with(self.config)
+        )
         state = self._state()  # before the average takes the live weights' place
         with self.published_weights() as weights:
-            return checkpoint.take(self.done, weights, card, state)
+            return checkpoint.take(self.global_step, weights, card, state)
 
     def _rescue(self, track: Track) -> None:
         """After an error of any kind, keeps what was trained; the others are not waited for, they may be gone."""
         if not self.runtime.is_main:
             return
         self._tell_of(self.saver.settle)
-        if self.saved != self.done:
-            for outcome in self.outcomes.read(keep=0):
-                self._note(outcome, track)
+        if self.saved != self.global_step:
+            for metrics in self.pending.read(keep=0):
+                self._note(metrics, track)
             try:
                 self._demand_finite()
                 track.flush()
                 self.saver.start(self._snapshot())
                 self.saver.finish()
-                say(f"saved checkpoint-{self.done} before stopping")
+                say(f"saved checkpoint-{self.global_step} before stopping")
             except (NotFiniteProblem, StorageProblem) as problem:
                 say(str(problem))
 
@@ -212,9 +216,9 @@ class Trainer:
             StorageProblem: the disk refused the last checkpoint.
         """
         start_trackers(self.runtime, self.config)
-        begun = self.done
-        track = Track(self.runtime, self.output, self.plan.total_steps, self.done)
-        batches = self.source.batches(self.done, stopping.poll)
+        begun = self.global_step
+        track = Track(self.runtime, self.output, self.plan.total_steps, self.global_step)
+        batches = self.data.batches(self.global_step, stopping.poll)
         with stopping.noted(), self.model.attached(), lean(self.model, self.config):
             try:
                 self._run(batches, track, stopping)
@@ -230,17 +234,17 @@ class Trainer:
 
     def _farewell(self, begun: int) -> str:
         """Return what a stop leaves behind of a run that began at a step, and how to go on."""
-        if self.done == begun:
+        if self.global_step == begun:
             return "stopped before a step was done: nothing was trained or saved yet; run the same command again"
-        saved = f"stopped at step {self.done}, saved checkpoint-{self.done}"
+        saved = f"stopped at step {self.global_step}, saved checkpoint-{self.global_step}"
         return f"{saved}; go on by the same command with --resume_from_checkpoint latest"
 
     def _run(self, batches: Iterator[Batch], track: Track, stopping: Stopping) -> None:
-        if self.done:
+        if self.global_step:
             self._between_steps(track, stopping, resumed=True)
-        while self.done < self.plan.total_steps and not self.stopping:
+        while self.global_step < self.plan.total_steps and not self.stopping:
             self._optimize(batches, track, stopping)
-            self._learn(track, keep=self.outcomes.late)
+            self._learn(track, keep=self.pending.late)
             self._between_steps(track, stopping)
         self._learn(track, keep=0)
         self.save(track)
@@ -249,9 +253,9 @@ class Trainer:
     def _between_steps(self, track: Track, stopping: Stopping, resumed: bool = False) -> None:
         """Validation, then the checkpoint that remembers it."""
         self._tell_of(self.saver.check)
-        last = self.done >= self.plan.total_steps
-        validates = self.validator.due(self.done, last) and self.validated != self.done
-        saves = not resumed and (last or self.done % self.config.save_steps == 0)
+        last = self.global_step >= self.plan.total_steps
+        validates = self.validator.due(self.global_step, last) and self.validated != self.global_step
+        saves = not resumed and (last or self.global_step % self.config.save_steps == 0)
         if validates or saves:
             self._learn(track, keep=0)
         if validates:
@@ -270,7 +274,7 @@ class Trainer:
             """Of this process."""
             if self.runtime.is_main:
                 with self.published_weights():
-                    self.validator(self.done, self.output, track, poll)
+                    self.validator(self.global_step, self.output, track, poll)
 
         begun_bytes = track.metrics_bytes()
         try:
@@ -278,7 +282,7 @@ class Trainer:
         except Stopped:
             track.take_back(begun_bytes)
             raise
-        self.validated = self.done
+        self.validated = self.global_step
 
     def _optimize(self, batches: Iterator[Batch], track: Track, stopping: Stopping) -> None:
         """One optimizer step over all its micro batches on all processes; none, if any of them broke it off to stop.
@@ -294,9 +298,9 @@ class Trainer:
         self.gradients.average(self.runtime.world)
         report, rate = self._apply(), self.schedule.get_last_lr()[0]
         self.schedule.step()
-        self.done += 1
+        self.global_step += 1
         track.stopwatch.trained(self.plan.images_per_step)
-        self.outcomes.add(self.done, rows, rate, report)
+        self.pending.add(self.global_step, rows, rate, report)
 
     def _accumulate(self, batches: Iterator[Batch], track: Track, stopping: Stopping) -> list[int] | None:
         """The rows of this process's micro batches, their gradients added up; None: asked to stop before the last."""
@@ -328,33 +332,33 @@ class Trainer:
 
     def _learn(self, track: Track, keep: int) -> None:
         """Reports and judges the steps whose numbers have come, all but the last `keep`."""
-        for outcome in self.outcomes.read(keep):
-            self._note(outcome, track)
-            if outcome.is_finite:
+        for metrics in self.pending.read(keep):
+            self._note(metrics, track)
+            if metrics.is_finite:
                 self.bad_steps = 0
-                self._note_spike(outcome)
+                self._note_spike(metrics)
             else:
-                self._note_skipped(outcome)
+                self._note_skipped(metrics)
 
-    def _note(self, outcome: Outcome, track: Track) -> None:
-        track.step(outcome.step, {"loss": outcome.loss, "lr": outcome.rate, "grad_norm": outcome.norm})
-        if outcome.step % self.config.logging_steps == 0:
+    def _note(self, metrics: StepMetrics, track: Track) -> None:
+        track.step(metrics.step, {"loss": metrics.loss, "lr": metrics.rate, "grad_norm": metrics.norm})
+        if metrics.step % self.config.logging_steps == 0:
             track.flush()
 
-    def _named(self, outcome: Outcome) -> str:
+    def _named(self, metrics: StepMetrics) -> str:
         """The rows of a step, on all processes."""
-        return "; ".join(self.source.where(row) for rows in self.runtime.gathered(outcome.rows) for row in rows)
+        return "; ".join(self.data.where(row) for rows in self.runtime.gathered(metrics.rows) for row in rows)
 
-    def _note_spike(self, outcome: Outcome) -> None:
-        if (times := self.spikes.excess(outcome.loss)) is not None:
-            named = self._named(outcome)
-            say(f"step {outcome.step}: loss {outcome.loss:.4g}, {times:.3g} times the usual; its rows: {named}")
+    def _note_spike(self, metrics: StepMetrics) -> None:
+        if (times := self.spikes.excess(metrics.loss)) is not None:
+            named = self._named(metrics)
+            say(f"step {metrics.step}: loss {metrics.loss:.4g}, {times:.3g} times the usual; its rows: {named}")
 
-    def _note_skipped(self, outcome: Outcome) -> None:
+    def _note_skipped(self, metrics: StepMetrics) -> None:
         self.bad_steps += 1
-        named = self._named(outcome)
-        say(f"step {outcome.step}: not finite, step skipped ({self.bad_steps} in a row); its rows: {named}")
+        named = self._named(metrics)
+        say(f"step {metrics.step}: not finite, step skipped ({self.bad_steps} in a row); its rows: {named}")
         if self.bad_steps >= MAX_BAD_STEPS:
             what = f"gradients were not finite for {MAX_BAD_STEPS} steps in a row"
             remedy = "lower --learning_rate, or train with --mixed_precision bf16; the last checkpoint is good"
-            raise NotFiniteProblem(what, where=f"step {outcome.step}", remedy=remedy)
+            raise NotFiniteProblem(what, where=f"step {metrics.step}", remedy=remedy)

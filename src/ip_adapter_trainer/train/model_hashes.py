@@ -20,15 +20,15 @@ SAMPLES = 16  # of each tensor
 _SAYS_NOTHING = ("_class_name", "_diffusers_version", "_name_or_path", "_use_default_values")
 
 
-def marks_of(model: Model) -> dict[str, str]:
+def hash_models(model: Model) -> dict[str, str]:
     """A hash of each frozen module's sampled weights and dtype, by its name, and of the scheduler's settings.
 
     Args:
         model: before any of its encoders is released.
     """
     parts = {**model.family.pipeline.components, "image_encoder": model.encoder.model}
-    marks = {name: _of_weights(part) for name, part in parts.items() if isinstance(part, nn.Module)}
-    return marks | {"scheduler": _of_settings(model.family.pipeline.scheduler.config)}
+    model_hashes = {name: _of_weights(part) for name, part in parts.items() if isinstance(part, nn.Module)}
+    return model_hashes | {"scheduler": _of_settings(model.family.pipeline.scheduler.config)}
 
 
 def compared(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[list[str], list[str]]:

@@ -19,7 +19,7 @@ POSTERIOR_IMAGES = 4
 _MUCH = 0.3  # the pocket base has 0.14
 
 
-def tell_of_posterior(model: Model, batches: Sequence[Batch], device: torch.device) -> None:
+def warn_of_posterior_noise(model: Model, batches: Sequence[Batch], device: torch.device) -> None:
     """Tell where the posterior's noise is a large part of what the latents of a few images are.
 
     Args:
@@ -30,7 +30,7 @@ def tell_of_posterior(model: Model, batches: Sequence[Batch], device: torch.devi
     if not batches:
         return
     with torch.no_grad():
-        share = noise_share([model.moments_of(batch.to(device).picture) for batch in batches])
+        share = noise_share([model.moments_of(batch.to(device).inputs) for batch in batches])
     if share > _MUCH:
         say(
             f"WARNING: {share:.0%} of the variance of the VAE's latents is its own noise: give --latents mean, which "

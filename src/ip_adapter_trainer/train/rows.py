@@ -70,7 +70,7 @@ def read_rows(config: TrainConfig, runtime: Runtime) -> RunRows:
 def of_validation(config: TrainConfig) -> TrainConfig:
     """Return the settings by which the other set is read: hashes are listed of training images."""
     where = {"data_json_file": config.validation_data, "data_root_path": config.validation_root_path}
-    return config.model_copy(update={**where, "picture_hashes_file": ""})
+    return config.model_copy(update={**where, "image_hashes_file": ""})
 
 
 def _with_validation(rows: RunRows, config: TrainConfig) -> RunRows:

@@ -14,7 +14,7 @@ from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.diffusion import NoiseProcess, ObjectiveConfig
 from ip_adapter_trainer.manifest.manifest import Manifest
 from ip_adapter_trainer.model import Model
-from ip_adapter_trainer.prepare.cut import tell_of_cut
+from ip_adapter_trainer.prepare.cut import warn_of_cut_captions
 from ip_adapter_trainer.prepare.frozen import load_frozen
 from ip_adapter_trainer.runtime.launch import Runtime, claim, start
 from ip_adapter_trainer.runtime.signals import StopSignal
@@ -24,14 +24,14 @@ from ip_adapter_trainer.storage.staging import was_claimed
 from ip_adapter_trainer.train import guard
 from ip_adapter_trainer.train.aside import set_aside
 from ip_adapter_trainer.train.config import TrainConfig
+from ip_adapter_trainer.train.data import TrainingData
 from ip_adapter_trainer.train.encoded import prepared_set
 from ip_adapter_trainer.train.loop import Trainer
 from ip_adapter_trainer.train.metrics import cut_metrics
-from ip_adapter_trainer.train.model_hashes import marks_of
-from ip_adapter_trainer.train.plan import make_plan, total_steps
-from ip_adapter_trainer.train.posterior import POSTERIOR_IMAGES, tell_of_posterior
+from ip_adapter_trainer.train.model_hashes import hash_models
+from ip_adapter_trainer.train.posterior import POSTERIOR_IMAGES, warn_of_posterior_noise
 from ip_adapter_trainer.train.rows import RunRows, read_rows
-from ip_adapter_trainer.train.source import Source
+from ip_adapter_trainer.train.run_plan import make_plan, total_steps
 from ip_adapter_trainer.train.starting import StartingPoint, starting_point
 from ip_adapter_trainer.train.step import Step
 from ip_adapter_trainer.train.trackers import trackers_named
@@ -39,7 +39,7 @@ from ip_adapter_trainer.train.trackers import trackers_named
 WriteResolved = Callable[[TrainConfig, Path], Path]
 
 
-def build_model(config: TrainConfig, runtime: Runtime) -> Model:
+def make_model(config: TrainConfig, runtime: Runtime) -> Model:
     """Loads the frozen models and makes the adapter, its first weights drawn from the run's seed; all on the host."""
     _demand_compilable(config, runtime)
     family, encoder = load_frozen(config, runtime, storage=config.quantize)
@@ -124,35 +124,35 @@ def _make_trainer(
     config: TrainConfig, runtime: Runtime, stopping: Stopping, rows: RunRows, point: StartingPoint
 ) -> Trainer:
     with runtime.agreed():
-        model = build_model(config, runtime)
+        model = make_model(config, runtime)
         if config.pretrained_ip_adapter_path:
             _start_from(config.pretrained_ip_adapter_path, model, point)
     if runtime.is_main:
-        tell_of_cut(rows.manifest, model.family.tokenizers)
-    marks = marks_of(model)
+        warn_of_cut_captions(rows.manifest, model.family.tokenizers)
+    model_hashes = hash_models(model)
     model.place_encoders(runtime.device)
     prepared = prepared_set(config, runtime, model, rows, stopping)
-    source = Source(config, runtime, rows, model.encoder.preprocess, prepared)
+    data = TrainingData(config, runtime, rows, model.encoder.preprocess, prepared)
     pipeline = model.family.pipeline
     process = NoiseProcess(pipeline.scheduler, config.part(ObjectiveConfig))
-    plan = make_plan(model, config, source.rows, source.images_per_step, point.state)
+    plan = make_plan(model, config, data.rows, data.images_per_step, point.state)
     say("\n".join(plan.lines()))
     rows.tell(config)
-    source.tell(plan.total_steps)
+    data.tell(plan.total_steps)
     with runtime.agreed():
-        source.demand_validation()
+        data.demand_validation()
     if prepared:
-        source.encode_unseen(model)
+        data.encode_unseen(model)
         model.release_encoders(texts=config.prepare_text)
     model.place(runtime.device)  # last: encoders that are let go of need no room beside it
     where = f"{runtime.world} x {runtime.device.type}"
     say(f"on {where}, frozen weights {_precision(config, runtime)}, predicting {process.prediction}")
     if config.latents == "sample" and runtime.is_main and not config.dry_run:
-        tell_of_posterior(model, source.seen.batches(POSTERIOR_IMAGES), runtime.device)
+        warn_of_posterior_noise(model, data.seen.batches(POSTERIOR_IMAGES), runtime.device)
     if config.low_memory:
         chosen = {name: getattr(config, name) for name in model.family.small_cards[config.low_memory]}
         say(f"low_memory {config.low_memory}: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
-    return Trainer(config, runtime, model, source, Step(model, process, config.seed, runtime.device), plan, marks)
+    return Trainer(config, runtime, model, data, Step(model, process, config.seed, runtime.device), plan, model_hashes)
 
 
 def _precision(config: TrainConfig, runtime: Runtime) -> str:
@@ -196,7 +196,7 @@ def _demand_same_run(config: TrainConfig, runtime: Runtime, manifest: Manifest, 
         Problem: settings, rows or images per step differ.
     """
     images = config.images_per_step(runtime.world)
-    identity = guard.Identity(manifest.fingerprint, manifest.where, {}, images, runtime.world)
+    identity = guard.RunIdentity(manifest.fingerprint, manifest.where, {}, images, runtime.world)
     assert point.state is not None, "it is resumed"
     guard.check(point.state, config, identity, tell=lambda line: None)
 
@@ -224,7 +224,7 @@ def _take_up(trainer: Trainer, point: StartingPoint, write_resolved: WriteResolv
             trainer.restore(point.folder)
     with runtime.agreed():
         if runtime.is_main:
-            if trainer.done < trainer.plan.total_steps:
-                set_aside(output, point.folder, trainer.done)
+            if trainer.global_step < trainer.plan.total_steps:
+                set_aside(output, point.folder, trainer.global_step)
                 write_resolved(trainer.config, output)
-            cut_metrics(output, trainer.done if point.is_own else -1, trainer.validated)
+            cut_metrics(output, trainer.global_step if point.is_own else -1, trainer.validated)

@@ -40,9 +40,9 @@ class Step:
     def encode(self, batch: Batch) -> tuple[Tensor, TextCondition, Tensor]:
         """What the frozen encoders say of a batch: latents [B, C, h, w] in fp32, text condition, image features."""
         model, batch = self.model, batch.to(self.device)
-        moments = model.moments_of(batch.picture)  # [B, 2C, h, w]
+        moments = model.moments_of(batch.inputs)  # [B, 2C, h, w]
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         normal = [stream(self.seed, "posterior", i).standard_normal(shape, np.float32) for i in batch.index.tolist()]
         latents = model.family.sample_latents(moments, self.process.posterior(torch.from_numpy(np.stack(normal))))
         text = model.text_of(batch)
-        return latents, text, model.features_of(batch.picture, batch.drop_image)
+        return latents, text, model.features_of(batch.inputs, batch.drop_image)

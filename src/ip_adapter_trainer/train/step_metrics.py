@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepMetrics:
     """One optimizer step, as all processes know it alike; `rows` are this process's."""
 
     step: int
@@ -32,7 +32,7 @@ class _Sent:
     arrived: Any  # a CUDA event, or None
 
 
-class Outcomes:
+class PendingMetrics:
     """Steps whose numbers are on their way to the host.
 
     Attributes:
@@ -55,11 +55,11 @@ class Outcomes:
         arrived.record()
         self._sent.append(_Sent(step, rows, rate, host, arrived))
 
-    def read(self, keep: int) -> Iterator[Outcome]:
+    def read(self, keep: int) -> Iterator[StepMetrics]:
         """The oldest steps, all but `keep` of them; waits until their numbers have come."""
         while len(self._sent) > keep:
             sent = self._sent.popleft()
             if sent.arrived is not None:
                 sent.arrived.synchronize()
             loss, norm, bad = sent.values.tolist()
-            yield Outcome(sent.step, sent.rows, sent.rate, loss, norm, bad == 0)
+            yield StepMetrics(sent.step, sent.rows, sent.rate, loss, norm, bad == 0)

@@ -86,11 +86,11 @@ class Track:
             self._append([{"step": step, **values}])
             self._report(step, dict(values))
 
-    def picture(self, step: int, name: str, picture: Any) -> None:
+    def image(self, step: int, name: str, image: Any) -> None:
         """Hands a picture to trackers that take pictures."""
         import numpy as np
 
-        pixels = np.asarray(picture)[None]
+        pixels = np.asarray(image)[None]
 
         def report(tracker: Any) -> None:
             """To one that takes pictures."""

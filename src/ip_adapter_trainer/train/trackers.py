@@ -10,7 +10,7 @@ from typing import Any
 from ip_adapter_trainer.core.errors import Problem, did_you_mean
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.runtime.launch import Runtime
-from ip_adapter_trainer.storage.disk import reason_of, told_as_storage
+from ip_adapter_trainer.storage.disk import as_storage_problem, reason_of
 from ip_adapter_trainer.train.config import TrainConfig
 
 _WAITING = 1000  # reports at most; a tracker that is so far behind hangs
@@ -48,7 +48,7 @@ def start_trackers(runtime: Runtime, config: TrainConfig) -> None:
     settings = {k: v if isinstance(v, simple) else str(v) for k, v in config.model_dump(mode="json").items()}
     with runtime.agreed():
         try:
-            with told_as_storage():
+            with as_storage_problem():
                 runtime.accelerator.init_trackers(config.tracker_project_name, config=settings)
         except Problem:
             raise

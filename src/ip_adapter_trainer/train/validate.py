@@ -16,8 +16,8 @@ from ip_adapter_trainer.runtime.stopping import Poll
 from ip_adapter_trainer.storage.disk import reason_of
 from ip_adapter_trainer.storage.staging import staged_file
 from ip_adapter_trainer.train.config import TrainConfig
+from ip_adapter_trainer.train.data import TrainingData
 from ip_adapter_trainer.train.fixed import FixedRows
-from ip_adapter_trainer.train.source import Source
 from ip_adapter_trainer.train.step import Step
 from ip_adapter_trainer.train.track import Track
 
@@ -25,37 +25,38 @@ from ip_adapter_trainer.train.track import Track
 class Validator:
     """Answers at intervals whether the adapter is learning to use the picture."""
 
-    def __init__(self, config: TrainConfig, model: Model, source: Source, step: Step) -> None:
-        self.config, self.model, self.source, self.step = config, model, source, step
+    def __init__(self, config: TrainConfig, model: Model, data: TrainingData, step: Step) -> None:
+        self.config, self.model, self.data, self.step = config, model, data, step
 
-    def due(self, done: int, last: bool) -> bool:
-        """Whether a validation belongs after `done` steps."""
+    def due(self, global_step: int, last: bool) -> bool:
+        """Whether a validation belongs after `global_step` steps."""
         every = self.config.validation_steps
-        return last or (every is not None and done > 0 and done % every == 0)
+        return last or (every is not None and global_step > 0 and global_step % every == 0)
 
-    def __call__(self, done: int, output: Path, track: Track, poll: Poll) -> None:
+    def __call__(self, global_step: int, output: Path, track: Track, poll: Poll) -> None:
         """Measures, draws, writes and reports; raises what `poll` raises."""
         if self.config.num_validation_images:
-            self._measure(done, track, poll)
+            self._measure(global_step, track, poll)
         if self.config.grid_rows:
-            self._draw(done, output, track, poll)
+            self._draw(global_step, output, track, poll)
 
-    def _measure(self, done: int, track: Track, poll: Poll) -> None:
+    def _measure(self, global_step: int, track: Track, poll: Poll) -> None:
         """Beside each other: rows that nothing was trained on, and rows that were."""
-        unseen = self._report(self.source.unseen, poll) if self.source.unseen else None
-        seen = self._report(self.source.seen, poll)
+        unseen = self._report(self.data.unseen, poll) if self.data.unseen else None
+        seen = self._report(self.data.seen, poll)
         metrics: dict[str, float] = {}
         for report, prefix, rows in ((unseen, "validation", self._kind), (seen, "training_rows", "rows trained on")):
             if report:
                 metrics |= report.as_metrics(prefix)
-                say(f"step {done}: {report.summary(rows)}")
-        if self.source.unseen and not unseen:
-            say(f"step {done}: none of the {self._kind} can be read")
+                say(f"step {global_step}: {report.summary(rows)}")
+        if self.data.unseen and not unseen:
+            say(f"step {global_step}: none of the {self._kind} can be read")
         if unseen and seen and seen.overfits(unseen):
             remedy = "add images, stop earlier, or lower --learning_rate"
-            say(f"step {done}: over-fitting: the image helps rows trained on far more than {self._kind}; {remedy}")
+            what = f"over-fitting: the image helps rows trained on far more than {self._kind}"
+            say(f"step {global_step}: {what}; {remedy}")
         if metrics:
-            track.event(done, metrics)
+            track.event(global_step, metrics)
 
     @property
     def _kind(self) -> str:
@@ -68,26 +69,26 @@ class Validator:
             return None
         return validation_losses(self.model, self.step.process, batches, self.config.validation_seed, poll)
 
-    def _draw(self, done: int, output: Path, track: Track, poll: Poll) -> None:
+    def _draw(self, global_step: int, output: Path, track: Track, poll: Poll) -> None:
         """The grid shows the pictures themselves; a prepared set may have come without them."""
-        config, rows = self.config, self.source.unseen or self.source.seen
+        config, rows = self.config, self.data.unseen or self.data.seen
         batches = rows.batches(config.grid_rows, pixels=True)
         encoded = rows.batches(config.grid_rows) if rows.is_encoded else []
         if not batches or (encoded and _numbers(batches) != _numbers(encoded)):
-            say(f"step {done}: no grid, its images cannot be read, or are not those that were prepared")
+            say(f"step {global_step}: no grid, its images cannot be read, or are not those that were prepared")
             return
         features = torch.cat([_features(batch.to(self.step.device)) for batch in encoded]) if encoded else None
         grid = validation_grid(self.model, [batch.to(self.step.device) for batch in batches], config, poll, features)
-        file = output / "grids" / f"step-{done:07d}.png"
-        track.picture(done, "validation/grid", grid)
+        file = output / "grids" / f"step-{global_step:07d}.png"
+        track.image(global_step, "validation/grid", grid)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with staged_file(file) as stage:
                 grid.save(stage)
         except OSError as error:
-            say(f"step {done}: the grid was not saved: {reason_of(error)}")
+            say(f"step {global_step}: the grid was not saved: {reason_of(error)}")
         else:
-            say(f"step {done}: grid {file}")
+            say(f"step {global_step}: grid {file}")
 
 
 def _numbers(batches: list[Batch]) -> list[int]:
@@ -95,5 +96,5 @@ def _numbers(batches: list[Batch]) -> list[int]:
 
 
 def _features(batch: Batch) -> Tensor:
-    assert isinstance(batch.picture, Encoded)
-    return batch.picture.features
+    assert isinstance(batch.inputs, Encoded)
+    return batch.inputs.features

@@ -13,11 +13,11 @@ from torch import Tensor
 from ip_adapter_trainer.cache.config import CutConfig
 from ip_adapter_trainer.cache.prepared import Asked, PreparedSet
 from ip_adapter_trainer.core.rng import stream
-from ip_adapter_trainer.core.values import Geometry, Picture, Pixels, Row, map_tensors
+from ip_adapter_trainer.core.values import Geometry, Inputs, Pixels, Row, map_tensors
 from ip_adapter_trainer.feed.bucketing import Size
 from ip_adapter_trainer.images import crop
-from ip_adapter_trainer.images.decode import PictureFault
-from ip_adapter_trainer.manifest.images import Pictures
+from ip_adapter_trainer.images.decode import ImageFault
+from ip_adapter_trainer.manifest.images import ImageFiles
 
 Preprocess: TypeAlias = Callable[[Image.Image], Tensor]  # RGB picture to [3, S, S], as the image encoder wants it
 
@@ -37,21 +37,21 @@ class Slot:
         return "" if self.drop_text else row.caption(self.seed, self.index)
 
 
-class Reading(Protocol):
+class SlotReader(Protocol):
     """Fills the slots of one batch, all of one size."""
 
-    def read(self, rows: Sequence[Row], slots: Sequence[int]) -> list[Geometry | PictureFault]:
+    def read(self, rows: Sequence[Row], slots: Sequence[int]) -> list[Geometry | ImageFault]:
         """Reads each row into its slot; how its target was cut, or why there is nothing in the slot."""
 
-    def picture(self) -> Picture:
+    def inputs(self) -> Inputs:
         """The batch, [B, ...], once every slot is filled."""
 
 
 class Cutter:
     """Reads and cuts pictures. All chance is drawn from (seed, purpose, index)."""
 
-    def __init__(self, pictures: Pictures, config: CutConfig, preprocess: Preprocess, seed: int) -> None:
-        self._pictures, self._config, self._preprocess, self._seed = pictures, config, preprocess, seed
+    def __init__(self, pictures: ImageFiles, config: CutConfig, preprocess: Preprocess, seed: int) -> None:
+        self._images, self._config, self._preprocess, self._seed = pictures, config, preprocess, seed
 
     def cut(self, row: Row, index: int, target_px: Size, mirrored: bool) -> tuple[Pixels, Geometry]:
         """Target and image prompt of one row.
@@ -59,10 +59,10 @@ class Cutter:
         Raises:
             PictureFault: one of them cannot be read.
         """
-        picture = self._pictures.read(row.image_file).image
-        target = crop.mirror(picture) if mirrored else picture
+        image = self._images.read(row.image_file).image
+        target = crop.mirror(image) if mirrored else image
         own = row.prompt_image_file
-        prompt = target if own is None else self._pictures.read(own).image
+        prompt = target if own is None else self._images.read(own).image
         cut, geometry = crop.fit(target, target_px, self._place(index))
         return Pixels(crop.to_tensor(cut), self._preprocess(self._augmented(prompt, index))), geometry
 
@@ -74,7 +74,7 @@ class Cutter:
             prompt = crop.random_part(prompt, config.prompt_crop_min_share, draws)
         if config.prompt_flip and stream(self._seed, "prompt_flip", index).random() < 0.5:
             prompt = crop.mirror(prompt)
-        return framed(prompt, config, self._pictures)
+        return framed(prompt, config, self._images)
 
     def _place(self, index: int) -> tuple[float, float] | None:
         if self._config.center_crop:
@@ -83,49 +83,49 @@ class Cutter:
         return chance.random(), chance.random()
 
 
-def framed(prompt: Image.Image, config: CutConfig, pictures: Pictures) -> Image.Image:
+def framed(prompt: Image.Image, config: CutConfig, pictures: ImageFiles) -> Image.Image:
     """An image prompt as it goes to the encoder's preprocessing: padded to a square where the settings say so."""
-    return crop.pad_to_square(prompt, pictures.ground) if config.prompt_pad_square else prompt
+    return crop.pad_to_square(prompt, pictures.background) if config.prompt_pad_square else prompt
 
 
-class CutReading:
+class ImageSlotReader:
     """A batch of pictures read from their files."""
 
     def __init__(self, cutter: Cutter, batch: Sequence[Slot], target_px: Size) -> None:
         self._cutter, self._batch, self._target_px = cutter, batch, target_px
         self._pixels: dict[int, Pixels] = {}
 
-    def read(self, rows: Sequence[Row], slots: Sequence[int]) -> list[Geometry | PictureFault]:
-        """See `Reading.read`."""
+    def read(self, rows: Sequence[Row], slots: Sequence[int]) -> list[Geometry | ImageFault]:
+        """See `SlotReader.read`."""
         return [self._read(row, slot) for row, slot in zip(rows, slots, strict=True)]
 
-    def _read(self, row: Row, slot: int) -> Geometry | PictureFault:
+    def _read(self, row: Row, slot: int) -> Geometry | ImageFault:
         settled = self._batch[slot]
         try:
             self._pixels[slot], geometry = self._cutter.cut(row, settled.index, self._target_px, settled.mirrored)
-        except PictureFault as fault:
+        except ImageFault as fault:
             return fault
         return geometry
 
-    def picture(self) -> Picture:
-        """See `Reading.picture`."""
+    def inputs(self) -> Inputs:
+        """See `SlotReader.inputs`."""
         parts = [self._pixels[slot] for slot in range(len(self._batch))]
         return map_tensors(lambda *tensors: torch.stack(tensors), *parts)
 
 
-class PreparedReading:
+class CacheSlotReader:
     """A batch of what the encoders said of the pictures."""
 
     def __init__(self, prepared: PreparedSet, batch: Sequence[Slot], target_px: Size) -> None:
         self._prepared, self._batch, self._target_px = prepared, batch, target_px
         self._encoded = prepared.room(len(batch), target_px)
 
-    def read(self, rows: Sequence[Row], slots: Sequence[int]) -> list[Geometry | PictureFault]:
-        """See `Reading.read`."""
+    def read(self, rows: Sequence[Row], slots: Sequence[int]) -> list[Geometry | ImageFault]:
+        """See `SlotReader.read`."""
         settled = [self._batch[slot] for slot in slots]
         asked = [Asked(row, slot.mirrored, slot.text_of(row)) for row, slot in zip(rows, settled, strict=True)]
         return self._prepared.read(asked, self._target_px, self._encoded, slots)
 
-    def picture(self) -> Picture:
-        """See `Reading.picture`."""
+    def inputs(self) -> Inputs:
+        """See `SlotReader.inputs`."""
         return self._encoded

@@ -13,10 +13,10 @@ from ip_adapter_trainer.cache.prepared import PreparedSet
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.values import Batch
-from ip_adapter_trainer.feed.bucketing import Layout, lay_out
+from ip_adapter_trainer.feed.bucketing import Bucketing, assign_buckets
 from ip_adapter_trainer.feed.dataset import TrainingSet
 from ip_adapter_trainer.feed.loader import Loader
-from ip_adapter_trainer.feed.sampler import Order
+from ip_adapter_trainer.feed.sampler import Sampler
 from ip_adapter_trainer.manifest.faults import FaultLog
 from ip_adapter_trainer.runtime.launch import Runtime
 from ip_adapter_trainer.runtime.stopping import Poll
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _NAMED = 5  # buckets in a message
 
 
-class Source:
+class TrainingData:
     """The rows of a run, read, cut and put in order.
 
     Attributes:
@@ -54,26 +54,30 @@ class Source:
     ) -> None:
         self._config, self._runtime, self._manifest, self._prepared = config, runtime, rows.manifest, prepared
         sizes_px = prepared.sizes_px(rows.manifest.rows) if prepared and config.aspect_ratio_buckets else None
-        layout = lay_out(rows.manifest, config, sizes_px)
-        trained = layout.only(~rows.held_out)
+        bucketing = assign_buckets(rows.manifest, config, sizes_px)
+        trained = bucketing.only(~rows.held_out)
         self._samples = TrainingSet(
             rows.manifest, config, trained, seed=config.seed, preprocess=preprocess, prepared=prepared
         )
-        self._early_faults = (*rows.manifest.faults, *layout.faults)
+        self._early_faults = (*rows.manifest.faults, *bucketing.faults)
         self.rows, self.fingerprint = rows.trained, rows.manifest.fingerprint
         self.images_per_step = config.images_per_step(runtime.world)
-        self.order = Order(trained.bucket_of_row, seed=config.seed, batch_images=self.images_per_step)
+        self.sampler = Sampler(trained.bucket_of_row, seed=config.seed, batch_images=self.images_per_step)
         self.seen = FixedRows(
-            rows.manifest, np.flatnonzero(~rows.held_out).tolist(), config, layout, preprocess, prepared
+            rows.manifest, np.flatnonzero(~rows.held_out).tolist(), config, bucketing, preprocess, prepared
         )
-        self.unseen = self._unseen(rows, layout, preprocess)
+        self.unseen = self._unseen(rows, bucketing, preprocess)
 
-    def _unseen(self, rows: RunRows, layout: Layout, preprocess: Callable[[Image], Tensor]) -> FixedRows | None:
+    def _unseen(self, rows: RunRows, bucketing: Bucketing, preprocess: Callable[[Image], Tensor]) -> FixedRows | None:
         if rows.validation:
             config = of_validation(self._config)
-            return FixedRows(rows.validation, rows.looked_at, config, lay_out(rows.validation, config), preprocess)
+            return FixedRows(
+                rows.validation, rows.looked_at, config, assign_buckets(rows.validation, config), preprocess
+            )
         numbers = np.flatnonzero(rows.held_out).tolist()
-        return FixedRows(rows.manifest, numbers, self._config, layout, preprocess, self._prepared) if numbers else None
+        return (
+            FixedRows(rows.manifest, numbers, self._config, bucketing, preprocess, self._prepared) if numbers else None
+        )
 
     def batches(self, first_step: int, poll: Poll) -> Iterator[Batch]:
         """This process's micro batches from a step on, without end; `poll` is called while one is waited for.
@@ -84,7 +88,7 @@ class Source:
         log = FaultLog(Path(self._config.output_dir), self._manifest.entries, self._config.max_fault_rate)
         log.add(self._early_faults, writes=self._runtime.is_main)
         rank, world, pin = self._runtime.rank, self._runtime.world, self._runtime.device.type == "cuda"
-        return Loader(self._samples, self.order, log, rank=rank, world=world, pin=pin).from_step(first_step, poll)
+        return Loader(self._samples, self.sampler, log, rank=rank, world=world, pin=pin).from_step(first_step, poll)
 
     def demand_validation(self) -> None:
         """Demand that some row of another validation set can be read, before anything is trained.
@@ -106,12 +110,14 @@ class Source:
 
     def tell(self, steps: int) -> None:
         """Say which images are not trained on once in every epoch of a run of so many steps."""
-        slow = self.order.slow_buckets()
+        slow = self.sampler.slow_buckets()
         if not self._config.aspect_ratio_buckets or not slow:
             return
-        sizes = [(images, "{1}x{0}".format(*self._samples.layout.buckets.sizes_px[bucket])) for bucket, images in slow]
+        sizes = [
+            (images, "{1}x{0}".format(*self._samples.bucketing.buckets.sizes_px[bucket])) for bucket, images in slow
+        ]
         named = ", ".join(f"{images} of {size}" for images, size in sizes[:_NAMED]) + ", ..." * (len(sizes) > _NAMED)
-        images, never = sum(images for _, images in slow), self.order.never_seen(steps)
+        images, never = sum(images for _, images in slow), self.sampler.never_seen(steps)
         what = f"{images:,} of {self.rows:,} images are not trained on in every epoch"
         why = f"their buckets hold fewer than the {self.images_per_step} images of a step, and wait for several epochs"
         end = f"; {never:,} images are in no step of this run" if never else ""

@@ -22,7 +22,7 @@ def parameters(*modules: nn.Module) -> int:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """The derived numbers of a run."""
 
     trained: dict[str, int]  # parameters by part
@@ -87,7 +87,7 @@ def _warmup_steps(config: OptimConfig, steps: int, rows: int, resumed: Mapping[s
 
 def make_plan(
     model: Model, config: OptimConfig, rows: int, images_per_step: int, resumed: Mapping[str, Any] | None = None
-) -> Plan:
+) -> RunPlan:
     """Derives a run's numbers from its model, its settings and, if it was resumed, the checkpoint's state."""
     pairs = [model.adapter.adapter_modules[str(site.number)] for site in model.adapted]
     trained = {
@@ -102,4 +102,4 @@ def make_plan(
     steps = total_steps(config, rows, images_per_step)
     warmup = _warmup_steps(config, steps, rows, resumed)
     checkpoint_bytes = int(copies * weights_bytes + moments_bytes)
-    return Plan(trained, frozen, rows, images_per_step, steps, warmup, weights_bytes, checkpoint_bytes)
+    return RunPlan(trained, frozen, rows, images_per_step, steps, warmup, weights_bytes, checkpoint_bytes)

@@ -12,7 +12,7 @@ import torch
 
 from faults.corpus import documents, mutate, tensors
 from faults.corpus.mutate import Mutation
-from ip_adapter_trainer.adapters import AdapterCard, read_adapter, write_adapter
+from ip_adapter_trainer.adapter_files import AdapterCard, read_adapter, write_adapter
 from ip_adapter_trainer.cache.index import PICTURES, ImageIndex, Record, name_key
 from ip_adapter_trainer.cache.shards import Table, TableWriter
 from ip_adapter_trainer.config import check_keys, compose

@@ -13,7 +13,7 @@ from typing import Any
 from faults.corpus import documents
 from faults.lab import Finding, Lab
 from faults.strangers import Hosts
-from ip_adapter_trainer.adapters._pickled import demand_table
+from ip_adapter_trainer.adapter_files.pickled import demand_table
 
 TOKEN, PASSWORD, OTHER = "hf_" + "fauLtLab7" * 4, "open-sesame-42", "a-key-of-no-known-form"
 MARKUP = "<script>alert(1)</script>"

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ip_adapter_trainer.adapters import AdapterCard, AdapterFile, read_adapter, weights_sha256, write_adapter
+from ip_adapter_trainer.adapter_files import AdapterCard, AdapterFile, read_adapter, weights_sha256, write_adapter
 from ip_adapter_trainer.card import card_of
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.loading.adapter import load_model, read_adapter_into

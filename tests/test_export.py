@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
 from ip_adapter_trainer import export as exporting
-from ip_adapter_trainer.adapters import read_adapter, write_adapter
+from ip_adapter_trainer.adapter_files import read_adapter, write_adapter
 from ip_adapter_trainer.card import card_of
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.export import TOLERANCE, ExportConfig, Exported, export

@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ip_adapter_trainer.adapters import (
-    VARIANTS,
+from ip_adapter_trainer.adapter_files import (
     AdapterCard,
     AdapterFile,
     fitting_config,
@@ -22,9 +21,10 @@ from ip_adapter_trainer.adapters import (
     refusals,
     write_adapter,
 )
-from ip_adapter_trainer.adapters._file import foreign_of
-from ip_adapter_trainer.adapters._guess import _SD_WIDTHS, _SDXL_WIDTHS, base_guess, encoder_guess
-from ip_adapter_trainer.adapters._raw import RawFile
+from ip_adapter_trainer.adapter_files.file import foreign_of
+from ip_adapter_trainer.adapter_files.guess import _SD_WIDTHS, _SDXL_WIDTHS, base_guess, encoder_guess
+from ip_adapter_trainer.adapter_files.raw import RawFile
+from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.card import card_of
 from ip_adapter_trainer.config import parse
 from ip_adapter_trainer.core.errors import Problem

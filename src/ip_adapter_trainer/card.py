@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from ip_adapter_trainer.adapters import VARIANTS, AdapterCard
+from ip_adapter_trainer.adapter_files import AdapterCard
+from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.model import Model
 
 

@@ -11,16 +11,8 @@ import tyro
 from pydantic import Field
 from torch import Tensor
 
-from ip_adapter_trainer.adapters import (
-    READERS,
-    VARIANTS,
-    AdapterFile,
-    Reader,
-    check_suffix,
-    read_adapter,
-    refusals,
-    write_adapter,
-)
+from ip_adapter_trainer.adapter_files import READERS, AdapterFile, check_suffix, read_adapter, refusals, write_adapter
+from ip_adapter_trainer.adapters import VARIANTS, Reader
 from ip_adapter_trainer.card import card_of, package_version
 from ip_adapter_trainer.core.errors import Problem, StorageProblem, first_line
 from ip_adapter_trainer.core.log import silent_diffusers
@@ -34,7 +26,7 @@ from ip_adapter_trainer.storage.disk import demand_folder
 from ip_adapter_trainer.storage.staging import staged_file, sweep_stages
 
 if TYPE_CHECKING:
-    from ip_adapter_trainer.adapters import AdapterCard
+    from ip_adapter_trainer.adapter_files import AdapterCard
     from ip_adapter_trainer.model import Model
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

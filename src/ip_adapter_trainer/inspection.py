@@ -14,21 +14,20 @@ import tyro
 from pydantic import Field
 from torch import Tensor
 
-from ip_adapter_trainer.adapters import (
+from ip_adapter_trainer.adapter_files import (
     READERS,
-    VARIANTS,
     AdapterFile,
-    Reader,
     find_weights,
     fitting_config,
     flags_to_fit,
     read_adapter,
     refusals,
 )
-from ip_adapter_trainer.adapters._file import foreign_of, published_shapes
-from ip_adapter_trainer.adapters._guess import Foreign, base_guess, encoder_guess, tokens_guess
-from ip_adapter_trainer.adapters._raw import RawFile, read_raw
-from ip_adapter_trainer.adapters._readers import foreign_refusals
+from ip_adapter_trainer.adapter_files.file import foreign_of, published_shapes
+from ip_adapter_trainer.adapter_files.guess import Foreign, base_guess, encoder_guess, tokens_guess
+from ip_adapter_trainer.adapter_files.raw import RawFile, read_raw
+from ip_adapter_trainer.adapter_files.readers import foreign_refusals
+from ip_adapter_trainer.adapters import VARIANTS, Reader
 from ip_adapter_trainer.adapters._variant import SDXL_CONTEXT
 from ip_adapter_trainer.adapters.plus import KOLORS
 from ip_adapter_trainer.core.errors import Problem

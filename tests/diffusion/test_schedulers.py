@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from ip_adapter_trainer.adapters import write_adapter
+from ip_adapter_trainer.adapter_files import write_adapter
 from ip_adapter_trainer.card import card_of
 from ip_adapter_trainer.cli import RUN, guarded
 from ip_adapter_trainer.core.errors import Problem

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ip_adapter_trainer.adapters import weights_sha256
+from ip_adapter_trainer.adapter_files import weights_sha256
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.evaluate import start
 from ip_adapter_trainer.evaluate.config import GenerateConfig

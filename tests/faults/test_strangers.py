@@ -23,8 +23,8 @@ from faults.fuzz import Fuzz, seeded
 from faults.lab import Lab
 from faults.peak import peak_mb
 from faults.readers import Target
-from ip_adapter_trainer.adapters import read_adapter
-from ip_adapter_trainer.adapters._raw import read_raw
+from ip_adapter_trainer.adapter_files import read_adapter
+from ip_adapter_trainer.adapter_files.raw import read_raw
 from ip_adapter_trainer.cli import RUN, guarded
 from ip_adapter_trainer.config import parse_train
 from ip_adapter_trainer.core.errors import Problem

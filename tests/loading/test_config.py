@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ip_adapter_trainer.adapters import read_adapter, write_adapter
+from ip_adapter_trainer.adapter_files import read_adapter, write_adapter
 from ip_adapter_trainer.card import card_of
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.diffusion.schedulers import NoiseConfig

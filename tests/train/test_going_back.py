@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from faults.corpus.documents import sign
-from ip_adapter_trainer.adapters import read_adapter
-from ip_adapter_trainer.adapters._file import find_weights
+from ip_adapter_trainer.adapter_files import read_adapter
+from ip_adapter_trainer.adapter_files.file import find_weights
 from ip_adapter_trainer.config import parse_train, write_resolved
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.core.values import Batch

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ip_adapter_trainer.adapters import read_adapter
+from ip_adapter_trainer.adapter_files import read_adapter
 from ip_adapter_trainer.export import ExportConfig, export
 from tests import tiny
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pydantic import Field
-from torch import Tensor, nn
 
 from ip_adapter_trainer.adapters._variant import VARIANTS, Reader, Shapes, Variant
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.settings import Part, Resume
+
+if TYPE_CHECKING:
+    from torch import nn
 
 TOKENS = 4  # fixed by diffusers and ComfyUI, which read it off no tensor
 
@@ -20,21 +24,6 @@ class BaseConfig(Part):
     num_tokens: int = Field(TOKENS, gt=0, description="Image tokens; diffusers and ComfyUI load exactly 4.")
 
 
-class ImageProjection(nn.Module):
-    """Linear(E, N * D), reshaped to N tokens and normalised; keys `proj.*` and `norm.*` (paper, section 3.2.1)."""
-
-    def __init__(self, feature_dim: int, context_dim: int, num_tokens: int) -> None:
-        super().__init__()
-        self.num_tokens = num_tokens
-        self.proj = nn.Linear(feature_dim, num_tokens * context_dim)
-        self.norm = nn.LayerNorm(context_dim)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """[B, E] to [B, N, D]."""
-        tokens: Tensor = self.norm(self.proj(features).unflatten(-1, (self.num_tokens, -1)))
-        return tokens
-
-
 @VARIANTS.register("base")
 class Base(Variant):
     """Pooled CLIP embedding to four tokens."""
@@ -45,6 +34,8 @@ class Base(Variant):
     @classmethod
     def projector(cls, config: Part, *, context_dim: int, feature_dim: int, feature_length: int) -> nn.Module:
         """See `Variant.projector`."""
+        from ip_adapter_trainer.nn.projections import ImageProjection
+
         assert isinstance(config, BaseConfig)
         if config.num_tokens != TOKENS:
             raise Problem(

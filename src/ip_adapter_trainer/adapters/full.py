@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pydantic import Field
-from torch import Tensor, nn
 
 from ip_adapter_trainer.adapters._variant import SDXL_CONTEXT, VARIANTS, Reader, Shapes, Variant
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.settings import Part, Resume
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class FullConfig(Part):
@@ -16,24 +20,6 @@ class FullConfig(Part):
     resume = Resume(of_state="num_tokens")
 
     num_tokens: int | None = Field(None, gt=0, description="Image tokens; given by the encoder: CLS and every patch.")
-
-
-class FullProjection(nn.Module):
-    """Linear, GELU, Linear, LayerNorm on each feature vector; keys `proj.0`, `proj.2`, `proj.3`."""
-
-    def __init__(self, feature_dim: int, context_dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Sequential(
-            nn.Linear(feature_dim, feature_dim),
-            nn.GELU(),
-            nn.Linear(feature_dim, context_dim),
-            nn.LayerNorm(context_dim),
-        )
-
-    def forward(self, features: Tensor) -> Tensor:
-        """[B, T, E] to [B, T, D]."""
-        tokens: Tensor = self.proj(features)
-        return tokens
 
 
 @VARIANTS.register("full")
@@ -46,6 +32,8 @@ class Full(Variant):
     @classmethod
     def projector(cls, config: Part, *, context_dim: int, feature_dim: int, feature_length: int) -> nn.Module:
         """See `Variant.projector`."""
+        from ip_adapter_trainer.nn.projections import FullProjection
+
         assert isinstance(config, FullConfig)
         if config.num_tokens not in (None, feature_length):
             raise Problem(

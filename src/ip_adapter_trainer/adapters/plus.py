@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
+from typing import TYPE_CHECKING
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
 
 from ip_adapter_trainer.adapters._variant import SDXL_CONTEXT, VARIANTS, Reader, Shapes, Variant
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.settings import Part, Resume
+
+if TYPE_CHECKING:
+    from torch import nn
 
 DEPTH, HEAD_DIM, EXPANSION = 4, 64, 4  # fixed by diffusers' loader, which would compute something else
 HEADS = 12  # of every base model but SDXL, in the original code and ComfyUI
@@ -42,67 +43,6 @@ class PlusConfig(Part):
     resampler_ff_mult: int = Field(EXPANSION, description="Expansion of the feed-forward layers; loaders build 4.")
 
 
-class PerceiverAttention(nn.Module):
-    """Latents attend to the picture's features and to themselves."""
-
-    def __init__(self, width: int, heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(width)
-        self.norm2 = nn.LayerNorm(width)
-        self.to_q = nn.Linear(width, heads * head_dim, bias=False)
-        self.to_kv = nn.Linear(width, 2 * heads * head_dim, bias=False)
-        self.to_out = nn.Linear(heads * head_dim, width, bias=False)
-
-    def forward(self, features: Tensor, latents: Tensor) -> Tensor:
-        """Features [B, T, W] and latents [B, N, W] to an update of the latents [B, N, W]."""
-        features, latents = self.norm1(features), self.norm2(latents)
-        query = self.to_q(latents)
-        key, value = self.to_kv(torch.cat([features, latents], 1)).chunk(2, -1)
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, key, value))
-        out = nn.functional.scaled_dot_product_attention(q, k, v)
-        update: Tensor = self.to_out(out.transpose(1, 2).flatten(2))
-        return update
-
-
-class Resampler(nn.Module):
-    """Learned queries that read the features through `depth` perceiver layers; published keys, in published order."""
-
-    def __init__(self, config: PlusConfig, feature_dim: int, context_dim: int, width: int, heads: int) -> None:
-        super().__init__()
-        self.latents = nn.Parameter(torch.randn(1, config.num_tokens, width) / math.sqrt(width))
-        self.proj_in = nn.Linear(feature_dim, width)
-        self.proj_out = nn.Linear(width, context_dim)
-        self.norm_out = nn.LayerNorm(context_dim)
-        inner = width * config.resampler_ff_mult
-        self.layers = nn.ModuleList(
-            nn.ModuleList(
-                [
-                    PerceiverAttention(width, heads, config.resampler_head_dim),
-                    nn.Sequential(
-                        nn.LayerNorm(width),
-                        nn.Linear(width, inner, bias=False),
-                        nn.GELU(),
-                        nn.Linear(inner, width, bias=False),
-                    ),
-                ]
-            )
-            for _ in range(config.resampler_depth)
-        )
-
-    def forward(self, features: Tensor) -> Tensor:
-        """[B, T, E] to [B, N, D]."""
-        latents = self.latents.expand(len(features), -1, -1)
-        features = self.proj_in(features)
-        for layer in self.layers:
-            assert isinstance(layer, nn.ModuleList)
-            attention, feed_forward = layer
-            latents = latents + attention(features, latents)
-            latents = latents + feed_forward(latents)
-        tokens: Tensor = self.norm_out(self.proj_out(latents))
-        return tokens
-
-
 @VARIANTS.register("plus")
 class Plus(Variant):
     """Penultimate CLIP features through a resampler to 16 (or any number of) tokens."""
@@ -113,6 +53,8 @@ class Plus(Variant):
     @classmethod
     def projector(cls, config: Part, *, context_dim: int, feature_dim: int, feature_length: int) -> nn.Module:
         """See `Variant.projector`."""
+        from ip_adapter_trainer.nn.projections import Resampler
+
         assert isinstance(config, PlusConfig)
         for name, fixed in (("depth", DEPTH), ("head_dim", HEAD_DIM), ("ff_mult", EXPANSION)):
             value = getattr(config, f"resampler_{name}")
@@ -124,7 +66,14 @@ class Plus(Variant):
                 )
         width, heads = _built(context_dim)
         return Resampler(
-            config, feature_dim, context_dim, config.resampler_dim or width, config.resampler_heads or heads
+            feature_dim,
+            context_dim,
+            num_tokens=config.num_tokens,
+            width=config.resampler_dim or width,
+            heads=config.resampler_heads or heads,
+            depth=config.resampler_depth,
+            head_dim=config.resampler_head_dim,
+            expansion=config.resampler_ff_mult,
         )
 
     @classmethod

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ip_adapter_trainer.adapters import weights_sha256
+from ip_adapter_trainer.adapter_files import weights_sha256
 from ip_adapter_trainer.card import package_version
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.evaluate.config import GenerateConfig

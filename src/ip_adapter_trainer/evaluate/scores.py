@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 from torch import Tensor
 
-from ip_adapter_trainer.adapters import weights_sha256
+from ip_adapter_trainer.adapter_files import weights_sha256
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.rng import key

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ip_adapter_trainer.adapters import VARIANTS, AdapterFile, fitting_config, flags_to_fit, read_adapter
+from ip_adapter_trainer.adapter_files import AdapterFile, fitting_config, flags_to_fit, read_adapter
+from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.adapters._variant import shapes_of
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.settings import Part

@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ip_adapter_trainer.adapters import CARD, AdapterCard
-from ip_adapter_trainer.adapters._raw import read_raw
+from ip_adapter_trainer.adapter_files import CARD, AdapterCard
+from ip_adapter_trainer.adapter_files.raw import read_raw
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.storage.checkpoints import MANIFEST, all_checkpoints, complete, sha256_of, verified

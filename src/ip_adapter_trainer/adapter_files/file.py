@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ip_adapter_trainer.adapters._card import CARD, AdapterCard
-from ip_adapter_trainer.adapters._guess import Foreign, foreign_kind, published_name
-from ip_adapter_trainer.adapters._layout import Origin, tables_of
-from ip_adapter_trainer.adapters._raw import Container, RawFile, read_raw
+from ip_adapter_trainer.adapter_files.card import CARD, AdapterCard
+from ip_adapter_trainer.adapter_files.guess import Foreign, foreign_kind, published_name
+from ip_adapter_trainer.adapter_files.raw import Container, RawFile, read_raw
+from ip_adapter_trainer.adapter_files.tables import Origin, tables_of
 from ip_adapter_trainer.adapters._variant import VARIANTS, Shapes, Variant, shapes_of
 from ip_adapter_trainer.core.errors import Problem, StorageProblem, first_line
 from ip_adapter_trainer.core.settings import Part

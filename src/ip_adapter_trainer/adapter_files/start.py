@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ip_adapter_trainer.adapters._file import AdapterFile
+from ip_adapter_trainer.adapter_files.file import AdapterFile
 from ip_adapter_trainer.adapters._variant import Shapes, Variant, shapes_of
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.settings import Part

@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ip_adapter_trainer.adapters._raw import RawFile
+from ip_adapter_trainer.adapter_files.raw import RawFile
 from ip_adapter_trainer.core.errors import Problem
 
 Origin = Literal["published", "comfy", "checkpoint", "rescued"]

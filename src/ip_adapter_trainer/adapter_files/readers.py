@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from ip_adapter_trainer.adapters._file import AdapterFile
-from ip_adapter_trainer.adapters._guess import Foreign
-from ip_adapter_trainer.adapters._layout import Origin
+from ip_adapter_trainer.adapter_files.file import AdapterFile
+from ip_adapter_trainer.adapter_files.guess import Foreign
+from ip_adapter_trainer.adapter_files.tables import Origin
 from ip_adapter_trainer.adapters._variant import SDXL_CONTEXT, Reader
 
 READERS: dict[Reader, str] = {

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ip_adapter_trainer.adapters._pickled import demand_table
+from ip_adapter_trainer.adapter_files.pickled import demand_table
 from ip_adapter_trainer.core.errors import Problem, first_line
 from ip_adapter_trainer.storage.files import mistaken
 

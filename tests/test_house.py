@@ -27,8 +27,8 @@ PACKAGE = Path(__file__).parents[1] / "src" / "ip_adapter_trainer"
 RANKS = {
     "core": 0, "storage": 1, "nn": 1, "diffusion": 1, "runtime": 2, "images": 2, "encoders": 2, "adapters": 3,
     "families": 3, "manifest": 3, "adapter_files": 4, "cache": 4, "feed": 5, "model": 5, "card": 6, "loading": 6,
-    "evaluate": 7, "export": 7, "inspection": 7, "pocket": 7, "prepare": 7, "train": 8, "config": 9, "demo": 10, "cli": 11,
-    "__main__": 12, "__init__": 12,
+    "evaluate": 7, "export": 7, "inspection": 7, "pocket": 7, "prepare": 7, "train": 8, "config": 9,
+    "demo": 10, "cli": 11, "__main__": 12, "__init__": 12,
 }  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

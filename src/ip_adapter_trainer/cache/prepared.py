@@ -129,16 +129,17 @@ class PreparedSet:
 
     def room(self, count: int, target_px: Size) -> Encoded:
         """Tensors for so many rows of one size, of which nothing is set."""
-        moments, features, *text = (self.tables[kind].room(count) for kind in self._kinds(target_px))
-        names = [kind.name for kind in self._text_kinds]
-        return Encoded(moments, features, dict(zip(names, text, strict=True)))
+        moments, *others = (self.tables[kind].room(count) for kind in self._kinds(target_px))
+        needs, names = list(self.spec.features), [kind.name for kind in self._text_kinds]
+        features, text = others[: len(needs)], others[len(needs) :]
+        return Encoded(moments, dict(zip(needs, features, strict=True)), dict(zip(names, text, strict=True)))
 
     @property
     def _text_kinds(self) -> tuple[TableKind, ...]:
         return self.spec.text.tables if self.spec.text else ()
 
     def _kinds(self, target_px: Size) -> tuple[TableKind, ...]:
-        return self.spec.moments[target_px], self.spec.features[0], *self._text_kinds
+        return self.spec.moments[target_px], *self.spec.features.values(), *self._text_kinds
 
     def read(
         self, asked: Sequence[Asked], target_px: Size, into: Encoded, slots: Sequence[int]
@@ -148,7 +149,7 @@ class PreparedSet:
         A row has a fault in place of its geometry, and nothing in its slot, if one of its pictures could not be read,
         changed since, or is not in the set.
         """
-        found, stacks = self._found(asked, target_px), (into.moments, into.features, *into.text.values())
+        found, stacks = self._found(asked, target_px), (into.moments, *into.features.values(), *into.text.values())
         for column, (kind, stack) in enumerate(zip(self._kinds(target_px), stacks, strict=True)):
             self._fill(self.tables[kind], column, found, stack, slots)
         return [one if isinstance(one, ImageFault) else one.geometry for one in found]
@@ -165,9 +166,9 @@ class PreparedSet:
                 found.append(target if isinstance(target, ImageFault) else prompt)  # type: ignore[arg-type]
                 continue
             moments = self.spec.targets[target_px, side].keys(target.content)
-            features = self.spec.prompts[self.spec.features[0], prompt_side].keys(prompt.content)
+            features = [self.spec.prompts[need, prompt_side].keys(prompt.content) for need in self.spec.features]
             captions = [keys(text.encode()) for keys in text_keys]
-            found.append(_Found((moments, features, *captions), crop.plan(target.size_px, target_px)[1]))
+            found.append(_Found((moments, *features, *captions), crop.plan(target.size_px, target_px)[1]))
         return found
 
     def _fill(

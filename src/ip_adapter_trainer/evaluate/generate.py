@@ -13,7 +13,7 @@ from ip_adapter_trainer.adapter_files import weights_sha256
 from ip_adapter_trainer.card import package_version
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.evaluate.config import GenerateConfig
-from ip_adapter_trainer.evaluate.sample import image_tokens, sample
+from ip_adapter_trainer.evaluate.sample import image_features, sample
 from ip_adapter_trainer.evaluate.start import load, sampling
 from ip_adapter_trainer.images.decode import ImageFault, decode
 from ip_adapter_trainer.images.limits import Limits
@@ -31,12 +31,12 @@ def generate(config: GenerateConfig) -> list[Path]:
     seeds = [config.seed + number for number in range(config.num_images)]
     files = output_files(Path(config.output), seeds)
     model = load(config)
-    how, tokens = sampling(config, model), image_tokens(model, [references])
+    how, features = sampling(config, model), image_features(model, [references])
     facts = _facts(config, model.adapter) | {"size": f"{how.width_px}x{how.height_px}"}
     with Progress(len(seeds), "picture") as progress:
         for start in range(0, len(seeds), config.batch_size):
             part = seeds[start : start + config.batch_size]
-            drawn = sample(model, tokens, [config.prompt] * len(part), part, how)
+            drawn = sample(model, features, [config.prompt] * len(part), part, how)
             for file, seed, picture in zip(files[start:], part, drawn, strict=False):
                 _save(picture, file, facts | {"seed": str(seed)})
             progress.update(len(part))

@@ -14,7 +14,7 @@ from ip_adapter_trainer.model import Model
 def evaluation_mode(model: Model) -> Iterator[None]:
     """The adapter attached, in evaluation mode, without gradients; all as it was found after, whatever is raised."""
     was_attached, was_training = model.is_attached, model.adapter.training
-    tokens, scale = model.prompt.tokens, model.prompt.scale
+    seen = dict(vars(model.prompt))
     if not was_attached:
         model.attach()
     model.adapter.eval()
@@ -26,4 +26,4 @@ def evaluation_mode(model: Model) -> Iterator[None]:
         model.adapter.train(was_training)
         if not was_attached:
             model.detach()
-        model.prompt.tokens, model.prompt.scale = tokens, scale
+        vars(model.prompt).update(seen)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +28,7 @@ class TrainingSet:
 
     Usage::
 
-        samples = TrainingSet(manifest, config, layout, seed=0, preprocess=encoder.preprocess)
+        samples = TrainingSet(manifest, config, layout, seed=0, preprocess={"image": encoder.preprocess})
         batch = samples.batch(order.step(0))
 
     With a prepared set, batches hold what the encoders said of the same pictures; every draw and every replacement of
@@ -45,7 +45,7 @@ class TrainingSet:
         bucketing: Bucketing,
         *,
         seed: int,
-        preprocess: Preprocess,
+        preprocess: Mapping[str, Preprocess],
         prepared: PreparedSet | None = None,
         max_tries: int = MAX_TRIES,
     ) -> None:

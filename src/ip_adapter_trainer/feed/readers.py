@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -50,8 +50,8 @@ class SlotReader(Protocol):
 class Cutter:
     """Reads and cuts pictures. All chance is drawn from (seed, purpose, index)."""
 
-    def __init__(self, pictures: ImageFiles, config: CutConfig, preprocess: Preprocess, seed: int) -> None:
-        self._images, self._config, self._preprocess, self._seed = pictures, config, preprocess, seed
+    def __init__(self, images: ImageFiles, config: CutConfig, preprocess: Mapping[str, Preprocess], seed: int) -> None:
+        self._images, self._config, self._preprocess, self._seed = images, config, preprocess, seed
 
     def cut(self, row: Row, index: int, target_px: Size, mirrored: bool) -> tuple[Pixels, Geometry]:
         """Target and image prompt of one row.
@@ -64,7 +64,9 @@ class Cutter:
         own = row.prompt_image_file
         prompt = target if own is None else self._images.read(own).image
         cut, geometry = crop.fit(target, target_px, self._place(index))
-        return Pixels(crop.to_tensor(cut), self._preprocess(self._augmented(prompt, index))), geometry
+        seen = self._augmented(prompt, index)
+        prompts = {role: preprocess(seen) for role, preprocess in self._preprocess.items()}
+        return Pixels(crop.to_tensor(cut), prompts), geometry
 
     def _augmented(self, prompt: Image.Image, index: int) -> Image.Image:
         config = self._config

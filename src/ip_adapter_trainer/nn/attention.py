@@ -8,6 +8,7 @@ IP-Adapter (arXiv 2308.06721), equations 5 and 8::
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -38,31 +39,57 @@ class ImagePrompt:
     Without tokens, or at scale 0, each layer runs its original processor, so the base model is unchanged bit for bit.
     """
 
-    tokens: Tensor | None = None  # [B, N, context_dim]
+    tokens: Tensor | None = None  # [B, N, D]
     scale: float = 1.0
+    time_embedding: Tensor | None = None  # [B, E], where tokens depend on the time
+    features: Any = None  # from which tokens are made anew at every forward pass, where they depend on the time
 
     @property
     def active(self) -> bool:
         """Whether the image prompt takes part at all."""
         return self.tokens is not None and self.scale != 0.0
 
+    def clear(self) -> None:
+        """Let nothing be attended to."""
+        self.tokens = self.time_embedding = self.features = None
+
 
 class ImageKV(nn.Module):
     """The trained pair of one layer, under its published names `to_k_ip` and `to_v_ip` (no biases)."""
 
-    def __init__(self, context_dim: int, width: int) -> None:
+    def __init__(self, token_dim: int, width: int) -> None:
         super().__init__()
-        self.to_k_ip = nn.Linear(context_dim, width, bias=False)
-        self.to_v_ip = nn.Linear(context_dim, width, bias=False)
+        self.to_k_ip = nn.Linear(token_dim, width, bias=False)
+        self.to_v_ip = nn.Linear(token_dim, width, bias=False)
+
+    @torch.no_grad()
+    def start_from(self, attention: Any) -> None:
+        """Begin with the text's own keys and values: "to speed up the convergence" (paper, section 3.2.2)."""
+        self.to_k_ip.weight.copy_(attention.to_k.weight)
+        self.to_v_ip.weight.copy_(attention.to_v.weight)
+
+    @torch.no_grad()
+    def silence(self) -> None:
+        """Set both to zeros, which loaders demand and which add exactly nothing."""
+        for weight in self.parameters():
+            weight.zero_()
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, N, width] of image tokens [B, N, context_dim], in the tokens' dtype.
+        """Return keys and values [B, N, width] of image tokens [B, N, D], in the tokens' dtype.
 
         The fp32 master weights are cast here, once a step, so the frozen layers around need no autocast.
         """
         weights = (self.to_k_ip.weight, self.to_v_ip.weight)
         key, value = (F.linear(tokens, weight.to(tokens.dtype)) for weight in weights)
         return key, value
+
+
+def prepared_mask(attn: Any, mask: Tensor | None, context: Tensor) -> Tensor | None:
+    """Return a diffusers layer's additive mask [B, heads, 1 or L, M] for a context [B, M, D]; None without one."""
+    if mask is None:
+        return None
+    batch, length, _ = context.shape
+    return attn.prepare_attention_mask(mask, length, batch).view(batch, attn.heads, -1, length)
 
 
 def decoupled_attention(
@@ -87,7 +114,7 @@ def decoupled_attention(
 
 
 class DecoupledProcessor:
-    """Decoupled cross-attention of one site; without an active image prompt, the layer's original processor runs.
+    """Decoupled cross-attention of one layer; without an active image prompt, the layer's original processor runs.
 
     It is no `nn.Module` on purpose: the trained weights belong to the adapter alone. Registering them in the UNet as
     well is what made the published script's checkpoints drop them as shared duplicates. The names of the arguments are
@@ -120,9 +147,54 @@ class DecoupledProcessor:
         assert context is not None and prompt.tokens is not None
         if attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
-        batch, length, _ = context.shape
-        if mask is not None:
-            mask = attn.prepare_attention_mask(mask, length, batch).view(batch, attn.heads, -1, length)
         text, image = (attn.to_k(context), attn.to_v(context)), self.pair(prompt.tokens)
         query = attn.to_q(hidden_states)
-        return decoupled_attention(query, text, image, attn.heads, prompt.scale, mask)
+        return decoupled_attention(query, text, image, attn.heads, prompt.scale, prepared_mask(attn, mask, context))
+
+
+class AddedKV(ImageKV):
+    """A pair whose values begin at zero, so that a run begins with the base model, bit for bit."""
+
+    @torch.no_grad()
+    def start_from(self, attention: Any) -> None:
+        """Begin with the text's own keys where there are any of this shape, and with values of zero."""
+        for name in ("add_k_proj", "to_k"):
+            weight = getattr(getattr(attention, name, None), "weight", None)
+            if weight is not None and weight.shape == self.to_k_ip.weight.shape:
+                self.to_k_ip.weight.copy_(weight)
+                break
+        self.to_v_ip.weight.zero_()
+
+
+class AddedProcessor:
+    """Attention over image tokens added to what a layer's own processor gives, for layers of any denoiser.
+
+    The query is the layer's own, normalised as there, before any position is encoded; the result goes through the
+    layer's output projection without its bias. Where the layer gives several sequences, the image's is the first.
+    """
+
+    def __init__(self, pair: ImageKV, prompt: ImagePrompt, original: Any) -> None:
+        self.pair, self.prompt, self.original = pair, prompt, original
+        # diffusers passes on only what it finds in a processor's signature: this one shows the original's.
+        self.__call__ = wraps(original.__call__)(partial(AddedProcessor.__call__, self))  # type: ignore[method-assign]
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Give the layer's own output, with the image's part [B, L, C] in its first or only sequence."""
+        out, prompt = self.original(attn, hidden_states, *args, **kwargs), self.prompt
+        if not prompt.active:
+            return out
+        assert prompt.tokens is not None
+        key, value = self.pair(prompt.tokens)
+        attended = attend(_normed_query(attn, hidden_states), key, value, attn.heads)
+        project: Any = attn.to_out[0] if isinstance(attn.to_out, nn.ModuleList) else attn.to_out
+        added = prompt.scale * F.linear(attended, project.weight)
+        return (out[0] + added, *out[1:]) if isinstance(out, tuple) else out + added
+
+
+def _normed_query(attn: Any, hidden_states: Tensor) -> Tensor:
+    """The query [B, L, C], normalised by head or whole where the layer has such a norm."""
+    query, norm = attn.to_q(hidden_states), getattr(attn, "norm_q", None)
+    if norm is None:
+        return query
+    is_whole = getattr(norm, "weight", None) is not None and norm.weight.shape[-1] == query.shape[-1]
+    return norm(query) if is_whole else norm(query.unflatten(-1, (attn.heads, -1))).flatten(2)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ip_adapter_trainer.cache.prepared import PreparedSet
-from ip_adapter_trainer.families import Family
+from ip_adapter_trainer.families import Codec
 from ip_adapter_trainer.manifest.manifest import Manifest
 from ip_adapter_trainer.prepare.encode import Encoding
 from ip_adapter_trainer.storage.digests import digest
@@ -33,7 +33,7 @@ def _share(text: str, world: int) -> int:
 
 
 def encode_captions(
-    captions: list[str], family: Family, encoding: Encoding, prepared: PreparedSet, batch: int, poll: Callable[[], None]
+    captions: list[str], codec: Codec, encoding: Encoding, prepared: PreparedSet, batch: int, poll: Callable[[], None]
 ) -> None:
     """Encodes captions, `batch` at once, the last batch filled up with its first as that of pictures is."""
     spec = prepared.spec.text
@@ -41,6 +41,6 @@ def encode_captions(
         poll()
         assert spec is not None, "captions are missing only where they are wanted"
         part = captions[start : start + batch]
-        made = family.encode_captions(part + [part[0]] * (batch - len(part)))
+        made = codec.text(part + [part[0]] * (batch - len(part)))
         for kind, keys in zip(spec.tables, spec.keys, strict=True):
             encoding.keep(kind, keys.of(text.encode() for text in part), made[kind.name][: len(part)])

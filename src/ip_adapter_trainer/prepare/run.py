@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ip_adapter_trainer.adapters import VARIANTS
+from ip_adapter_trainer.adapters import IMAGE, VARIANTS
 from ip_adapter_trainer.cache.config import CutConfig
 from ip_adapter_trainer.cache.prepared import PreparedSet
 from ip_adapter_trainer.cache.spec import CacheSpec, random_cuts
 from ip_adapter_trainer.core.errors import Problem, Stopped, StorageProblem
 from ip_adapter_trainer.core.log import say
-from ip_adapter_trainer.core.values import Fault
-from ip_adapter_trainer.encoders import FEATURES, ClipImageEncoder
-from ip_adapter_trainer.families import Family
+from ip_adapter_trainer.core.values import Fault, Need
+from ip_adapter_trainer.encoders import ImageEncoder
+from ip_adapter_trainer.families import Codec
 from ip_adapter_trainer.images.decode import ImageFault
-from ip_adapter_trainer.loading.encoder import load_encoder
+from ip_adapter_trainer.loading.encoder import load_encoders
 from ip_adapter_trainer.manifest.faults import FILE_NAME, FaultLog
 from ip_adapter_trainer.manifest.images import ImageFiles, fault_of
 from ip_adapter_trainer.manifest.manifest import Manifest, read_alike
@@ -26,7 +26,7 @@ from ip_adapter_trainer.prepare.captions import encode_captions, missing_caption
 from ip_adapter_trainer.prepare.config import PrepareConfig
 from ip_adapter_trainer.prepare.cut import warn_of_cut_captions
 from ip_adapter_trainer.prepare.encode import Encoding, encode_with
-from ip_adapter_trainer.prepare.frozen import cache_spec, load_family
+from ip_adapter_trainer.prepare.frozen import cache_spec, load_base_of
 from ip_adapter_trainer.prepare.work import PrepareDataset, missing, read_all, share_of
 from ip_adapter_trainer.runtime.launch import Runtime, claim, start
 from ip_adapter_trainer.runtime.progress import Progress
@@ -83,17 +83,19 @@ def prepare(config: PrepareConfig) -> PrepareReport:
         manifest = read_alike(config, runtime)
         parts = ("autoencoder", "text") if config.prepare_text else ("autoencoder",)
         with runtime.agreed():
-            family = load_family(config, runtime.dtype, runtime.device, parts=parts)
+            codec = load_base_of(config, runtime.dtype, runtime.device, parts=parts).codec
         if config.prepare_text and runtime.is_main:
-            warn_of_cut_captions(manifest, family.tokenizers)
-        kinds = FEATURES if config.both_features else (VARIANTS[config.variant].feature,)
+            warn_of_cut_captions(manifest, codec.tokenizers)
+        needs = VARIANTS[config.variant].needs
         report, stopping = PrepareReport(folder), Stopping(signal, runtime)
         for path in dict.fromkeys((config.image_encoder_path, *config.more_image_encoders)):
             with runtime.agreed():
-                encoder = load_encoder(path, config, kinds=kinds, dtype=runtime.dtype, device=runtime.device)
-            spec = cache_spec(config, family, encoder, kinds, text=config.prepare_text)
+                encoders = load_encoders(needs, path, config, config, dtype=runtime.dtype, device=runtime.device)
+            every = [Need(IMAGE, feature) for feature in encoders[IMAGE].features]
+            wanted = [*every, *(need for need in needs if need.role != IMAGE)] if config.both_features else needs
+            spec = cache_spec(config, codec, encoders, wanted, text=config.prepare_text)
             job = Job(config, runtime, manifest, spec, folder)
-            report = report.followed_by(job.run(family, encoder, config.encode_batch_size, stopping))
+            report = report.followed_by(job.run(codec, encoders, config.encode_batch_size, stopping))
         return report
 
 
@@ -134,7 +136,9 @@ class Job:
         """Whether the disk has room for what is missing."""
         return self.need_bytes * 1.02 + 2**20 < self.free_bytes or not self.need_bytes
 
-    def run(self, family: Family, encoder: ClipImageEncoder, batch_images: int, stopping: Stopping) -> PrepareReport:
+    def run(
+        self, codec: Codec, encoders: Mapping[str, ImageEncoder], batch_images: int, stopping: Stopping
+    ) -> PrepareReport:
         """Makes what is missing; see `prepare`."""
         room = f"{_size(self.need_bytes)} needed at most, {_size(self.free_bytes)} free"
         read = self.runtime.total(len(self.left))
@@ -143,14 +147,15 @@ class Job:
         claimed = claim(self.folder, self.runtime, _FLAG)
         try:
             self._begin()
-            encoding = Encoding(self.folder, encode_with(family, encoder), batch_images)
-            reading = PrepareDataset(self.prepared, self.pictures, self.config, encoder.preprocess)
+            encoding = Encoding(self.folder, encode_with(codec, encoders), batch_images)
+            preprocess = {role: encoder.preprocess for role, encoder in encoders.items()}
+            reading = PrepareDataset(self.prepared, self.pictures, self.config, preprocess)
 
             def fill(poll: Poll) -> None:
                 """This process's share."""
                 try:
                     self._fill(encoding, reading, poll)
-                    encode_captions(self.captions, family, encoding, self.prepared, batch_images, poll)
+                    encode_captions(self.captions, codec, encoding, self.prepared, batch_images, poll)
                 finally:
                     encoding.seal()
 

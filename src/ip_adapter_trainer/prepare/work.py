@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,7 +90,9 @@ def _bytes_of(item: Item, record: Record | None, spec: CacheSpec) -> int:
 class PrepareDataset(Dataset[ReadImage]):
     """Items to what has to be encoded; runs in data workers."""
 
-    def __init__(self, prepared: PreparedSet, pictures: ImageFiles, config: CutConfig, preprocess: Preprocess) -> None:
+    def __init__(
+        self, prepared: PreparedSet, pictures: ImageFiles, config: CutConfig, preprocess: Mapping[str, Preprocess]
+    ) -> None:
         self._prepared, self._images, self._config, self._preprocess = prepared, pictures, config, preprocess
 
     def __getitem__(self, item: Item) -> ReadImage:
@@ -109,9 +111,9 @@ class PrepareDataset(Dataset[ReadImage]):
         views = self._prepared.spec.views(key, record.size_px, item.use)
         lacking = [v for v in views if self._prepared.tables[v.kind].find([v.key])[0] < 0]
         sides = {mirrored: crop.mirror(picture) if mirrored else picture for mirrored in {v.mirrored for v in lacking}}
-        alike: dict[tuple[object, bool], list[View]] = {}
+        alike: dict[tuple[object, bool, str], list[View]] = {}
         for view in lacking:
-            alike.setdefault((view.target_px, view.mirrored), []).append(view)
+            alike.setdefault((view.target_px, view.mirrored, view.role), []).append(view)
         pixels = tuple((tuple(views), self._pixels(views[0], sides[views[0].mirrored])) for views in alike.values())
         still_holds = known is not None and known.content == key and known.fits(status)
         return ReadImage(item, None if still_holds else record, pixels)
@@ -120,7 +122,7 @@ class PrepareDataset(Dataset[ReadImage]):
         """As numpy: arrays travel from worker to worker without an open file each."""
         if view.target_px is not None:
             return crop.to_tensor(crop.fit(picture, view.target_px)[0]).numpy()
-        return self._preprocess(framed(picture, self._config, self._images)).numpy()
+        return self._preprocess[view.role](framed(picture, self._config, self._images)).numpy()
 
 
 def read_all(

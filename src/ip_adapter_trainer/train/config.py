@@ -26,7 +26,9 @@ class ModelConfig(FrozenConfig):
     """Which frozen models, which adapter."""
 
     resume = Resume(
-        of_state="adapter_layers", may_change="quantize gradient_checkpointing", free="pretrained_ip_adapter_path"
+        of_state="adapter_layers layout",
+        may_change="quantize gradient_checkpointing",
+        free="pretrained_ip_adapter_path",
     )
 
     pretrained_ip_adapter_path: str | None = Field(
@@ -38,6 +40,11 @@ class ModelConfig(FrozenConfig):
         ("all",),
         min_length=1,
         description="Layers that carry an adapter: all, up, for SDXL style or layout, or beginnings of layers' names.",
+    )
+    layout: str | None = Field(
+        None,
+        description="Where the adapter sits in the denoiser: unet; unet_lora, with low-rank deltas on every attention "
+        "layer too, which only diffusers reads; None: the first that variant and base model list.",
     )
     quantize: Storage = Field(
         "none", description="How the frozen denoiser keeps its weights: as loaded, int8, or nf4 (4 bits; extra bnb)."

@@ -23,7 +23,7 @@ def lean(model: Model, config: LeanConfig) -> Iterator[None]:
         with model.attached(), lean(model, config):
             step(batch).backward()
     """
-    denoiser = model.family.denoiser
+    denoiser = model.denoiser.net
     with ExitStack() as stack:
         laid_out = _channels_last(config, model.dtype)
         if laid_out:

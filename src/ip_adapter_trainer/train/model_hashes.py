@@ -26,9 +26,10 @@ def hash_models(model: Model) -> dict[str, str]:
     Args:
         model: before any of its encoders is released.
     """
-    parts = {**model.family.pipeline.components, "image_encoder": model.encoder.model}
+    encoders = {f"{role}_encoder": encoder.model for role, encoder in model.encoders.items()}
+    parts = {**model.denoiser.pipeline.components, **encoders}
     model_hashes = {name: _of_weights(part) for name, part in parts.items() if isinstance(part, nn.Module)}
-    return model_hashes | {"scheduler": _of_settings(model.family.pipeline.scheduler.config)}
+    return model_hashes | {"scheduler": _of_settings(model.denoiser.pipeline.scheduler.config)}
 
 
 def compared(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[list[str], list[str]]:

@@ -89,13 +89,13 @@ def make_plan(
     model: Model, config: OptimConfig, rows: int, images_per_step: int, resumed: Mapping[str, Any] | None = None
 ) -> RunPlan:
     """Derives a run's numbers from its model, its settings and, if it was resumed, the checkpoint's state."""
-    pairs = [model.adapter.adapter_modules[str(site.number)] for site in model.adapted]
+    layers = [model.adapter.adapter_modules[str(layer.number)] for layer in model.adapted]
     trained = {
         "projector": parameters(model.adapter.image_proj_model),
-        f"{len(pairs)} key/value pairs": parameters(*pairs),
+        f"{len(layers)} attention layers": parameters(*layers),
     }
-    frozen = {"image encoder": parameters(model.encoder.model)}
-    frozen |= {n: parameters(m) for n, m in model.family.pipeline.components.items() if isinstance(m, nn.Module)}
+    frozen = {f"{role} encoder": parameters(encoder.model) for role, encoder in model.encoders.items()}
+    frozen |= {n: parameters(m) for n, m in model.denoiser.pipeline.components.items() if isinstance(m, nn.Module)}
     weights_bytes = 4 * parameters(model.adapter)  # layers that carry no adapter are written as zeros
     moments_bytes = 4 * sum(trained.values()) * (2 / 4 if config.use_8bit_adam else 2)
     copies = 3 if config.use_ema else 1  # published, and with an average also the average and the live weights

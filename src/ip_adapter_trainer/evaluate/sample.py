@@ -172,6 +172,8 @@ def _draw(
         if how.scale:
             positive = model.layout.condition(positive, own)
             negative = negative and model.layout.condition(negative, none)
+    watched = {"callback_on_step_end": after_step}  # not by all pipelines
+    takes = signature(type(model.denoiser.pipeline).__call__).parameters
     steps = [torch.Generator().manual_seed(key(seed, "sample-steps") % 2**63) for seed in seeds]
     output = model.denoiser.pipeline(
         **model.denoiser.sampling(positive, negative),
@@ -181,7 +183,7 @@ def _draw(
         guidance_scale=how.guidance_scale,
         latents=initial_latents(model, seeds, how.height_px, how.width_px),
         generator=steps,
-        callback_on_step_end=after_step,
+        **{name: call for name, call in watched.items() if name in takes},
     )
     images: list[Image] = output.images
     return images

@@ -186,9 +186,7 @@ class Family(ABC):
         """Return whether a pipeline with this `model_index.json` belongs to the family."""
 
     @classmethod
-    def demand(  # noqa: B027
-        cls, settings: Mapping[str, Mapping[str, Any]], clip_skip: int | None, where: str
-    ) -> None:
+    def demand(cls, settings: Mapping[str, Mapping[str, Any]], clip_skip: int | None, where: str) -> None:
         """Demand parts that can be trained on and that fit together, before any weights are read.
 
         Args:

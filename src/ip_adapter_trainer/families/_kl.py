@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from ip_adapter_trainer.families._family import Codec
@@ -46,6 +47,16 @@ class KLCodec(Codec):
     def tokenizers(self) -> list[Any]:
         """See `Codec.tokenizers`."""
         return self._named("tokenizer")
+
+    def own_rules(self) -> list[Any]:
+        """Return what `encode` depends on beside the tokenizers, as JSON values."""
+        return []
+
+    @property
+    def text_rules(self) -> str:
+        """See `Codec.text_rules`."""
+        words = [(sorted(t.get_vocab().items()), t.model_max_length) for t in self.tokenizers]
+        return json.dumps([words, *self.own_rules()])
 
     def latent_shape(self, height_px: int, width_px: int) -> tuple[int, int, int]:
         """See `Codec.latent_shape`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,12 +28,10 @@ class UNetCodec(KLCodec):
         super().__init__(pipeline)
         self.clip_skip = clip_skip  # the text encoder's layer that is read, from its end; None: the usual one
 
-    @property
-    def text_rules(self) -> str:
-        """See `Codec.text_rules`."""
-        words = [(sorted(t.get_vocab().items()), t.model_max_length) for t in self.tokenizers]
-        rules: list[Any] = [words, self.pipeline.config.get("force_zeros_for_empty_prompt")]
-        return json.dumps(rules + ([self.clip_skip] if self.clip_skip else []))
+    def own_rules(self) -> list[Any]:
+        """See `KLCodec.own_rules`."""
+        zeros = self.pipeline.config.get("force_zeros_for_empty_prompt")
+        return [zeros, self.clip_skip] if self.clip_skip else [zeros]
 
 
 class UNetDenoiser(Denoiser):

@@ -54,10 +54,14 @@ class Layout(ABC):
 
     Attributes:
         reader: the program that `verify` asks, for messages.
+        families: names of base models' families that the layout adds itself to.
+        variants: names of variants that it adds itself to.
         name: the name under which the class is registered.
     """
 
     reader: ClassVar[str] = "this package's own reader"
+    families: ClassVar[tuple[str, ...]] = ()
+    variants: ClassVar[tuple[str, ...]] = ()
     name: str
 
     Config: ClassVar[type[Part]] = Part
@@ -93,7 +97,7 @@ class Layout(ABC):
         """Return whether a file's layer weights, by name and shape, are this layout's."""
         return False
 
-    def demand(self, layers: Mapping[str, Tensor], where: str) -> None:  # noqa: B027 (most have nothing to demand)
+    def demand(self, layers: Mapping[str, Tensor], where: str) -> None:
         """Demand layer weights that every reader can place.
 
         Raises:
@@ -128,20 +132,31 @@ class Layout(ABC):
 LAYOUTS: Registry[Layout] = Registry("layouts", "ip_adapter_trainer.layouts")
 
 
-def choose_layout(asked: str | None, of_variant: Sequence[str], of_base: Sequence[str]) -> Layout:
-    """Return the layout that is asked for, else the first that both a variant and a base model list.
+def choose_layout(
+    asked: str | None, variant: str, of_variant: Sequence[str], family: str, of_base: Sequence[str]
+) -> Layout:
+    """Return the layout that is asked for, else the first that a variant and a base model go with.
+
+    Args:
+        asked: its name; None: none is.
+        variant: the variant's name.
+        of_variant: layouts that the variant lists.
+        family: the base model's family.
+        of_base: layouts that its denoiser lists, the usual one first.
 
     Raises:
         Problem: they have none in common, or not the one that is asked for.
     """
-    both = [name for name in of_base if name in of_variant]
-    if asked is not None and asked not in both:
-        remedy = did_you_mean(asked, both)
-        raise Problem(f"{asked!r} is no layout of this variant on this base model", where="--layout", remedy=remedy)
-    if not both:
-        what = f"the variant goes with the layouts {', '.join(of_variant)}, the base model with {', '.join(of_base)}"
+    others = [name for name, entry in LAYOUTS.items() if family in entry.families and name not in of_base]
+    goes = [n for n in (*of_base, *others) if n in of_variant or variant in LAYOUTS[n].variants]
+    if asked is not None and asked not in goes:
+        what = f"{asked!r} is no layout of the variant {variant} on a base model of the family {family}"
+        raise Problem(what, where="--layout", remedy=did_you_mean(asked, goes))
+    if not goes:
+        what = f"the variant {variant} goes with the layouts {', '.join(of_variant)}, the base model with "
+        what += ", ".join((*of_base, *others))
         raise Problem(what, where="--variant", remedy="take another variant or another base model")
-    return make_layout(asked or both[0])
+    return make_layout(asked or goes[0])
 
 
 def make_layout(name: str) -> Layout:

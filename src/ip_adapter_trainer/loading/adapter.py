@@ -16,6 +16,7 @@ from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.diffusion.schedulers import NoiseConfig
 from ip_adapter_trainer.encoders import ImageEncoder
 from ip_adapter_trainer.families import BaseModel
+from ip_adapter_trainer.layouts import choose_layout
 from ip_adapter_trainer.loading.base import load_base
 from ip_adapter_trainer.loading.config import BaseConfig, read_as
 from ip_adapter_trainer.loading.encoder import load_encoders
@@ -169,9 +170,12 @@ def _moved(problem: Problem, flag: str, file: AdapterFile) -> Problem:
 
 def _demand_layout(file: AdapterFile, base: BaseModel) -> None:
     """Demand a base model that the file's layout goes with, before its tensors are told one by one."""
-    if file.layout.name not in base.denoiser.layouts:
-        what = f"the adapter has the layout {file.layout.name}, this base model: {', '.join(base.denoiser.layouts)}"
-        raise Problem(what, where=str(file.path), remedy="take the kind of base model that it was trained on")
+    try:
+        variant = VARIANTS.name_of(file.variant)
+        choose_layout(file.layout.name, variant, file.variant.layouts, base.family, base.denoiser.layouts)
+    except Problem as problem:
+        remedy = "take the kind of base model that it was trained on"
+        raise Problem(problem.what, where=str(file.path), remedy=remedy) from problem
 
 
 def _check_widths(file: AdapterFile, token_dim: int, encoders: Mapping[str, ImageEncoder]) -> None:

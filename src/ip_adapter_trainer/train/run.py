@@ -48,7 +48,7 @@ def make_model(config: TrainConfig, runtime: Runtime) -> Model:
     variant = VARIANTS[config.variant]
     own = config.part(variant.Config)
     base, encoders = load_frozen(config, runtime, own, storage=config.quantize)
-    layout = choose_layout(config.layout, variant.layouts, base.denoiser.layouts)
+    layout = choose_layout(config.layout, config.variant, variant.layouts, base.family, base.denoiser.layouts)
     architecture = Architecture(variant, own, layout, part_of(config, layout.Config), config.adapter_layers)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)

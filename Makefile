@@ -11,8 +11,8 @@ demo: $(STAMP)
 	$(BIN)/ip-adapter demo --output_dir demo
 
 test: $(STAMP)
-	$(BIN)/ruff check src tests benchmarks faults examples
-	$(BIN)/ruff format --check src tests benchmarks faults examples
+	$(BIN)/ruff check src tests benchmarks faults tools examples
+	$(BIN)/ruff format --check src tests benchmarks faults tools examples
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 

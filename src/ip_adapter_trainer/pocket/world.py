@@ -1,6 +1,6 @@
 """The pocket picture world: small pictures whose every attribute is known.
 
-A picture shows one object on a plain ground. Four attributes are named in its caption (shape, colour, pattern,
+A picture shows one object on a plain background. Four attributes are named in its caption (shape, colour, pattern,
 background); position, size and angle vary and are never named. Everything the embedded base model, the demo and
 many tests need to know about truth starts here; reading truth back from pixels is `oracle.py`.
 """
@@ -175,5 +175,5 @@ def render(scene: Scene) -> np.ndarray:
     shade = shade_share(scene.pattern, scene.x_px, scene.y_px)[..., None]
     inside = light * (1 - shade) + SHADE * light * shade
     cover = coverage(scene)[..., None]
-    ground = np.array(BACKGROUNDS[scene.background], np.float32)
-    return np.rint(inside * cover + ground * (1 - cover)).astype(np.uint8)
+    background = np.array(BACKGROUNDS[scene.background], np.float32)
+    return np.rint(inside * cover + background * (1 - cover)).astype(np.uint8)

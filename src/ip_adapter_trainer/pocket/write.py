@@ -1,4 +1,4 @@
-"""The packed pocket base: saved into the package, read from it, and laid out as ordinary folders for anyone to try."""
+"""The packed pocket base: read from the package, and laid out as ordinary folders for anyone to try."""
 
 from __future__ import annotations
 
@@ -50,23 +50,11 @@ def image_encoder(clip: CLIPModel) -> CLIPVisionModelWithProjection:
     return encoder.eval()
 
 
-def save_weights(vae: Any, unet: Any, clip: CLIPModel) -> None:
-    """Writes the package's weights: autoencoder and denoiser in fp16, CLIP in fp32.
-
-    diffusers reads any file as fp32 unless told otherwise; transformers would keep fp16 and users' CPUs would crawl.
-    """
-    folder = models.weights_dir()
-    for name, net in (("vae", vae), ("unet", unet)):
-        net.half().save_pretrained(folder / name)
-        net.float()
-    clip.save_pretrained(folder / "clip")
-
-
 def _require_weights() -> Path:
     quiet_loading()
     folder = models.weights_dir()
     if not (folder / "build.json").exists():
-        remedy = "build them: python -m ip_adapter_trainer.pocket.build --work DIR"
+        remedy = "install ip_adapter_trainer anew: its wheel and its repository hold them"
         raise Problem("this installation has no pocket weights", where=str(folder), remedy=remedy)
     return folder
 

@@ -28,7 +28,7 @@ def demand(stage: str, scores: Mapping[str, float], gate: float) -> None:
         shown = ", ".join(f"{name} {score:.3f}" for name, score in low.items())
         raise Problem(
             f"the {stage} does not pass its gate of {gate}: {shown}",
-            remedy="raise the stage's steps in train.py, or MAX_CYCLES in build.py",
+            remedy="raise the stage's steps in tools/pocket/train.py, or MAX_CYCLES in tools/pocket/build.py",
         )
 
 

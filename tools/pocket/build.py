@@ -1,4 +1,4 @@
-"""Builds every weight of the pocket base: `python -m ip_adapter_trainer.pocket.build --work DIR`.
+"""Build every weight of the pocket base: `python -m tools.pocket.build --work DIR`, from the top of the repository.
 
 Stages: `autoencoder` and `clip`, then `vision` and `denoiser`, then `pack`; the two of a pair may run side by side.
 Each is seeded, goes on from its last save when started again, and must pass its gate (`gates.py`) before what builds
@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import CLIPModel
 
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.pocket import gates, models, train, write
+from ip_adapter_trainer.pocket import models, write
+from tools.pocket import gates, train
 
 MAX_CYCLES = 4
 STAGES = ("autoencoder", "clip", "vision", "denoiser", "pack")
@@ -92,12 +94,24 @@ def build_denoiser(seed: int, folder: Path) -> None:
     train_to_gate(stage, folder, lambda: gates.base_draws_text(base, seed), gates.BASE_GATE)
 
 
+def save_weights(vae: Any, unet: Any, clip: CLIPModel) -> None:
+    """Write the package's weights: autoencoder and denoiser in fp16, CLIP in fp32.
+
+    diffusers reads any file as fp32 unless told otherwise; transformers would keep fp16 and users' CPUs would crawl.
+    """
+    folder = models.weights_dir()
+    for name, net in (("vae", vae), ("unet", unet)):
+        net.half().save_pretrained(folder / name)
+        net.float()
+    clip.save_pretrained(folder / "clip")
+
+
 def pack(seed: int, folder: Path) -> None:
     """Writes the package's weights (autoencoder and denoiser in fp16) and gates what they read back as."""
     vae, clip = finished("autoencoder", models.autoencoder(), folder), finished("vision", models.clip(), folder)
     train.fix_scaling_factor(vae, train.make_pool(seed, train.DENOISER_SPREAD))
     unet = finished("denoiser", models.unet(), folder)
-    write.save_weights(vae, unet, clip)
+    save_weights(vae, unet, clip)
     scores = gates.base_draws_text(write.pipeline(), seed)
     gates.demand("packed base", scores, gates.BASE_GATE)
     record = {name: json.loads((folder / f"{name}.json").read_text()) for name in STAGES[:-1]}
@@ -108,7 +122,7 @@ def pack(seed: int, folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one stage or all of them in order; 0 when every gate is passed, 2 otherwise."""
-    parser = argparse.ArgumentParser(prog="python -m ip_adapter_trainer.pocket.build", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.pocket.build", description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for saves; start again to go on")
     parser.add_argument("--stage", choices=("all", *STAGES), default="all")
     parser.add_argument("--seed", type=int, default=0)

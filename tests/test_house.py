@@ -6,7 +6,6 @@ import ast
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,26 +21,10 @@ from ip_adapter_trainer.inspection import InspectConfig
 from ip_adapter_trainer.pocket.config import PocketConfig
 from ip_adapter_trainer.prepare.check import CheckConfig
 from ip_adapter_trainer.prepare.config import PrepareConfig
+from tools import draw_house
+from tools.ranks import PACKAGE, RANKS, imports, unit
 
-PACKAGE = Path(__file__).parents[1] / "src" / "ip_adapter_trainer"
-RANKS = {
-    "core": 0, "storage": 1, "nn": 1, "diffusion": 1, "runtime": 2, "images": 2, "encoders": 2, "adapters": 3,
-    "families": 3, "manifest": 3, "adapter_files": 4, "cache": 4, "feed": 5, "model": 5, "card": 6, "loading": 6,
-    "evaluate": 7, "export": 7, "inspection": 7, "pocket": 7, "prepare": 7, "train": 8, "config": 9,
-    "demo": 10, "cli": 11, "__main__": 12, "__init__": 12,
-}  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
-
-
-def unit(file: Path) -> str:
-    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-def imports(file: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(file.read_text())):
-        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        yield from (n.split(".")[1] for n in names if n.startswith("ip_adapter_trainer."))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
@@ -49,6 +32,10 @@ def test_imports_go_to_a_lower_rank_only(file: Path) -> None:
     own = unit(file)
     wrong = [name for name in imports(file) if name != own and RANKS[name] >= RANKS[own]]
     assert not wrong, f"{own} (rank {RANKS[own]}) imports {wrong}"
+
+
+def test_the_picture_of_the_house_shows_the_present_imports() -> None:
+    assert draw_house.FILE.read_text(encoding="utf-8") == draw_house.draw(), "draw it anew: make house"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,39 @@ def test_public_names_are_documented(file: Path) -> None:
         if isinstance(n, kinds) and not n.name.startswith("_") and not ast.get_docstring(n)
     ]  # fmt: skip
     assert not missing and (ast.get_docstring(tree) or not tree.body)
+
+
+def public(node: ast.AST, name: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Public functions and methods under a node of the syntax tree, with their qualified names."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef | ast.FunctionDef) and not child.name.startswith("_"):
+            if isinstance(child, ast.FunctionDef):
+                yield f"{name}{child.name}", child
+            else:
+                yield from public(child, f"{name}{child.name}.")
+
+
+def takes_or_gives_tensors(function: ast.FunctionDef) -> bool:
+    arguments = [node for node in ast.walk(function.args) if isinstance(node, ast.arg)]
+    annotations = [node for node in [function.returns, *(a.annotation for a in arguments)] if node]
+    return any(re.search(r"\b(Tensor|NDArray|ndarray)\b", ast.unparse(node)) for node in annotations)
+
+
+SHAPE = re.compile(r"\[[\w.*+/ -]+(, [\w.*+/ -]+)*\]|\bscalar\b|^See `\w+\.\w+`")  # [B, C, h, w], [...], scalar
+LACKING = {
+    "adapter_files/file.py AdapterFile.tables", "adapters/_variant.py shapes_of",
+    "encoders/clip.py ClipImageEncoder.encode_each", "encoders/clip.py ClipImageEncoder.null",
+    "families/_family.py Family.condition", "families/sd.py StableDiffusion.encode_captions",
+    "loading/weights.py load_tensors", "model.py Adapter.load_published", "model.py Adapter.published",
+    "model.py Model.features_of", "nn/attention.py attend_lean", "nn/attention.py gradient_flows",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_public_functions_of_tensors_tell_their_shapes(file: Path) -> None:
+    found = [(name, f) for name, f in public(ast.parse(file.read_text())) if takes_or_gives_tensors(f)]
+    lacking = {f"{file.relative_to(PACKAGE)} {n}" for n, f in found if not SHAPE.search(ast.get_docstring(f) or "")}
+    assert not lacking - LACKING, "name a shape such as [B, C, h, w], [...] for any, or scalar"
 
 
 def read_names() -> set[str]:

@@ -103,7 +103,7 @@ class ImageIndex:
         return len(self._keys)
 
     def places(self, names: Sequence[str]) -> NDArray[np.int64]:
-        """The place of each name's record, -1 for one that nothing is known of."""
+        """Return the place of each name's record, [names]; -1 for a name of which nothing is known."""
         return places_of(_NAMES.of([name.encode("utf-8", "surrogatepass") for name in names]), self._keys)
 
     def find(self, names: Sequence[str]) -> list[Record | None]:
@@ -111,7 +111,7 @@ class ImageIndex:
         return self.records(self.places(names))
 
     def records(self, places: NDArray[np.int64]) -> list[Record | None]:
-        """The record at each place, None at -1."""
+        """Return the records at places [N] that `places` gave, None at -1."""
         records: list[Record | None] = [None] * len(places)
         known = np.flatnonzero(places >= 0)
         found = zip(known.tolist(), self._records[places[known]].tolist(), strict=True)

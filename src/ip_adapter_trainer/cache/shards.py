@@ -108,11 +108,11 @@ class Table:
 
     @property
     def keys(self) -> NDArray[np.bytes_]:
-        """All addresses, sorted; one that two writers wrote is there twice."""
+        """All keys [rows], sorted; one that two writers wrote is there twice."""
         return self._keys
 
     def find(self, keys: Sequence[bytes]) -> NDArray[np.int64]:
-        """The place of each address, -1 for one that is not there; of several rows of one address, the first."""
+        """Return the place of each key, [keys]: the first of several rows under it, -1 where there is none."""
         return places_of(keys, self._keys)
 
     def room(self, count: int) -> Tensor:
@@ -271,7 +271,7 @@ class TableWriter:
         self._began_s = 0.0
 
     def add(self, key: bytes, value: Tensor) -> None:
-        """Takes a row of the kind's shape and dtype; one of the same address replaces it.
+        """Add a row, [...] of the kind's shape and dtype; it replaces a row of the same key that is not yet written.
 
         Raises:
             StorageProblem: a full shard could not be written.

@@ -110,7 +110,7 @@ class Batch:
 
 
 def map_tensors(function: Callable[..., Tensor], first: P, *others: P) -> P:
-    """A picture of the same kind whose tensors are `function` of those of one or more pictures."""
+    """Return inputs of the same kind with each tensor replaced by `function` of it, [...], and of those of `others`."""
     names = [f.name for f in fields(first)]
     return type(first)(**{name: _mapped(function, *(getattr(p, name) for p in (first, *others))) for name in names})
 

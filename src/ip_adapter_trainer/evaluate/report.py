@@ -29,7 +29,7 @@ class Measure:
 
     @classmethod
     def of(cls, values: NDArray[np.float64]) -> Measure | None:
-        """The measure of the rows that have a value; None if none has."""
+        """Return the mean and standard error of the values [rows] that are finite, or None if none is."""
         known = values[np.isfinite(values)]
         if not known.size:
             return None

@@ -34,7 +34,7 @@ class Bucketing:
         return self.buckets.sizes_px[self.bucket_of_row[row]]
 
     def only(self, wanted: NDArray[np.bool_]) -> Bucketing:
-        """Return the layout of some rows alone, all keeping their numbers."""
+        """Return the layout of the rows that `wanted` [rows] marks, all keeping their numbers."""
         return replace(self, bucket_of_row=np.where(wanted, self.bucket_of_row, np.int16(-1)))
 
 

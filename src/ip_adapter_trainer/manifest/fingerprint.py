@@ -47,7 +47,7 @@ class Fingerprint:
         return cls(saved["sha256"], saved["rows"], lines, columns)
 
     def differing(self, other: Fingerprint) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Lines and columns of the table that are not the same in another's."""
+        """Return the numbers of the table's lines [L] and columns [C] that differ from another fingerprint's."""
         common = min(len(self.lines), len(other.lines))
         longer = np.arange(common, max(len(self.lines), len(other.lines)))
         lines = np.append(np.flatnonzero(self.lines[:common] != other.lines[:common]), longer)

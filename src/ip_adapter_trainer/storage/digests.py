@@ -61,7 +61,7 @@ class Digests:
 
 
 def places_of(keys: Sequence[bytes], among: NDArray[np.bytes_]) -> NDArray[np.int64]:
-    """The first place of each address among sorted ones, -1 for one that is not there."""
+    """Return the first place of each key among sorted keys [N], as [keys]; -1 for one that is not there."""
     wanted = np.frombuffer(b"".join(keys), KEY)
     places = _search(among, wanted) if len(wanted) >= _MANY else np.searchsorted(among, wanted)
     there = places < len(among)

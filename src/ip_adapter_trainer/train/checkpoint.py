@@ -58,13 +58,13 @@ class Snapshot:
 
 
 def take(step: int, weights: Mapping[str, Tensor], card: AdapterCard, state: Mapping[str, Any]) -> Snapshot:
-    """Copies what a checkpoint holds.
+    """Copy all that a checkpoint holds into the host's memory.
 
     Args:
         step: optimizer steps done.
-        weights: the adapter's published state dict.
+        weights: the adapter's published state dict, tensors of any shape [...].
         card: the adapter's description.
-        state: nested state of JSON values and tensors.
+        state: nested state of JSON values and tensors [...].
     """
     tensors, skeleton = flatten(dict(state), "state")
     copied = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in weights.items()}

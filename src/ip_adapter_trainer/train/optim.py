@@ -41,7 +41,7 @@ class Gradients:
         self._buffer.zero_()
 
     def add_loss(self, loss: Tensor) -> None:
-        """Adds a micro batch's share of the loss to report."""
+        """Add a micro batch's share of the loss to report, a scalar."""
         self._buffer[-1] += loss
 
     def average(self, world: int) -> None:
@@ -81,7 +81,7 @@ def step_if_finite(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
 
 @torch.no_grad()
 def all_within(limit: float, tensors: Iterable[Tensor]) -> bool:
-    """Whether every number in them is between a limit and its negative, and so none is NaN; waits for the device."""
+    """Return whether all numbers of tensors [...] lie between `-limit` and `limit`, none NaN; wait for the device."""
     return all(bool((tensor.abs() <= limit).all()) for tensor in tensors if tensor.is_floating_point())
 
 
@@ -154,7 +154,10 @@ def make_ema(adapter: nn.Module, config: OptimConfig) -> Any:
 
 @contextmanager
 def averaged(adapter: nn.Module, ema: Any) -> Iterator[dict[str, Tensor]]:
-    """The averaged weights in the adapter for a while, as a state dict; without an average, the live ones."""
+    """Put the averaged weights into the adapter for a while and give its state dict, tensors [...].
+
+    Without an average these are the live weights.
+    """
     if ema is None:
         yield adapter.state_dict()
         return

@@ -116,13 +116,13 @@ def length_settings(state: Mapping[str, Any]) -> OptimConfig:
 def demand_fits(
     saved: Mapping[str, Tensor], mine: Mapping[str, Tensor], moments: Mapping[int, Any], trained: Sequence[Tensor]
 ) -> None:
-    """Demands a checkpoint's weights and moments to have this run's names and shapes; nothing is changed before.
+    """Demand that a checkpoint's weights and moments have this run's names and shapes, before anything is changed.
 
     Args:
-        saved: weights of the checkpoint.
-        mine: weights of this run's adapter.
+        saved: weights of the checkpoint, [...] each.
+        mine: weights of this run's adapter, [...] each.
         moments: the optimizer's state of each trained parameter, by its number.
-        trained: this run's trained parameters.
+        trained: this run's trained parameters, [...] each.
 
     Raises:
         Problem: the first that does not fit.

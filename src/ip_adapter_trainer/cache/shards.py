@@ -74,7 +74,7 @@ class Table:
     Usage::
 
         table = Table(folder, TableKind("moments", (8, 64, 64), torch.bfloat16))
-        places = table.find([address("a"), address("b")])
+        places = table.find([digest("a"), digest("b")])
         rows = table.room(2)  # [2, 8, 64, 64]
         table.fill(rows, [0, 1], places.tolist())
 

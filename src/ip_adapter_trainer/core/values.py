@@ -105,7 +105,7 @@ class Batch:
         return len(self.text)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with its tensors on `device`."""
+        """Return the same batch with its tensors on `device`."""
         return replace(self, inputs=map_tensors(lambda t: to_device(t, device), self.inputs))
 
 

@@ -37,7 +37,7 @@ _SETTLED_NS = 2_000_000_000  # a file younger than this when it was read may hav
 
 
 def name_key(name: str) -> bytes:
-    """The address of what is known of a picture, by its name as rows give it."""
+    """Return the key under which a image is recorded, from its name as rows give it."""
     return _NAMES(name.encode("utf-8", "surrogatepass"))
 
 
@@ -53,12 +53,12 @@ class Record:
 
     @classmethod
     def of(cls, status: os.stat_result, size_px: tuple[int, int], content: bytes) -> Record:
-        """A picture that was read now."""
+        """Record a image that was read now."""
         return cls(status.st_size, status.st_mtime_ns, time.time_ns(), size_px, content)
 
     @classmethod
     def unreadable(cls) -> Record:
-        """A name under which no picture can be had now."""
+        """Record that no image can be read under a name now."""
         return cls(0, 0, time.time_ns(), (0, 0), _UNREADABLE)
 
     @property
@@ -67,12 +67,12 @@ class Record:
         return self.content != _UNREADABLE
 
     def fits(self, status: os.stat_result) -> bool:
-        """Whether a file that looks like this surely holds what was read then."""
+        """Return whether a file of this status surely holds what was read then."""
         same = (status.st_size, status.st_mtime_ns) == (self.file_bytes, self.mtime_ns)
         return same and self.mtime_ns < self.noted_ns - _SETTLED_NS
 
     def packed(self) -> Tensor:
-        """The record as a row of the table, [48] uint8."""
+        """Return the record as a row of the table, [48] uint8."""
         row = np.zeros(1, _LAYOUT)
         row[0] = (self.file_bytes, self.mtime_ns, self.noted_ns, *self.size_px, self.content)
         return torch.from_numpy(row.view(np.uint8))
@@ -107,7 +107,7 @@ class ImageIndex:
         return places_of(_NAMES.of([name.encode("utf-8", "surrogatepass") for name in names]), self._keys)
 
     def find(self, names: Sequence[str]) -> list[Record | None]:
-        """What is known of each name."""
+        """Return the record of each name, None where nothing is known of it."""
         return self.records(self.places(names))
 
     def records(self, places: NDArray[np.int64]) -> list[Record | None]:

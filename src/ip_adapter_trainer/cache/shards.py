@@ -116,14 +116,14 @@ class Table:
         return places_of(keys, self._keys)
 
     def room(self, count: int) -> Tensor:
-        """A tensor for so many rows, [count, ...], of which nothing is set."""
+        """Return a tensor for `count` rows, [count, ...], with nothing in it yet."""
         return torch.empty((count, *self.kind.shape), dtype=self.kind.dtype)
 
     def fill(self, rows: Tensor, slots: Sequence[int], places: Sequence[int]) -> list[int]:
-        """Copies the rows at places that `find` gave into slots of a tensor [B, ...] that `room` made.
+        """Copy the rows at places that `find` gave into slots of a tensor [B, ...] that `room` made.
 
         Returns:
-            The places of those that are damaged on the disk, as far as they are read for the first time.
+            The places of rows that are damaged on the disk; each row is checked when it is read for the first time.
         """
         into, length = rows.view(len(rows), -1).view(torch.uint8).numpy(), self.kind.value_bytes
         found = [self._located(place) for place in places]
@@ -147,7 +147,7 @@ class Table:
         return numbers[~sound].tolist()
 
     def file_of(self, place: int) -> Path:
-        """The shard that holds the row at a place."""
+        """Return the shard that holds the row at a place."""
         return self._shards[int(self._shard[place])].path
 
     def _located(self, place: int) -> tuple[mmap.mmap, int]:
@@ -157,7 +157,7 @@ class Table:
         ) * self.kind.value_bytes
 
     def values(self) -> NDArray[np.uint8]:
-        """The bytes of all rows in the order of `keys`, [rows, bytes], in memory; for tables of small rows.
+        """Return the bytes of all rows in the order of `keys`, [rows, bytes], in memory; for tables of small rows.
 
         Raises:
             Problem: some of them are damaged.
@@ -197,10 +197,10 @@ def _fetch(mapped: mmap.mmap, at: int, length: int) -> None:
 
 
 def checksums_of(keys: NDArray[np.bytes_], rows: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """The checksum of each row of bytes [R, n] under its address: the sum of the row's words and the address's first.
+    """Return the checksum of each row of bytes [R, n]: the sum of the row's words and the first word of its key.
 
     Words are of 64 bits where the length allows it, sums modulo 2^64. Any one bit that flips changes it, and so does a
-    row of another address or a hole; a sum keeps up with copying from memory, which no hash does.
+    row of another key or a hole; a sum keeps up with copying from memory, which no hash does.
     """
     word_bytes = math.gcd(rows.shape[1], 8)
     return rows.view(f"<u{word_bytes}").sum(axis=1, dtype=np.uint64) + keys.view("<u8")[::2]
@@ -284,7 +284,7 @@ class TableWriter:
             self.seal()
 
     def seal(self) -> None:
-        """Writes what there is as a shard.
+        """Write the rows that were added as a shard.
 
         Raises:
             StorageProblem: the disk refused; the rows are kept for another try.

@@ -67,7 +67,7 @@ class Way:
     mirrored: bool
 
     def view(self, content: bytes) -> View:
-        """The view of a picture of this content."""
+        """Return this way's view of a image of this content."""
         return View(self.kind, self.keys(content), self.target_px, self.mirrored)
 
 
@@ -123,7 +123,7 @@ class CacheSpec:
         return Way(kind, Digests(framed(kind.name), after), None, mirrored)
 
     def ways(self, target_px: Size, use: int) -> list[Way]:
-        """All that is wanted of a picture whose bucket is this, used so."""
+        """Return all the ways in which a image of this bucket is encoded for this use."""
         found: list[Way] = []
         if use & TARGET:
             found += [self.targets[target_px, mirrored] for mirrored in _sides(self.mirrors)]
@@ -133,11 +133,11 @@ class CacheSpec:
         return found
 
     def views(self, content: bytes, size_px: Size, use: int) -> list[View]:
-        """All that is wanted of a picture of this content and size, used so."""
+        """Return all the views of a image of this content and size that this use needs."""
         return [way.view(content) for way in self.ways(self.buckets.sizes_px[self.buckets.nearest(size_px)], use)]
 
     def uses(self, row: Row) -> list[tuple[str, int]]:
-        """The pictures that a row names and what it uses each as; its own prompt image is never mirrored."""
+        """Return the images that a row names and what it uses each as; its own prompt image is never mirrored."""
         own = row.prompt_image_file
         if own is None:
             return [(row.image_file, TARGET | PROMPT | (MIRRORED_PROMPT if self.mirrors else 0))]
@@ -149,7 +149,7 @@ def _sides(both: bool) -> tuple[bool, ...]:
 
 
 def random_cuts(config: CutConfig) -> list[str]:
-    """The flags by which each image is drawn otherwise every time, so that nothing could be encoded beforehand."""
+    """Return the flags by which each image is cut at random every time, so that nothing can be encoded beforehand."""
     anew = {
         "--no_center_crop": not config.center_crop,
         "--prompt_crop_min_share": config.prompt_crop_min_share < 1,

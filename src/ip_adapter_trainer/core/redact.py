@@ -47,8 +47,6 @@ def one_line(text: str) -> str:
     """Return a stranger's text as `plain` does, cut to 400 characters, so that a log can take it.
 
     The result of this function comes back unchanged.
-
-    What it gives it leaves as it is.
     """
     line = plain(text[: 2 * _LINE_CHARACTERS])
     return line if len(line) <= _LINE_CHARACTERS else f"{line[: _LINE_CHARACTERS - 3]}..."

@@ -37,12 +37,12 @@ class Columns:
         return self.image, self.text, self.prompt_image
 
     def misspelt(self, found: str) -> bool:
-        """Whether a column that nothing reads looks like the optional one, which would be missed in silence."""
+        """Return whether a column that nothing reads looks like the optional one, which would be missed in silence."""
         return bool(difflib.get_close_matches(found, [self.prompt_image], cutoff=_NEAR)) and found not in self.names
 
 
 def row_of(fields: Any, columns: Columns, *, allow_outside: bool) -> Row | list[Complaint]:
-    """One row, or everything that is wrong with it."""
+    """Return a row, or all that is wrong with it."""
     if not isinstance(fields, dict):
         what = f"the row is {_type_name(fields)}, not an object"
         return [Complaint("wrong_type", what, f'write {{"{columns.image}": "...", "{columns.text}": "..."}}')]
@@ -105,7 +105,7 @@ def _is_clean(row: Row, allow_outside: bool) -> bool:
 
 
 def missing_column(name: str, found: list[str], columns: Columns) -> Complaint:
-    """The complaint about a column that must be there."""
+    """Return the complaint about a column that must be there."""
     flag = "image_column" if name == columns.image else "text_column"
     unread = [other for other in found if other not in columns.names]
     near = difflib.get_close_matches(name, unread, n=1, cutoff=0.6)
@@ -119,7 +119,7 @@ def missing_column(name: str, found: list[str], columns: Columns) -> Complaint:
 
 
 def unknown_column(name: str, columns: Columns) -> Complaint:
-    """The complaint about a column that seems to be a misspelt one."""
+    """Return the complaint about a column that seems to be a misspelt one."""
     remedy = f"{did_you_mean(name, [columns.prompt_image])} Rename it, or name it with --prompt_image_column"
     return Complaint("unknown_column", f"the column {name!r} is not known", remedy)
 

@@ -26,7 +26,7 @@ _TERMINATED = 15
 
 
 def no_poll() -> None:
-    """The poll of a caller whom nobody stops."""
+    """Do nothing: the poll of a caller that cannot be stopped."""
 
 
 class Stopping:
@@ -49,7 +49,7 @@ class Stopping:
         self._meetings = 0
 
     def noted(self) -> AbstractContextManager[None]:
-        """While in this block, signals are kept; see `StopSignal.noted`."""
+        """Keep signals for whoever asks while in this block; see `StopSignal.noted`."""
         return self._signal.noted()
 
     @property
@@ -68,7 +68,7 @@ class Stopping:
         return 128 + (self._signal.asked or self._heard or _TERMINATED)
 
     def poll(self) -> None:
-        """Called often in long work.
+        """Raise `Stopped` if a stop was asked for; call it often in long work.
 
         Raises:
             Stopped: this or another process was asked to stop.
@@ -79,7 +79,7 @@ class Stopping:
             raise Stopped(self.exit_code)
 
     def together(self, work: Callable[[Poll], None]) -> None:
-        """Works on every process, each at its own pace, and waits until all are done.
+        """Do some work on every process, each at its own pace, and wait until all are done.
 
         Args:
             work: takes `poll`; no collective may be in it.

@@ -29,7 +29,7 @@ class Verdict:
     background: str
 
     def matches(self, truth: dict[str, str]) -> dict[str, bool]:
-        """For each attribute named in `truth`, whether this verdict agrees."""
+        """Return, for each attribute named in `truth`, whether this verdict agrees."""
         return {name: getattr(self, name) == value for name, value in truth.items()}
 
 
@@ -115,7 +115,7 @@ def _read_pattern(cover: np.ndarray, dark: np.ndarray, x_px: float, y_px: float)
 
 
 def read(image: np.ndarray) -> Verdict:
-    """Reads one picture, uint8 or float [SIZE_PX, SIZE_PX, 3] in 0..255."""
+    """Read the attributes of one image, uint8 or float [SIZE_PX, SIZE_PX, 3] in 0..255."""
     rgb = np.asarray(image, np.float32)
     if rgb.shape != (SIZE_PX, SIZE_PX, 3):
         raise ValueError(f"the oracle reads {SIZE_PX}x{SIZE_PX} RGB pictures, not {rgb.shape}; resize first")
@@ -126,7 +126,7 @@ def read(image: np.ndarray) -> Verdict:
 
 
 def accuracy(images: np.ndarray, truths: list[dict[str, str]]) -> dict[str, float]:
-    """The fraction of pictures [N, S, S, 3] whose verdict agrees with its truth, for every attribute named there."""
+    """Return, for every attribute that truths name, the fraction of images [N, S, S, 3] whose verdict agrees."""
     if len(images) != len(truths):
         raise ValueError(f"{len(images)} pictures but {len(truths)} truths; give one truth per picture")
     hits: dict[str, list[bool]] = {}

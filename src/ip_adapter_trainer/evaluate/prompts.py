@@ -29,7 +29,7 @@ class Prompt:
 
 
 def read_prompts(config: EvaluateConfig) -> tuple[list[Prompt], tuple[Fault, ...]]:
-    """Rows chosen by the seed whose pictures can be read; what is wrong with the manifest and with the other rows.
+    """Return rows chosen by the seed whose images can be read, and the faults of the manifest and of the other rows.
 
     Raises:
         Problem: the manifest cannot be read at all.

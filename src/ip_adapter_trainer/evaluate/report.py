@@ -52,7 +52,7 @@ class Evaluation:
 
     @classmethod
     def of(cls, values: Values, protocol: dict[str, Any], faults: list[str], seconds: float) -> Evaluation:
-        """From the values of every row."""
+        """Evaluate the values of every row."""
         scores = {how: {name: Measure.of(v) for name, v in metrics.items()} for how, metrics in values.items()}
         gains = {
             how: {name: Measure.of(values[PROMPTED][name] - v) for name, v in metrics.items()}
@@ -62,7 +62,7 @@ class Evaluation:
         return cls(protocol, scores, gains, faults, seconds)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain dicts, lists and numbers."""
+        """Return plain dicts, lists and numbers."""
         return asdict(self)
 
     def __str__(self) -> str:

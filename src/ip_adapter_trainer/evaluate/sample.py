@@ -40,7 +40,7 @@ class Sampling:
 
 
 def native_size_px(model: Model) -> tuple[int, int]:
-    """Height and width that the base model was made for."""
+    """Return the height and width that the base model was made for."""
     config: Any = model.family.denoiser.config
     side = config.sample_size
     height, width = (side, side) if isinstance(side, int) else side
@@ -50,10 +50,10 @@ def native_size_px(model: Model) -> tuple[int, int]:
 
 @torch.no_grad()
 def image_tokens(model: Model, references: Sequence[Sequence[Image]]) -> Tensor:
-    """Tokens [P, n * N, D] of P image prompts of n RGB pictures each.
+    """Return tokens [P, n * N, D] of P image prompts of n RGB images each.
 
-    The tokens of one prompt's pictures stand side by side in one attention, as diffusers does with a list of pictures
-    for one adapter.
+    The tokens of one prompt's images stand side by side in one attention, as diffusers does with a list of images for
+    one adapter.
     """
     assert len({len(pictures) for pictures in references}) == 1, "as many pictures in every prompt"
     tokens = tokens_of(
@@ -64,19 +64,19 @@ def image_tokens(model: Model, references: Sequence[Sequence[Image]]) -> Tensor:
 
 @torch.no_grad()
 def tokens_of(model: Model, pixels: Tensor, features: Tensor | None = None) -> Tensor:
-    """Tokens [B, N, D] of preprocessed pixels [B, 3, S, S], or of their features where they were encoded before."""
+    """Return tokens [B, N, D] of preprocessed pixels [B, 3, S, S], or of their features if they are given."""
     return model.project(model.features(pixels) if features is None else features)
 
 
 @torch.no_grad()
 def null_tokens(model: Model, length: int) -> Tensor:
-    """Tokens [1, length, D] of "no picture", repeated to the length of the tokens that they stand against."""
+    """Return tokens [1, length, D] of "no image", repeated to the length of the tokens that they stand against."""
     tokens = model.project(model.encoder.null(model.variant.feature))
     return tokens.repeat(1, length // tokens.shape[1], 1)
 
 
 def initial_latents(model: Model, seeds: Sequence[int], height_px: int, width_px: int) -> Tensor:
-    """Unit normal latents [P, C, h, w]; each picture's from its own seed, so on every device the same."""
+    """Draw unit normal latents [P, C, h, w], each image's from its own seed, so on every device the same."""
     shape = model.family.latent_shape(height_px, width_px)
     noise = np.stack([stream(seed, "sample").standard_normal(shape, dtype=np.float32) for seed in seeds])
     return torch.from_numpy(noise).to(model.family.device, model.dtype)
@@ -90,13 +90,13 @@ def sample(
     how: Sampling,
     poll: Poll = no_poll,
 ) -> list[Image]:
-    """Draws one picture for each of P prompts.
+    """Draw one image for each of P prompts.
 
     Args:
         model: attached or not; it is given back as it was found, its pipeline's scheduler too.
         tokens: image prompts [P, M, D] from `image_tokens`, or [1, M, D] for all; None: the base model.
         prompts: P text prompts.
-        seeds: P seeds, of which each decides its own picture's noise and nothing else.
+        seeds: P seeds, of which each decides its own image's noise and nothing else.
         how: size, steps, guidance, scale.
         poll: called before the first step and after every one.
     """
@@ -131,7 +131,7 @@ def _draw(model: Model, prompts: Sequence[str], seeds: Sequence[int], how: Sampl
     """One call of the pipeline."""
 
     def after_step(pipeline: Any, step: int, timestep: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """diffusers' callback: a stop may come between steps."""
+        """Let a stop come between steps; diffusers calls this after each."""
         poll()
         last = step == pipeline.num_timesteps - 1
         # A VAE kept in fp32 beside a half precision denoiser cannot decode half precision latents.

@@ -47,7 +47,7 @@ class ReadImage:
 
 
 def share_of(manifest: Manifest, spec: CacheSpec, rank: int, world: int) -> list[Item]:
-    """The pictures that fall to one process; each falls to exactly one, by its name."""
+    """Return the images that fall to one process; each falls to exactly one, by its name."""
     found: dict[str, tuple[int, int]] = {}
     for number, row in enumerate(manifest.rows):
         for name, use in spec.uses(row):
@@ -58,7 +58,7 @@ def share_of(manifest: Manifest, spec: CacheSpec, rank: int, world: int) -> list
 
 
 def missing(items: list[Item], prepared: PreparedSet, pictures: ImageFiles) -> tuple[list[Item], int]:
-    """The pictures that have to be read, and the bytes that what is made of them takes at most."""
+    """Return the images that have to be read, and the most bytes that their encodings take."""
     left: list[Item] = []
     need_bytes = 0
     for start in range(0, len(items), _CHUNK):
@@ -126,17 +126,17 @@ class PrepareDataset(Dataset[ReadImage]):
 def read_all(
     items: Sequence[Item], reading: PrepareDataset, config: CutConfig, where: Callable[[int], str], poll: Poll
 ) -> Iterator[ReadImage]:
-    """Every item in order, read by data workers a few ahead, or by this process if there are none.
+    """Read every item in order, by data workers a few ahead, or by this process if there are none.
 
     Args:
         items: to read.
         reading: reads one.
         config: how many workers, and how long to wait for one.
-        where: a row is.
+        where: the place of a row by its number, as faults name it.
         poll: called while one is waited for.
 
     Raises:
-        DataProblem: workers are lost over one picture again and again.
+        DataProblem: workers are lost over one image again and again.
     """
     pool = Pool(
         dataset=reading,

@@ -40,7 +40,7 @@ class RunIdentity:
     world: int
 
     def to_json(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """Return the identity as a checkpoint keeps it."""
         own = {"images_per_step": self.images_per_step, "models": dict(self.models)}
         return {"rows": self.rows.sha256, "row_sums": self.rows.to_json(), **own}
 
@@ -57,7 +57,7 @@ class Difference:
 def check(
     saved: Mapping[str, Any], config: TrainConfig, identity: RunIdentity, tell: Callable[[str], None] = say
 ) -> list[str]:
-    """Compares a checkpoint's run with this one; tells what changed.
+    """Compare a checkpoint's run with this one, and print a line for each difference.
 
     Args:
         saved: `config` and all of `RunIdentity.to_json`, as the checkpoint has them.

@@ -71,7 +71,7 @@ class _State(_Settings):
 
 
 def demand_settings(step: object, state: object, where: Path) -> None:
-    """Demands that what a state tells of its run is of the kinds that a run writes.
+    """Demand that the state's settings of its run have the types that a run writes.
 
     Raises:
         Problem: something is missing or of another kind.
@@ -80,7 +80,7 @@ def demand_settings(step: object, state: object, where: Path) -> None:
 
 
 def demand_state(step: object, state: object, where: Path) -> None:
-    """Demands that all of a state's values are of the kinds that a run writes.
+    """Demand that all of a state's values have the types that a run writes.
 
     Raises:
         Problem: one that is missing or of another kind.
@@ -100,7 +100,7 @@ def _demand(kind: type[BaseModel], step: object, state: object, where: Path) -> 
 
 
 def length_settings(state: Mapping[str, Any]) -> OptimConfig:
-    """The settings in a checkpoint's state that its run's length and warm-up follow from; others at their defaults.
+    """Return the settings of a checkpoint's run that decide its length and warm-up, the others at their defaults.
 
     Raises:
         Problem: they are no run's.

@@ -38,7 +38,7 @@ class Step:
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> tuple[Tensor, TextCondition, Tensor]:
-        """What the frozen encoders say of a batch: latents [B, C, h, w] in fp32, text condition, image features."""
+        """Encode a batch: latents [B, C, h, w] in fp32, text condition, image features [B, ...]."""
         model, batch = self.model, batch.to(self.device)
         moments = model.moments_of(batch.inputs)  # [B, 2C, h, w]
         shape = (moments.shape[1] // 2, *moments.shape[2:])

@@ -93,6 +93,41 @@ def test_public_functions_of_tensors_tell_their_shapes(file: Path) -> None:
     assert not lacking - LACKING, "name a shape such as [B, C, h, w], [...] for any, or scalar"
 
 
+SPOKEN = {
+    "cache", "core", "diffusion", "evaluate", "feed", "images", "manifest", "nn", "pocket", "prepare", "runtime",
+    "storage", "train",
+}  # fmt: skip
+LATER = {
+    "feed/loader.py", "feed/workers.py", "manifest/images.py", "nn/attention.py", "nn/lean.py", "nn/packed.py",
+    "prepare/frozen.py", "runtime/early.py", "train/data.py", "train/encoded.py", "train/fixed.py", "train/loop.py",
+    "train/run.py", "train/validate.py", *(f"{name}/config.py" for name in SPOKEN),
+}  # fmt: skip
+VERBS = """
+    Accept Adapt Add Allow Append Apply Ask Assign Attach Average Begin Build Call Change Check Choose Claim Clear Close
+    Collect Combine Compare Compile Compute Convert Copy Count Create Cut Decide Decode Demand Derive Describe Detach
+    Divide Do Download Draw Drop Encode End Enter Estimate Evaluate Expand Export Fill Find Finish Fit Follow Forget
+    Gather Generate Give Go Group Guess Hand Handle Hash Have Hold Ignore Inspect Join Keep Lay Let List Load Log Look
+    Make Map Match Measure Merge Move Name Note Open Pack Parse Pass Place Plan Predict Prepare Print Project Put Raise
+    Read Record Refuse Register Release Remove Rename Render Replace Report Resample Resize Restore Return Run Sample
+    Save Say Scale Scan Score See Send Set Show Shuffle Skip Sort Split Start Step Stop Store Swap Take Tell Train Try
+    Turn Unload Unpack Update Use Verify Wait Warn Watch Wrap Write Yield
+"""
+
+
+@pytest.mark.parametrize(
+    "file",
+    [file for file in FILES if unit(file) in SPOKEN and file.relative_to(PACKAGE).as_posix() not in LATER],
+    ids=lambda f: str(f.relative_to(PACKAGE)),
+)
+def test_docstrings_of_public_functions_begin_with_a_verb(file: Path) -> None:
+    wrong = {}
+    for name, function in public(ast.parse(file.read_text())):
+        first = (ast.get_docstring(function) or "").split()[0].rstrip(",")
+        if first not in VERBS.split() and not any("property" in ast.unparse(d) for d in function.decorator_list):
+            wrong[name] = first
+    assert not wrong, 'begin with an imperative, as in "Load ..."; a verb that is new here goes into VERBS'
+
+
 def read_names() -> set[str]:
     """Every attribute that some line of the package reads, and every setting named in a string."""
     found: set[str] = set()

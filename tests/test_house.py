@@ -119,9 +119,13 @@ VERBS = """
     [file for file in FILES if unit(file) in SPOKEN and file.relative_to(PACKAGE).as_posix() not in LATER],
     ids=lambda f: str(f.relative_to(PACKAGE)),
 )
-def test_docstrings_of_public_functions_begin_with_a_verb(file: Path) -> None:
+def test_docstrings_begin_with_a_verb_of_functions_and_with_no_question_word_of_anything(file: Path) -> None:
+    tree = ast.parse(file.read_text())
+    named = [node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
+    firsts = [(ast.get_docstring(node) or "").partition(" ")[0] for node in named]
+    assert not {"What", "Whether", "How", "Where", "That", "Which", "Who", "Whose", "Why", "When"} & set(firsts)
     wrong = {}
-    for name, function in public(ast.parse(file.read_text())):
+    for name, function in public(tree):
         first = (ast.get_docstring(function) or "").split()[0].rstrip(",")
         if first not in VERBS.split() and not any("property" in ast.unparse(d) for d in function.decorator_list):
             wrong[name] = first

@@ -1,4 +1,4 @@
-"""What a prepared set knows of picture files: under each name, which content was read and how the file looked then.
+"""Records of image files in a prepared set: under each name, the content that was read and the file's status then.
 
 As git does, a file whose size and time have not changed is taken for the same without being read. Records are rows of
 a table like any other; of several under one name the newest counts, so nothing is ever rewritten.
@@ -63,7 +63,7 @@ class Record:
 
     @property
     def is_sound(self) -> bool:
-        """Whether a picture was read."""
+        """True where an image was read."""
         return self.content != _UNREADABLE
 
     def fits(self, status: os.stat_result) -> bool:

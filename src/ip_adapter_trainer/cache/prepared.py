@@ -25,7 +25,7 @@ _MAX_MAPS = 512  # shards mapped at a time over all tables, half the usual limit
 
 
 class Asked(NamedTuple):
-    """What is wanted of a row."""
+    """A row, and the values that are wanted of it."""
 
     row: Row
     mirrored: bool
@@ -33,7 +33,7 @@ class Asked(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """Where a row's values are and how its target was cut."""
+    """The keys of a row's values, and the cut of its target."""
 
     keys: tuple[bytes, ...]  # one for each table that a batch is filled from
     geometry: Geometry

@@ -38,7 +38,7 @@ _SEAL_BYTES, _SEAL_S = 256 * 2**20, 60.0  # a kill loses at most so much
 
 @dataclass(frozen=True)
 class TableKind:
-    """What every row of a table is."""
+    """The name of a table, and the shape and dtype of its rows."""
 
     name: str
     shape: tuple[int, ...]  # of one row
@@ -46,7 +46,7 @@ class TableKind:
 
     @property
     def folder(self) -> str:
-        """Where its shards are, under the set's folder."""
+        """The folder of its shards, under the set's folder."""
         shape = "x".join(map(str, self.shape))
         return f"{self.name}/{shape}-{str(self.dtype).removeprefix('torch.')}"
 
@@ -213,7 +213,7 @@ def _read(shard: _Shard, tensor: str, row_bytes: int) -> bytes:
 
 
 def _open_shard(path: Path, kind: TableKind) -> _Shard:
-    """Where a shard's tensors are, once its header and size are what they must be; nothing is allocated before."""
+    """Return the places of a shard's tensors once its header and size are right; allocate nothing before."""
     what = f"this file is no whole shard of {kind.folder}"
     try:
         size = path.stat().st_size
@@ -245,7 +245,7 @@ def _no_shard(path: Path, what: str) -> Problem:
 
 
 def _fill(spans: dict[str, tuple[int, int]], rows: int, kind: TableKind) -> bool:
-    """Whether the tensors fill a file in some order, without gap or overlap."""
+    """Return whether the tensors fill a file in some order, without gap or overlap."""
     lengths = {"key": rows * KEY_BYTES, "sum": rows * SUM_BYTES, "value": rows * kind.value_bytes}
     at = 0
     for name in sorted(spans, key=lambda name: spans[name]):

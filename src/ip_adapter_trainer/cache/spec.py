@@ -1,8 +1,8 @@
-"""What prepared sets hold: which encodings of which pictures, and the address of each.
+"""Contents of prepared sets: the encodings of each image, and the key of each.
 
-Nothing here is found by a row's number. The address of a row of latents is a hash of the picture's content, the cut,
-the autoencoder and the dtype, so another crop, another encoder or a changed picture is another address: what is served
-is right or is not there.
+Nothing here is found by a row's number. The key of a row of latents is a hash of the image's content, the cut, the
+autoencoder and the dtype, so another crop, another encoder or a changed image has another key: what is served is right
+or is not there.
 """
 
 from __future__ import annotations
@@ -105,12 +105,12 @@ class CacheSpec:
 
     @cached_property
     def targets(self) -> dict[tuple[Size, bool], Way]:
-        """How moments are made, by the size cut to and whether mirrored."""
+        """The ways of making moments, by the size cut to and whether mirrored."""
         return {(size, side): self._target(size, side) for size in self.moments for side in (False, True)}
 
     @cached_property
     def prompts(self) -> dict[tuple[TableKind, bool], Way]:
-        """How features are made, by their table and whether mirrored."""
+        """The ways of making features, by their table and whether mirrored."""
         return {(kind, side): self._prompt(kind, side) for kind in self.features for side in (False, True)}
 
     def _target(self, target_px: Size, mirrored: bool) -> Way:

@@ -1,1 +1,1 @@
-"""What every part shares: errors, settings, registries, random streams, log."""
+"""The base of every part: errors, settings, registries, random streams, log."""

@@ -1,4 +1,4 @@
-"""What went wrong, where, and what to do: every error a user can meet, with its exit code."""
+"""Every error that a user can meet: what went wrong, where, what to do, and its exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the program says to people: short lines on standard error, once per group of processes."""
+"""Messages to people: short lines on standard error, once per group of processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may be shown or kept of texts that hold secrets, or that strangers wrote."""
+"""Texts that hold secrets or that strangers wrote, made fit to be shown and kept."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from ip_adapter_trainer.core.redact import redacted
 
 @dataclass(frozen=True)
 class Resume:
-    """What may become of a part's own settings between a run and its resumption; names in lists by blanks.
+    """The rules for changing a part's own settings between a run and its resumption; each list is names between blanks.
 
     Attributes:
         must_match: the run would be another one; each may be accepted by name.

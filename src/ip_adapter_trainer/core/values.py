@@ -1,4 +1,4 @@
-"""What flows through the house: rows, samples, batches, conditions. Frozen dataclasses, shapes at the field."""
+"""Values that the parts hand on: rows, samples, batches, conditions. Frozen dataclasses, shapes at the field."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a target was cut, in pixels (height, width), as SDXL's micro-conditioning wants it."""
+    """The cut of a target in pixels (height, width), as SDXL's micro-conditioning wants it."""
 
     original_px: tuple[int, int]
     crop_px: tuple[int, int]  # top, left, in the resized picture
@@ -123,7 +123,7 @@ def _mapped(function: Callable[..., Tensor], first: Any, *others: Any) -> Any:
 
 @dataclass(frozen=True)
 class TextCondition:
-    """What the text encoder(s) give the denoiser."""
+    """The output of the text encoders, as the denoiser takes it."""
 
     context: Tensor  # [B, L, D]
     extra: dict[str, Tensor] = field(

@@ -86,7 +86,7 @@ def _free_numbers(folder: Path) -> Iterator[int]:
 
 
 def _facts(config: GenerateConfig, adapter: Adapter) -> dict[str, str]:
-    """What every picture says of itself; of files the names only, not the folders."""
+    """Return what is written into every image's file about its making; of files the names only, not the folders."""
     return {
         "prompt": config.prompt,
         "negative_prompt": config.negative_prompt,

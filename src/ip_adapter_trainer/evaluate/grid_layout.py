@@ -17,7 +17,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 @dataclass(frozen=True)
 class GridLayout:
-    """Where things stand on a sheet, in pixels."""
+    """The places of a grid's cells and captions, in pixels."""
 
     cell_width_px: int
     row_heights_px: tuple[int, ...]  # of the pictures alone, in one block

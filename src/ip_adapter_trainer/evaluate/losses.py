@@ -31,7 +31,7 @@ Table = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Gap:
-    """How much the loss of a row rises when it is not shown its own image, over all rows."""
+    """The rise of a row's loss when it is not shown its own image, over all rows."""
 
     mean: float
     standard_error: float | None  # of the mean, from the rows' paired differences; None: of one row

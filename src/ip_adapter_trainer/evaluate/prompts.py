@@ -56,7 +56,7 @@ def _read(pictures: ImageFiles, name: str) -> Image:
 
 
 def _error(prompt: Prompt) -> ImageFault | None:
-    """Why a row's picture cannot be read."""
+    """Return the fault for which a row's image cannot be read, or None."""
     try:
         prompt.read()
     except ImageFault as error:

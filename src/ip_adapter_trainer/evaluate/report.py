@@ -1,4 +1,4 @@
-"""What an evaluation found: means with standard errors, paired differences, as a table and as JSON."""
+"""The results of an evaluation: means with standard errors, paired differences, as a table and as JSON."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _SCHEDULERS = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "dpm+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn; the defaults are the paper's (section 4.1.3: 50 steps of DDIM, guidance 7.5)."""
+    """Settings of a drawing; the defaults are the paper's (section 4.1.3: 50 steps of DDIM, guidance 7.5)."""
 
     height_px: int
     width_px: int
@@ -115,7 +115,7 @@ def sample(
 
 
 def _is_guided(model: Model, how: Sampling) -> bool:
-    """Whether the pipeline runs a pass without prompts beside the one with them."""
+    """Return whether the pipeline runs a pass without prompts beside the one with them."""
     distilled = getattr(model.family.denoiser.config, "time_cond_proj_dim", None) is not None
     return how.guidance_scale > 1 and not distilled
 

@@ -42,7 +42,7 @@ Values = dict[str, dict[str, NDArray[np.float64]]]  # condition, metric: [rows]
 
 @dataclass(frozen=True)
 class DrawPlan:
-    """What is drawn for every row in each condition."""
+    """The images that are drawn for every row in each condition."""
 
     how: Sampling
     text: str = ""

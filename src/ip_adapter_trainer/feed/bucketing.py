@@ -1,4 +1,4 @@
-"""Which size each row is cut to, decided before training from the headers of the pictures."""
+"""The size that each row is cut to, decided before training from the headers of the images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What fills a batch with pictures, slot by slot: from the files themselves, or from a prepared set."""
+"""Readers that fill a batch with images, slot by slot: from the files themselves, or from a prepared set."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Preprocess: TypeAlias = Callable[[Image.Image], Tensor]  # RGB picture to [3, S,
 
 @dataclass(frozen=True)
 class Slot:
-    """What is settled of one image of a batch before its row is read."""
+    """One image of a batch, as settled before its row is read."""
 
     seed: int
     index: int  # in the endless order

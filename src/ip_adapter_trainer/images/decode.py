@@ -62,7 +62,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = MOST_PROFILE_BYTES  # colour profiles are chunks
 
 
 class ImageFault(Exception):
-    """Why a file gives no picture: `kind` to count by, one line what, one line what to do."""
+    """The reason that a file gives no image: `kind` to count by, one line what, one line what to do."""
 
     def __init__(self, kind: FaultKind, what: str, remedy: str) -> None:
         super().__init__(kind, what, remedy)

@@ -21,7 +21,7 @@ SIDE = 1024  # a million rows: 2,001 sums, 32 kB in a checkpoint
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What is remembered of all rows.
+    """A summary of all rows, by which they are known again.
 
     Attributes:
         sha256: over names, captions and prompt names in their order, hexadecimal; not over the pictures' bytes.

@@ -143,7 +143,7 @@ def _key(window: _Window, decoder: StrictDecoder) -> tuple[str | None, int]:
 
 
 def _following(window: _Window, end: int) -> int | None:
-    """Where the element after the one that ends at `end` begins; None after the last, once all is read."""
+    """Return the start of the element after the one that ends at `end`; None after the last, once all is read."""
     text = window.text
     mark = skip_space(text, end)
     after = skip_space(text, mark + 1)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What was read. A row's number is its place in `rows`; faulty rows are not among them."""
+    """The rows that were read. A row's number is its place in `rows`; faulty rows are not among them."""
 
     source: Path
     root: Path  # resolved; image paths start here

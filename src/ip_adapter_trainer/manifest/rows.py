@@ -55,7 +55,7 @@ def row_of(fields: Any, columns: Columns, *, allow_outside: bool) -> Row | list[
 
 
 def _is_well_formed(fields: Mapping[str, Any], columns: Columns) -> bool:
-    """Whether nothing is missing, of a wrong type or misspelt, told in a microsecond and without saying what."""
+    """Return in a microsecond whether nothing is missing, of a wrong type or misspelt, without saying what."""
     image, text, prompt = fields.get(columns.image), fields.get(columns.text), fields.get(columns.prompt_image)
     has_text = type(text) is str or (columns.text in fields and _wrong_text(text) is None)
     are_right = type(image) is str and has_text and (prompt is None or type(prompt) is str)
@@ -95,7 +95,7 @@ def _any_misspelt(names: tuple[str, ...], columns: Columns) -> bool:
 
 
 def _is_clean(row: Row, allow_outside: bool) -> bool:
-    """Whether no path is refused and all is Unicode."""
+    """Return whether no path is refused and all is Unicode."""
     image, prompt = row.image_file, row.prompt_image_file
     return (
         refusal(image, allow_outside=allow_outside) is None

@@ -15,7 +15,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 @dataclass(frozen=True)
 class Complaint:
-    """What is wrong with a row, before it is known where the row stands."""
+    """A fault of a row, before it is known where the row stands."""
 
     kind: str
     what: str

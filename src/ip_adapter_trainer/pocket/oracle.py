@@ -21,7 +21,7 @@ _DIAMETERS_PX = (19.0, 21.0, 23.0, 25.0)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the oracle sees in one picture."""
+    """The attributes that the oracle sees in one image."""
 
     shape: str
     colour: str

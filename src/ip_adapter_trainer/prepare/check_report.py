@@ -47,7 +47,7 @@ class RowsCheckConfig(DataConfig):
 
 @dataclass(frozen=True)
 class Seen:
-    """What reading one row showed."""
+    """The findings in one row."""
 
     size_px: Size | None  # height, width of the target; None if it could not be read
     notes: tuple[Note, ...] = ()
@@ -56,7 +56,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What reading everything showed."""
+    """The findings in all rows."""
 
     manifest: Manifest
     faults: tuple[Fault, ...]  # of the manifest, then of the pictures in the order of the rows
@@ -81,7 +81,7 @@ class CheckReport:
 
     @property
     def stop(self) -> str:
-        """Why training would stop; empty if it would not."""
+        """The reason for which training would stop; empty if it would not."""
         stuck = f"{self.stuck_at} cannot be read, nor any row that would be taken in its place"
         many = excess(self.faulty_rows, self.manifest.entries, self.config.max_fault_rate)
         return many or (stuck if self.stuck_at else "")

@@ -39,7 +39,7 @@ _FLAG = "--prepared_dir"
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What a run of `prepare` did, over all processes."""
+    """The counts and faults of a run of `prepare`, over all processes."""
 
     folder: Path
     pictures: int = 0  # that the rows name
@@ -131,7 +131,7 @@ class Job:
 
     @property
     def fits(self) -> bool:
-        """Whether the disk has room for what is missing."""
+        """True where the disk has room for what is missing."""
         return self.need_bytes * 1.02 + 2**20 < self.free_bytes or not self.need_bytes
 
     def run(self, family: Family, encoder: ClipImageEncoder, batch_images: int, stopping: Stopping) -> PrepareReport:

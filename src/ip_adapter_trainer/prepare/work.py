@@ -1,4 +1,4 @@
-"""What is left to do: the pictures of this process's share that the set lacks something of; and reading them."""
+"""The work that is left: the images of this process's share of which the set lacks something; and reading them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def missing(items: list[Item], prepared: PreparedSet, pictures: ImageFiles) -> t
 
 
 def _still_holds(record: Record, name: str, pictures: ImageFiles) -> bool:
-    """Whether a picture need not be read again; one that is gone from the disk keeps what was made of it."""
+    """Return whether an image need not be read again; one that is gone from the disk keeps its encodings."""
     try:
         status = pictures.stat(name)
     except ImageFault:

@@ -29,7 +29,7 @@ _AGAIN = (
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process runs and with whom.
+    """The process that this is, its device, and the other processes of the command.
 
     Usage::
 
@@ -58,7 +58,7 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes."""
+        """True in the process that writes."""
         return self.rank == 0
 
     def gathered(self, value: T) -> list[T]:

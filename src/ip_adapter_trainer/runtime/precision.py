@@ -33,7 +33,7 @@ def on_device(name: str, device_type: str) -> str:
 
 
 def _computes_bf16() -> bool:
-    """Whether the CPU has instructions for it, as far as PyTorch tells; its older releases do not."""
+    """Return whether the CPU has instructions for bf16, as far as PyTorch tells; its older releases do not."""
     import torch
 
     tell = getattr(torch.cpu, "get_capabilities", None)

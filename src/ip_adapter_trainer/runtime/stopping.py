@@ -30,7 +30,7 @@ def no_poll() -> None:
 
 
 class Stopping:
-    """What a run's processes were asked, over all of them; one for each process, made when the group is.
+    """The stop that a run's processes were asked for, over all of them; one for each process, made when the group is.
 
     Usage::
 
@@ -54,7 +54,7 @@ class Stopping:
 
     @property
     def asked(self) -> bool:
-        """Whether this process was asked to stop; the others are told."""
+        """True once this process was asked to stop; the others learn of it."""
         number = self._signal.asked
         if number is not None and not self._told:
             self._told = True

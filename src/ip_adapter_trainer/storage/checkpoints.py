@@ -1,4 +1,4 @@
-"""Where a run's checkpoints lie, and whether their files are still what was written."""
+"""The checkpoints of a run's folder, and a look at whether their files are still what was written."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class Lines:
 
 
 def _after_torn(file: BinaryIO) -> bytes:
-    """What parts new lines from a last one that a kill tore."""
+    """Return the line end to write first if a kill tore the last line, else nothing."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - 1))
     return b"" if file.read(1) in (b"", b"\n") else b"\n"

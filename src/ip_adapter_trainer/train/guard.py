@@ -1,4 +1,7 @@
-"""What a resumed run may change. Every setting is in one of the lists that its part keeps (`core.settings.Resume`)."""
+"""The guard of a resumed run: it compares settings, rows and models with the checkpoint's.
+
+Every setting is in one of the lists that its part keeps (`core.settings.Resume`).
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ BEFORE = {"timestep_density": "uniform", "validation_share": 0.0}
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What makes a run the one that it is, beside its settings.
+    """All that tells a run from others, beside its settings.
 
     Attributes:
         rows: of the training set.

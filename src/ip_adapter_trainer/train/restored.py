@@ -1,4 +1,4 @@
-"""What a checkpoint must hold before a run takes it up: a folder that a stranger sent has true hashes too."""
+"""Demands on a checkpoint before a run takes it up: a folder that a stranger sent has true hashes too."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _Spikes(BaseModel):
 
 
 class _Settings(BaseModel):
-    """What tells which run a checkpoint is of."""
+    """The part of a checkpoint's state that tells which run it is of."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 

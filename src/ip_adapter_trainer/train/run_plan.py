@@ -1,4 +1,4 @@
-"""What a run will do, in numbers, before it does it: printed at every start, and all that `--dry_run` does."""
+"""The plan of a run in numbers: printed at every start, and all that `--dry_run` does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the host learns of steps that the device has done: one step late on a GPU, so that it never waits for it."""
+"""Numbers of steps as the host learns them: one step late on a GPU, so that it never waits for the device."""
 
 from __future__ import annotations
 

@@ -27,12 +27,12 @@ STAGES = ("autoencoder", "clip", "vision", "denoiser", "pack")
 
 
 def log(line: str) -> None:
-    """Prints at once, also into a file."""
+    """Print a line at once, also into a file."""
     print(line, flush=True)
 
 
 def finished(name: str, net: Any, folder: Path) -> Any:
-    """A stage's final network, from `folder`.
+    """Return a stage's final network, from `folder`.
 
     Raises:
         Problem: the stage has not been trained to its end and passed its gate.
@@ -45,7 +45,7 @@ def finished(name: str, net: Any, folder: Path) -> Any:
 
 
 def train_to_gate(stage: train.Stage, folder: Path, look: Callable[[], dict[str, float]], gate: float | None) -> None:
-    """Trains a stage cycle by cycle until the oracle lets it through; keeps its weights and what was seen.
+    """Train a stage cycle by cycle until the oracle lets it through; keep its weights and scores.
 
     Raises:
         Problem: the gate is not passed after the last cycle allowed.
@@ -67,25 +67,25 @@ def train_to_gate(stage: train.Stage, folder: Path, look: Callable[[], dict[str,
 
 
 def build_autoencoder(seed: int, folder: Path) -> None:
-    """Trains and gates the autoencoder."""
+    """Train the autoencoder through its gate."""
     stage = train.autoencoder_stage(seed, train.make_pool(seed))
     train_to_gate(stage, folder, lambda: gates.reconstruction(stage.net, seed), gates.AUTOENCODER_GATE)
 
 
 def build_clip(seed: int, folder: Path) -> None:
-    """Trains both towers; the text tower is final after this, the image tower is gated after `vision`."""
+    """Train both towers; the text tower is final after this, the image tower is gated after `vision`."""
     stage = train.clip_stage(seed, train.make_pool(seed))
     train_to_gate(stage, folder, lambda: gates.probe(stage.net, seed), None)
 
 
 def build_vision(seed: int, folder: Path) -> None:
-    """Trains the image tower on and gates it."""
+    """Train the image tower on, through its gate."""
     stage = train.vision_stage(seed, finished("clip", models.clip(), folder).train())
     train_to_gate(stage, folder, lambda: gates.probe(stage.net, seed), gates.ENCODER_GATE)
 
 
 def build_denoiser(seed: int, folder: Path) -> None:
-    """Trains and gates the denoiser on the finished autoencoder and text tower."""
+    """Train the denoiser through its gate, on the finished autoencoder and text tower."""
     vae, clip = finished("autoencoder", models.autoencoder(), folder), finished("clip", models.clip(), folder)
     pool = train.make_pool(seed, train.DENOISER_SPREAD)
     train.fix_scaling_factor(vae, pool)
@@ -107,7 +107,7 @@ def save_weights(vae: Any, unet: Any, clip: CLIPModel) -> None:
 
 
 def pack(seed: int, folder: Path) -> None:
-    """Writes the package's weights (autoencoder and denoiser in fp16) and gates what they read back as."""
+    """Write the package's weights (autoencoder and denoiser in fp16), read them back and gate them."""
     vae, clip = finished("autoencoder", models.autoencoder(), folder), finished("vision", models.clip(), folder)
     train.fix_scaling_factor(vae, train.make_pool(seed, train.DENOISER_SPREAD))
     unet = finished("denoiser", models.unet(), folder)
@@ -121,7 +121,7 @@ def pack(seed: int, folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one stage or all of them in order; 0 when every gate is passed, 2 otherwise."""
+    """Run one stage or all of them in order; return 0 when every gate is passed, 2 otherwise."""
     parser = argparse.ArgumentParser(prog="python -m tools.pocket.build", description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for saves; start again to go on")
     parser.add_argument("--stage", choices=("all", *STAGES), default="all")

@@ -46,7 +46,7 @@ def plain(text: str) -> str:
 def one_line(text: str) -> str:
     """Return a stranger's text as `plain` does, cut to 400 characters, so that a log can take it.
 
-    The result of this function comes back unchanged.
+    Its own result it returns unchanged.
     """
     line = plain(text[: 2 * _LINE_CHARACTERS])
     return line if len(line) <= _LINE_CHARACTERS else f"{line[: _LINE_CHARACTERS - 3]}..."

@@ -98,19 +98,20 @@ SPOKEN = {
     "storage", "train",
 }  # fmt: skip
 LATER = {
-    "feed/loader.py", "feed/workers.py", "manifest/images.py", "nn/attention.py", "nn/lean.py", "nn/packed.py",
-    "prepare/frozen.py", "runtime/early.py", "train/data.py", "train/encoded.py", "train/fixed.py", "train/loop.py",
-    "train/run.py", "train/validate.py", *(f"{name}/config.py" for name in SPOKEN),
+    "core/classes.py", "feed/loader.py", "feed/workers.py", "manifest/images.py", "nn/attention.py", "nn/lean.py",
+    "nn/packed.py", "prepare/frozen.py", "runtime/early.py", "train/data.py", "train/encoded.py", "train/fixed.py",
+    "train/loop.py", "train/run.py", "train/validate.py",
+    *(f"{name}/config.py" for name in SPOKEN),
 }  # fmt: skip
 VERBS = """
-    Accept Adapt Add Allow Append Apply Ask Assign Attach Average Begin Build Call Change Check Choose Claim Clear Close
-    Collect Combine Compare Compile Compute Convert Copy Count Create Cut Decide Decode Demand Derive Describe Detach
-    Divide Do Download Draw Drop Encode End Enter Estimate Evaluate Expand Export Fill Find Finish Fit Follow Forget
-    Gather Generate Give Go Group Guess Hand Handle Hash Have Hold Ignore Inspect Join Keep Lay Let List Load Log Look
-    Make Map Match Measure Merge Move Name Note Open Pack Parse Pass Place Plan Predict Prepare Print Project Put Raise
-    Read Record Refuse Register Release Remove Rename Render Replace Report Resample Resize Restore Return Run Sample
-    Save Say Scale Scan Score See Send Set Show Shuffle Skip Sort Split Start Step Stop Store Swap Take Tell Train Try
-    Turn Unload Unpack Update Use Verify Wait Warn Watch Wrap Write Yield
+    Accept Adapt Add Allow Append Apply Ask Assign Attach Average Begin Build Call Change Check Choose Claim Clear
+    Close Collect Combine Compare Compile Compute Connect Convert Copy Count Create Cut Decide Decode Demand Derive
+    Describe Detach Divide Do Download Draw Drop Encode End Enter Estimate Evaluate Expand Export Fill Find Finish
+    Fit Follow Forget Gather Generate Give Go Group Guess Hand Handle Hash Have Hold Ignore Inspect Join Keep Lay
+    Let List Load Log Look Make Map Match Measure Merge Move Name Note Open Pack Parse Pass Place Plan Poll Predict
+    Prepare Print Project Put Raise Read Record Refuse Register Release Remove Rename Render Replace Report Resample
+    Resize Restore Return Run Sample Save Say Scale Scan Score See Send Set Show Shuffle Skip Sort Split Start Step
+    Stop Store Swap Take Tell Train Try Turn Unload Unpack Update Use Verify Wait Warn Watch Work Wrap Write Yield
 """
 
 

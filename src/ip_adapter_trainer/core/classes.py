@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def classes_changed(changes: Iterable[tuple[nn.Module, type[nn.Module]]]) -> Iterator[None]:
-    """Give layers other classes for a while; their parameters and the names of these stay.
+    """Gives layers other classes for a while; parameters and their names stay where they are.
 
     Args:
         changes: each layer with the class it gets, which must make do with what the layer holds.

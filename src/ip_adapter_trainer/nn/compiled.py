@@ -20,9 +20,9 @@ _VERSIONS = 64  # of one kind of block: every width and, with buckets, sizes; Dy
 
 @contextmanager
 def compiled_blocks(net: nn.Module, how: Compile, backend: str = "inductor") -> Iterator[None]:
-    """Compile a net's blocks for a while, for steps with gradients; without gradients the blocks run as they are.
+    """Compile a net's blocks for a while, for steps with gradients; without them the blocks run as they are.
 
-    Parameters and their names stay where they are. A second size of image compiles once more, with sizes left open.
+    Parameters and their names stay where they are. A second size of picture compiles once more, with sizes left open.
 
     Args:
         net: frozen, its layers not lean.

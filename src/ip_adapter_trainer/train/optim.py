@@ -63,14 +63,14 @@ class Gradients:
         return norm
 
     def report(self, norm: Tensor) -> Tensor:
-        """Return the step's numbers [3] on the device: loss, norm (a scalar), one if not finite."""
+        """Return the step's numbers [3] on the device: loss, norm, one if not finite."""
         return torch.stack((self._buffer[-1], norm, (~torch.isfinite(norm)).float()))
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
     """Step, unless `bad`, a scalar on the device, is one: then weights and moments stay what they are.
 
-    A fused optimizer of PyTorch's reads it on the device; for others the host must.
+    A fused optimizer of PyTorch's looks at it on the device; for others the host must.
     """
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.found_inf = bad  # type: ignore[attr-defined]

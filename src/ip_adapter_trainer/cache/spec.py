@@ -1,8 +1,8 @@
-"""What prepared sets hold: which encodings of which pictures, and the address of each.
+"""Contents of prepared sets: the encodings of each image, and the key of each.
 
-Nothing here is found by a row's number. The address of a row of latents is a hash of the picture's content, the cut,
-the autoencoder and the dtype, so another crop, another encoder or a changed picture is another address: what is served
-is right or is not there.
+Nothing here is found by a row's number. The key of a row of latents is a hash of the image's content, the cut, the
+autoencoder and the dtype, so another crop, another encoder or a changed image has another key: what is served is right
+or is not there.
 """
 
 from __future__ import annotations
@@ -107,12 +107,12 @@ class CacheSpec:
 
     @cached_property
     def targets(self) -> dict[tuple[Size, bool], Way]:
-        """How moments are made, by the size cut to and whether mirrored."""
+        """The ways of making moments, by the size cut to and whether mirrored."""
         return {(size, side): self._target(size, side) for size in self.moments for side in (False, True)}
 
     @cached_property
     def prompts(self) -> dict[tuple[Need, bool], Way]:
-        """How features are made, and whether mirrored."""
+        """The ways of making features, by their table and whether mirrored."""
         return {(need, side): self._prompt(need, side) for need in self.features for side in (False, True)}
 
     def _target(self, target_px: Size, mirrored: bool) -> Way:
@@ -126,7 +126,7 @@ class CacheSpec:
         return Way(kind, Digests(framed(kind.name), after), None, mirrored, need.role)
 
     def ways(self, target_px: Size, use: int) -> list[Way]:
-        """All that is wanted of a picture whose bucket is this, used so."""
+        """Return all the ways in which an image of this bucket is encoded for this use."""
         found: list[Way] = []
         if use & TARGET:
             found += [self.targets[target_px, mirrored] for mirrored in _sides(self.mirrors)]
@@ -136,11 +136,11 @@ class CacheSpec:
         return found
 
     def views(self, content: bytes, size_px: Size, use: int) -> list[View]:
-        """All that is wanted of a picture of this content and size, used so."""
+        """Return all the views of an image of this content and size that this use needs."""
         return [way.view(content) for way in self.ways(self.buckets.sizes_px[self.buckets.nearest(size_px)], use)]
 
     def uses(self, row: Row) -> list[tuple[str, int]]:
-        """The pictures that a row names and what it uses each as; its own prompt image is never mirrored."""
+        """Return the images that a row names and what it uses each as; its own prompt image is never mirrored."""
         own = row.prompt_image_file
         if own is None:
             return [(row.image_file, TARGET | PROMPT | (MIRRORED_PROMPT if self.mirrors else 0))]
@@ -152,7 +152,7 @@ def _sides(both: bool) -> tuple[bool, ...]:
 
 
 def random_cuts(config: CutConfig) -> list[str]:
-    """The flags by which each image is drawn otherwise every time, so that nothing could be encoded beforehand."""
+    """Return the flags by which each image is cut at random every time, so that nothing can be encoded beforehand."""
     anew = {
         "--no_center_crop": not config.center_crop,
         "--prompt_crop_min_share": config.prompt_crop_min_share < 1,

@@ -1,4 +1,4 @@
-"""What flows through the house: rows, samples, batches, conditions. Frozen dataclasses, shapes at the field."""
+"""Values that the parts hand on: rows, samples, batches, conditions. Frozen dataclasses, shapes at the field."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a target was cut, in pixels (height, width), as SDXL's micro-conditioning wants it."""
+    """The cut of a target in pixels (height, width), as SDXL's micro-conditioning wants it."""
 
     original_px: tuple[int, int]
     crop_px: tuple[int, int]  # top, left, in the resized picture
@@ -132,12 +132,12 @@ class Batch:
         return len(self.text)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with its tensors on `device`."""
+        """Return the same batch with its tensors on `device`."""
         return replace(self, inputs=map_tensors(lambda t: to_device(t, device), self.inputs))
 
 
 def map_tensors(function: Callable[..., Tensor], first: P, *others: P) -> P:
-    """A picture of the same kind whose tensors are `function` of those of one or more pictures."""
+    """Return inputs of the same kind with each tensor replaced by `function` of it, [...], and of those of `others`."""
     names = [f.name for f in fields(first)]
     return type(first)(**{name: _mapped(function, *(getattr(p, name) for p in (first, *others))) for name in names})
 
@@ -150,7 +150,7 @@ def _mapped(function: Callable[..., Tensor], first: Any, *others: Any) -> Any:
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """One attention layer of a denoiser that an adapter may be attached to."""
+    """The output of the text encoders, as the denoiser takes it."""
 
     number: int  # N of the file contract's keys, as `N.to_k_ip.weight`
     name: str  # the layer's module path in the denoiser

@@ -34,7 +34,7 @@ def grid(
     blocks: int = 1,
     cell_px: tuple[int, int] = CELL_PX,
 ) -> Image:
-    """The grid of some RGB pictures, a row each.
+    """Draw the grid of some RGB images, a row each.
 
     Args:
         model: attached or not; it is given back as it was found.
@@ -58,9 +58,9 @@ def validation_grid(
     poll: Poll = no_poll,
     features: Features | None = None,
 ) -> Image:
-    """The grid of the first `grid_rows` rows of some batches of pixels, each drawn at the size of its target.
+    """Draw the grid of the first `grid_rows` rows of some batches of pixels, each at the size of its target.
 
-    No more pictures are drawn at once than a batch has.
+    No more images are drawn at once than a batch has.
 
     Args:
         model: attached or not; it is given back as it was found.
@@ -104,9 +104,9 @@ def _rows(
 
 
 def as_seen(preprocess: Callable[[Image], Tensor], pixels: Tensor) -> list[Image]:
-    """Pictures of preprocessed pixels [B, 3, S, S]: what the encoder saw.
+    """Return images of preprocessed pixels [B, 3, S, S], as the encoder saw them.
 
-    The normalisation to undo is read off a black and a white picture.
+    The normalisation to undo is read off a black and a white image.
     """
     from PIL import Image as images
 

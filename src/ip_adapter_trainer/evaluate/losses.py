@@ -32,7 +32,7 @@ Table = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Gap:
-    """How much the loss of a row rises when it is not shown its own image, over all rows."""
+    """The rise of a row's loss when it is not shown its own image, over all rows."""
 
     mean: float
     standard_error: float | None  # of the mean, from the rows' paired differences; None: of one row
@@ -64,7 +64,7 @@ class ValidationReport:
     by_band: dict[tuple[int, int], float]  # with the right image, by a band's first and last timestep
 
     def as_metrics(self, prefix: str = "validation") -> dict[str, float]:
-        """Flat numbers for trackers and JSON."""
+        """Return the report as flat numbers for trackers and JSON."""
         metrics = {f"{prefix}/loss": self.losses[RIGHT]}
         for name, gap in self.gaps.items():
             metrics[f"{prefix}/loss_{name}"] = self.losses[name]
@@ -95,7 +95,7 @@ class ValidationReport:
         return "no sign yet that the image prompt is used"
 
     def summary(self, rows: str) -> str:
-        """One line: what was measured on so many rows of a kind, such as "held-out rows", and what it says."""
+        """Return a line with what was measured on rows of this kind, such as "held-out rows", and the verdict."""
         words = {SHUFFLED: "with shuffled images", NONE: "without image"}
         gaps = ", ".join(f"{words[name]} {gap}" for name, gap in self.gaps.items())
         return f"loss {self.losses[RIGHT]:.4f} on {self.rows} {rows}; {gaps}: {self.verdict}"
@@ -112,7 +112,7 @@ class ValidationReport:
 def validation_losses(
     model: Model, process: NoiseProcess, batches: Sequence[Batch], seed: int, poll: Poll = no_poll
 ) -> ValidationReport:
-    """Measures an adapter on fixed rows.
+    """Measure an adapter on fixed rows.
 
     Timesteps, noise and latents are drawn from each row's own counter (`Batch.index`) and the shuffle from all of them
     in order, so neither the size nor the order of the batches matters. Captions are kept; drop flags are not read.

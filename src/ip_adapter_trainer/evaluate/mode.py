@@ -12,7 +12,7 @@ from ip_adapter_trainer.model import Model
 
 @contextmanager
 def evaluation_mode(model: Model) -> Iterator[None]:
-    """The adapter attached, in evaluation mode, without gradients; all as it was found after, whatever is raised."""
+    """Attach the adapter in evaluation mode, without gradients; leave all as it was found, whatever is raised."""
     was_attached, was_training = model.is_attached, model.adapter.training
     seen = dict(vars(model.prompt))
     if not was_attached:

@@ -29,7 +29,7 @@ class Prompt:
 
 
 def read_prompts(config: EvaluateConfig) -> tuple[list[Prompt], tuple[Fault, ...]]:
-    """Rows chosen by the seed whose pictures can be read; what is wrong with the manifest and with the other rows.
+    """Return rows chosen by the seed whose images can be read, and the faults of the manifest and of the other rows.
 
     Raises:
         Problem: the manifest cannot be read at all.
@@ -56,7 +56,7 @@ def _read(pictures: ImageFiles, name: str) -> Image:
 
 
 def _error(prompt: Prompt) -> ImageFault | None:
-    """Why a row's picture cannot be read."""
+    """Return the fault for which a row's image cannot be read, or None."""
     try:
         prompt.read()
     except ImageFault as error:

@@ -28,7 +28,7 @@ _SCHEDULERS = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "dpm+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn; the defaults are the paper's (section 4.1.3: 50 steps of DDIM, guidance 7.5)."""
+    """Settings of a drawing; the defaults are the paper's (section 4.1.3: 50 steps of DDIM, guidance 7.5)."""
 
     height_px: int
     width_px: int
@@ -41,7 +41,7 @@ class Sampling:
 
 
 def native_size_px(model: Model) -> tuple[int, int]:
-    """Height and width that the base model was made for."""
+    """Return the height and width that the base model was made for."""
     config: Any = model.denoiser.net.config
     side = config.sample_size
     height, width = (side, side) if isinstance(side, int) else side
@@ -126,7 +126,7 @@ def sample(
 
 
 def _is_guided(model: Model, how: Sampling) -> bool:
-    """Whether the pipeline runs a pass without prompts beside the one with them."""
+    """Return whether the pipeline runs a pass without prompts beside the one with them."""
     distilled = getattr(model.denoiser.net.config, "time_cond_proj_dim", None) is not None
     return how.guidance_scale > 1 and not distilled
 
@@ -156,7 +156,7 @@ def _draw(
     """One call of the pipeline."""
 
     def after_step(pipeline: Any, step: int, timestep: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """diffusers' callback: a stop may come between steps."""
+        """Let a stop come between steps; diffusers calls this after each."""
         poll()
         last = step == pipeline.num_timesteps - 1
         # A VAE kept in fp32 beside a half precision denoiser cannot decode half precision latents.

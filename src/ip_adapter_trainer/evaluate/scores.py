@@ -42,7 +42,7 @@ Values = dict[str, dict[str, NDArray[np.float64]]]  # condition, metric: [rows]
 
 @dataclass(frozen=True)
 class DrawPlan:
-    """What is drawn for every row in each condition."""
+    """The images that are drawn for every row in each condition."""
 
     how: Sampling
     text: str = ""
@@ -51,7 +51,7 @@ class DrawPlan:
 
 
 def evaluate(config: EvaluateConfig, poll: Poll = no_poll) -> Evaluation:
-    """Scores an adapter on rows of a manifest and writes the JSON file.
+    """Score an adapter on rows of a manifest and write the JSON file.
 
     Raises:
         Problem: something cannot be read, loaded or written.
@@ -99,7 +99,7 @@ def _write(found: Evaluation, output: Path) -> None:
 
 
 def score(model: Model, clip: ClipScorer, prompts: Sequence[Prompt], plan: DrawPlan, poll: Poll = no_poll) -> Values:
-    """CLIP-I and CLIP-T of every row in every condition.
+    """Return CLIP-I and CLIP-T of every row in every condition.
 
     CLIP-T is NaN where a row has no caption; both are, for shuffled prompts, where all rows show one image.
 

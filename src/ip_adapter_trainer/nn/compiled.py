@@ -20,7 +20,7 @@ _VERSIONS = 64  # of one kind of block: every width and, with buckets, sizes; Dy
 
 @contextmanager
 def compiled_blocks(net: nn.Module, how: Compile, backend: str = "inductor") -> Iterator[None]:
-    """Compiles a net's blocks for a while, for steps with gradients; without them the blocks run as they are.
+    """Compile a net's blocks for a while, for steps with gradients; without them the blocks run as they are.
 
     Parameters and their names stay where they are. A second size of picture compiles once more, with sizes left open.
 
@@ -44,7 +44,7 @@ def _with_gradients(forward: Callable[..., Any], mode: str | None, backend: str)
     run = torch.compile(forward, fullgraph=True, mode=mode, backend=backend)
 
     def either(*args: Any, **kwargs: Any) -> Any:
-        """Dispatches."""
+        """Run the compiled block where gradients are asked for, else the block as it is."""
         return (run if torch.is_grad_enabled() else forward)(*args, **kwargs)
 
     return either

@@ -14,7 +14,7 @@ Geometry = tuple[tuple[int, int], tuple[int, int]]  # stride and padding, each (
 
 
 def product_pays(x: Tensor, weight: Tensor, stride: tuple[int, int], dilation: tuple[int, int], groups: int) -> bool:
-    """Whether a convolution of [B, C, H, W] is the faster one as a product.
+    """Return whether a convolution of [B, C, H, W] is faster as a matrix product.
 
     Re-laying the weight out costs as much as some positions more would, and gathering patches as much as some channels
     more. One core with AMX, bf16, forward and backward: 2,560 to 1,280 channels at 64 positions 85 ms against 17 ms;
@@ -29,14 +29,14 @@ def product_pays(x: Tensor, weight: Tensor, stride: tuple[int, int], dilation: t
 
 
 def product_forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """`F.conv2d` of [B, C, H, W] with a channels-last weight [D, C, k, l], channels-last [B, D, h, w]."""
+    """Compute `F.conv2d` of [B, C, H, W] with a channels-last weight [D, C, k, l], as channels-last [B, D, h, w]."""
     patches = _patches(x, weight.shape[2:], geometry)  # [B, h, w, k, l, C]
     out = F.linear(patches.flatten(3).flatten(0, 2), _matrix(weight), bias)  # [B h w, D]
     return out.view(*patches.shape[:3], -1).permute(0, 3, 1, 2)
 
 
 def product_backward(gradient: Tensor, weight: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
-    """Gradient [B, D, h, w] of the output to that of the input, channels-last [B, C, H, W].
+    """Return the gradient of the input, channels-last [B, C, H, W], from that of the output, [B, D, h, w].
 
     Patches overlap; what falls on one position is summed in fp32 and rounded once.
     """

@@ -16,7 +16,7 @@ _CHUNK = 65536
 
 
 def missing_captions(manifest: Manifest, prepared: PreparedSet, rank: int, world: int) -> list[str]:
-    """The captions that the set lacks and that fall to one process; each falls to exactly one."""
+    """Return the captions that the set lacks and that fall to this process; each falls to exactly one."""
     if prepared.spec.text is None:
         return []
     distinct = list(dict.fromkeys(["", *(caption for row in manifest.rows for caption in row.captions)]))
@@ -35,7 +35,7 @@ def _share(text: str, world: int) -> int:
 def encode_captions(
     captions: list[str], codec: Codec, encoding: Encoding, prepared: PreparedSet, batch: int, poll: Callable[[], None]
 ) -> None:
-    """Encodes captions, `batch` at once, the last batch filled up with its first as that of pictures is."""
+    """Encode captions, `batch` at once; the last batch is filled up with its first caption, as that of images is."""
     spec = prepared.spec.text
     for start in range(0, len(captions), batch):
         poll()

@@ -64,11 +64,11 @@ class Encoding:
         self.encoded = 0
 
     def note(self, name: str, record: Record) -> None:
-        """Writes down what is known of a picture."""
+        """Write down the record of an image."""
         self._writer(PICTURES).add(name_key(name), record.packed())
 
     def take(self, views: Views, pixels: NDArray[np.float32]) -> None:
-        """Encodes [3, H, W] once there are enough of its size; the views are what is wanted of these pixels."""
+        """Encode pixels [3, H, W] once there are enough of their size; the views say what is made of them."""
         role, kinds = views[0].role, tuple(view.kind for view in views)
         waiting = self._waiting.setdefault((role, kinds, views[0].target_px), [])
         waiting.append((views, pixels))
@@ -77,14 +77,14 @@ class Encoding:
             waiting.clear()
 
     def finish(self) -> None:
-        """Encodes what still waits for company."""
+        """Encode the pixels that still wait for others of their size."""
         for (role, kinds, _), waiting in self._waiting.items():
             if waiting:
                 self._encode(role, kinds, waiting)
         self._waiting.clear()
 
     def seal(self) -> None:
-        """Writes down what was encoded so far."""
+        """Write down what was encoded so far."""
         for writer in self._writers.values():
             writer.seal()
 
@@ -96,7 +96,7 @@ class Encoding:
         self.encoded += len(waiting)
 
     def keep(self, kind: TableKind, keys: Sequence[bytes], values: Tensor) -> None:
-        """Adds values [B, ...] to a table.
+        """Add values [B, ...] to a table.
 
         Raises:
             NotFiniteProblem: some are not finite.

@@ -39,7 +39,7 @@ _FLAG = "--prepared_dir"
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What a run of `prepare` did, over all processes."""
+    """The counts and faults of a run of `prepare`, over all processes."""
 
     folder: Path
     pictures: int = 0  # that the rows name
@@ -49,7 +49,7 @@ class PrepareReport:
     faulty_rows: int = 0
 
     def followed_by(self, later: PrepareReport) -> PrepareReport:
-        """This and what was done after it for another image encoder, whose faults are the same ones."""
+        """Return the sum of this report and a later one for another image encoder, whose faults are the same ones."""
         done = {name: getattr(self, name) + getattr(later, name) for name in ("read", "encoded", "captions")}
         return replace(later, **done)
 
@@ -61,7 +61,7 @@ class PrepareReport:
 
 
 def prepare(config: PrepareConfig) -> PrepareReport:
-    """Encodes what the rows need and the set lacks.
+    """Encode what the rows need and the set lacks.
 
     Raises:
         Problem: settings under which nothing can be encoded beforehand, or models that do not load.
@@ -100,7 +100,7 @@ def prepare(config: PrepareConfig) -> PrepareReport:
 
 
 def demand_preparable(config: CutConfig) -> None:
-    """Refuses what is drawn anew for every image.
+    """Refuse settings that cut each image otherwise every time.
 
     Raises:
         Problem: such a setting is on.
@@ -133,13 +133,13 @@ class Job:
 
     @property
     def fits(self) -> bool:
-        """Whether the disk has room for what is missing."""
+        """True where the disk has room for what is missing."""
         return self.need_bytes * 1.02 + 2**20 < self.free_bytes or not self.need_bytes
 
     def run(
         self, codec: Codec, encoders: Mapping[str, ImageEncoder], batch_images: int, stopping: Stopping
     ) -> PrepareReport:
-        """Makes what is missing; see `prepare`."""
+        """Make what is missing; see `prepare`."""
         room = f"{_size(self.need_bytes)} needed at most, {_size(self.free_bytes)} free"
         read = self.runtime.total(len(self.left))
         say(f"prepared set {self.folder}: {read} pictures to read, {room}")
@@ -152,7 +152,7 @@ class Job:
             reading = PrepareDataset(self.prepared, self.pictures, self.config, preprocess)
 
             def fill(poll: Poll) -> None:
-                """This process's share."""
+                """Do this process's share."""
                 try:
                     self._fill(encoding, reading, poll)
                     encode_captions(self.captions, codec, encoding, self.prepared, batch_images, poll)

@@ -1,4 +1,4 @@
-"""What is left to do: the pictures of this process's share that the set lacks something of; and reading them."""
+"""The work that is left: the images of this process's share of which the set lacks something; and reading them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ReadImage:
 
 
 def share_of(manifest: Manifest, spec: CacheSpec, rank: int, world: int) -> list[Item]:
-    """The pictures that fall to one process; each falls to exactly one, by its name."""
+    """Return the images that fall to one process; each falls to exactly one, by its name."""
     found: dict[str, tuple[int, int]] = {}
     for number, row in enumerate(manifest.rows):
         for name, use in spec.uses(row):
@@ -58,7 +58,7 @@ def share_of(manifest: Manifest, spec: CacheSpec, rank: int, world: int) -> list
 
 
 def missing(items: list[Item], prepared: PreparedSet, pictures: ImageFiles) -> tuple[list[Item], int]:
-    """The pictures that have to be read, and the bytes that what is made of them takes at most."""
+    """Return the images that have to be read, and the most bytes that their encodings take."""
     left: list[Item] = []
     need_bytes = 0
     for start in range(0, len(items), _CHUNK):
@@ -73,7 +73,7 @@ def missing(items: list[Item], prepared: PreparedSet, pictures: ImageFiles) -> t
 
 
 def _still_holds(record: Record, name: str, pictures: ImageFiles) -> bool:
-    """Whether a picture need not be read again; one that is gone from the disk keeps what was made of it."""
+    """Return whether an image need not be read again; one that is gone from the disk keeps its encodings."""
     try:
         status = pictures.stat(name)
     except ImageFault:
@@ -128,17 +128,17 @@ class PrepareDataset(Dataset[ReadImage]):
 def read_all(
     items: Sequence[Item], reading: PrepareDataset, config: CutConfig, where: Callable[[int], str], poll: Poll
 ) -> Iterator[ReadImage]:
-    """Every item in order, read by data workers a few ahead, or by this process if there are none.
+    """Read every item in order, by data workers a few ahead, or by this process if there are none.
 
     Args:
         items: to read.
         reading: reads one.
         config: how many workers, and how long to wait for one.
-        where: a row is.
+        where: the place of a row by its number, as faults name it.
         poll: called while one is waited for.
 
     Raises:
-        DataProblem: workers are lost over one picture again and again.
+        DataProblem: workers are lost over one image again and again.
     """
     pool = Pool(
         dataset=reading,

@@ -26,11 +26,11 @@ _TERMINATED = 15
 
 
 def no_poll() -> None:
-    """The poll of a caller whom nobody stops."""
+    """Poll for a caller whom nobody stops."""
 
 
 class Stopping:
-    """What a run's processes were asked, over all of them; one for each process, made when the group is.
+    """Knows what a run's processes were asked, over all of them; one for each process, made when the group is.
 
     Usage::
 
@@ -49,12 +49,12 @@ class Stopping:
         self._meetings = 0
 
     def noted(self) -> AbstractContextManager[None]:
-        """While in this block, signals are kept; see `StopSignal.noted`."""
+        """Keep signals while in this block; see `StopSignal.noted`."""
         return self._signal.noted()
 
     @property
     def asked(self) -> bool:
-        """Whether this process was asked to stop; the others are told."""
+        """Tell whether this process was asked to stop, and tell the others if it was."""
         number = self._signal.asked
         if number is not None and not self._told:
             self._told = True
@@ -68,7 +68,7 @@ class Stopping:
         return 128 + (self._signal.asked or self._heard or _TERMINATED)
 
     def poll(self) -> None:
-        """Called often in long work.
+        """Look, often in long work, whether any process was asked to stop.
 
         Raises:
             Stopped: this or another process was asked to stop.
@@ -79,7 +79,7 @@ class Stopping:
             raise Stopped(self.exit_code)
 
     def together(self, work: Callable[[Poll], None]) -> None:
-        """Works on every process, each at its own pace, and waits until all are done.
+        """Work on every process, each at its own pace, and wait until all are done.
 
         Args:
             work: takes `poll`; no collective may be in it.

@@ -16,7 +16,7 @@ from ip_adapter_trainer.train.config import LeanConfig
 
 @contextmanager
 def lean(model: Model, config: LeanConfig) -> Iterator[None]:
-    """Makes an attached model's training step lean; afterwards its layers, processors and layout are what they were.
+    """Make an attached model's training step lean; afterwards its layers, processors and layout are what they were.
 
     Usage::
 

@@ -37,15 +37,15 @@ class Gradients:
             start += p.numel()
 
     def zero(self) -> None:
-        """Clears gradients and loss before a step."""
+        """Clear gradients and loss before a step."""
         self._buffer.zero_()
 
     def add_loss(self, loss: Tensor) -> None:
-        """Adds a micro batch's share of the loss to report."""
+        """Add a micro batch's share of the loss to report, a scalar."""
         self._buffer[-1] += loss
 
     def average(self, world: int) -> None:
-        """Means over all processes; afterwards every one holds the same buffer.
+        """Average over all processes; afterwards every one holds the same buffer.
 
         A loss that is not finite makes the gradients so too, so that one look at their norm tells of both.
         """
@@ -55,7 +55,7 @@ class Gradients:
         self.flat[0] += 0 * self._buffer[-1]
 
     def clip(self, max_norm: float | None) -> Tensor:
-        """Scales gradients down to a norm; returns the norm before, a scalar on the device."""
+        """Scale gradients down to a norm; return the norm before, a scalar on the device."""
         rows = torch.linalg.vector_norm(self._buffer[:-1].view(-1, _NORM_ROW), dim=1)
         norm = rows.square().sum().sqrt()
         if max_norm is not None:
@@ -63,12 +63,12 @@ class Gradients:
         return norm
 
     def report(self, norm: Tensor) -> Tensor:
-        """The step's numbers [3] on the device: loss, norm, one if not finite."""
+        """Return the step's numbers [3] on the device: loss, norm, one if not finite."""
         return torch.stack((self._buffer[-1], norm, (~torch.isfinite(norm)).float()))
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
-    """Steps, unless `bad`, a scalar on the device, is one: then weights and moments stay what they are.
+    """Step, unless `bad`, a scalar on the device, is one: then weights and moments stay what they are.
 
     A fused optimizer of PyTorch's looks at it on the device; for others the host must.
     """
@@ -81,12 +81,12 @@ def step_if_finite(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
 
 @torch.no_grad()
 def all_within(limit: float, tensors: Iterable[Tensor]) -> bool:
-    """Whether every number in them is between a limit and its negative, and so none is NaN; waits for the device."""
+    """Return whether all numbers of tensors [...] lie between `-limit` and `limit`, none NaN; wait for the device."""
     return all(bool((tensor.abs() <= limit).all()) for tensor in tensors if tensor.is_floating_point())
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over the adapter alone: PyTorch's, fused or not, or bitsandbytes' 8-bit one.
+    """Make an AdamW over the adapter alone: PyTorch's, fused or not, or bitsandbytes' 8-bit one.
 
     Raises:
         Problem: 8-bit asked for and bitsandbytes not installed.
@@ -110,7 +110,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
 
 
 def warmup_steps(config: OptimConfig, total_steps: int) -> int:
-    """Steps of linear warm-up: those asked for, else a tenth of the run, 500 at most."""
+    """Return the steps of linear warm-up: those asked for, else a tenth of the run, 500 at most."""
     if config.lr_warmup_steps is not None:
         return config.lr_warmup_steps
     return min(total_steps // 10, MAX_WARMUP_STEPS)
@@ -119,7 +119,7 @@ def warmup_steps(config: OptimConfig, total_steps: int) -> int:
 def make_schedule(
     optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int, warmup: int | None = None
 ) -> Any:
-    """diffusers' learning-rate schedule over optimizer steps.
+    """Make diffusers' learning-rate schedule over optimizer steps.
 
     Args:
         optimizer: whose rates follow it.
@@ -146,7 +146,7 @@ def make_schedule(
 
 
 def make_ema(adapter: nn.Module, config: OptimConfig) -> Any:
-    """diffusers' EMAModel over the adapter, or None."""
+    """Make diffusers' EMAModel over the adapter, or return None where no average is asked for."""
     from diffusers.training_utils import EMAModel
 
     return EMAModel(adapter.parameters(), decay=config.ema_decay) if config.use_ema else None
@@ -154,7 +154,10 @@ def make_ema(adapter: nn.Module, config: OptimConfig) -> Any:
 
 @contextmanager
 def averaged(adapter: nn.Module, ema: Any) -> Iterator[dict[str, Tensor]]:
-    """The averaged weights in the adapter for a while, as a state dict; without an average, the live ones."""
+    """Put the averaged weights into the adapter for a while and give its state dict, tensors [...].
+
+    Without an average these are the live weights.
+    """
     if ema is None:
         yield adapter.state_dict()
         return
@@ -167,7 +170,7 @@ def averaged(adapter: nn.Module, ema: Any) -> Iterator[dict[str, Tensor]]:
 
 
 def wind(schedule: Any, steps: int) -> None:
-    """Sets a fresh schedule to where `steps` steps leave it, with the settings of now."""
+    """Set a fresh schedule to where `steps` steps leave it, with the settings of now."""
     schedule.last_epoch = steps
     rates = [base * factor(steps) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):

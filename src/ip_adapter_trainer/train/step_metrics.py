@@ -1,4 +1,4 @@
-"""What the host learns of steps that the device has done: one step late on a GPU, so that it never waits for it."""
+"""Numbers of steps as the host learns them: one step late on a GPU, so that it never waits for the device."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class PendingMetrics:
         self._sent: deque[_Sent] = deque()
 
     def add(self, step: int, rows: list[int], rate: float, values: Tensor) -> None:
-        """Takes a step's numbers [3] on the device: loss, norm, one if not finite."""
+        """Take a step's numbers [3] on the device: loss, norm, one if not finite."""
         if values.device.type != "cuda":
             self._sent.append(_Sent(step, rows, rate, values, None))
             return
@@ -56,7 +56,7 @@ class PendingMetrics:
         self._sent.append(_Sent(step, rows, rate, host, arrived))
 
     def read(self, keep: int) -> Iterator[StepMetrics]:
-        """The oldest steps, all but `keep` of them; waits until their numbers have come."""
+        """Yield the metrics of the oldest steps, all but `keep` of them; wait until their numbers have come."""
         while len(self._sent) > keep:
             sent = self._sent.popleft()
             if sent.arrived is not None:

@@ -27,6 +27,7 @@ from ip_adapter_trainer.pocket import models
 Base = Literal["sd1", "sd2v", "sdxl", "sdxlv"]
 BASES: tuple[Base, ...] = ("sd1", "sd2v", "sdxl", "sdxlv")
 UNETS: tuple[Base, ...] = BASES[:3]  # where only the denoiser matters
+FEATURES = ("image_embeds", "penultimate")  # of every image encoder
 CONTEXT_DIM = {"sd1": 64, "sd2v": 128, "sdxl": 128, "sdxlv": 160}
 
 

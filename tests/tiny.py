@@ -39,6 +39,7 @@ BASES: tuple[Base, ...] = ("sd1", "sd2v", "sdxl", "sdxlv")
 Encoder = Literal["siglip", "siglip2", "dinov2", "dinov2_with_registers"]
 ENCODERS: tuple[Encoder, ...] = ("siglip", "siglip2", "dinov2", "dinov2_with_registers")
 UNETS: tuple[Base, ...] = BASES[:3]  # where only the denoiser matters
+FEATURES = ("image_embeds", "penultimate")  # of every image encoder
 CONTEXT_DIM = {"sd1": 64, "sd2v": 128, "sdxl": 128, "sdxlv": 160}
 
 

@@ -13,16 +13,16 @@ from ip_adapter_trainer.nn.lean import LeanConv2d, LeanGEGLU, LeanResnetBlock2D,
 from ip_adapter_trainer.train.config import LeanConfig
 from ip_adapter_trainer.train.lean import lean
 from tests import tiny
-from tests.test_model import build, inputs
+from tests.test_model import build, inputs, tokens
 
 PARITY = 1e-5  # of the gradients' norm, in fp32
 
 
 def gradients(model: Model) -> tuple[torch.Tensor, torch.Tensor, int]:
     """The prediction, the adapter's gradients, and how many bytes besides weights the backward pass was given."""
-    noisy, t, text, pixels = inputs(model)
+    given, pixels = inputs(model)
     kept: dict[int, int] = {}
-    weights = [*model.family.denoiser.parameters(), *model.adapter.parameters()]
+    weights = [*model.denoiser.net.parameters(), *model.adapter.parameters()]
     own = {weight.untyped_storage().data_ptr() for weight in weights}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -33,7 +33,7 @@ def gradients(model: Model) -> tuple[torch.Tensor, torch.Tensor, int]:
 
     model.adapter.zero_grad()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        prediction = model.predict(noisy, t, text, model.project(model.features(pixels)))
+        prediction = model.predict(*given, tokens(model, pixels))
         prediction.square().mean().backward()
     grads = [p.grad.flatten() for p in model.adapter.parameters() if p.grad is not None]
     return prediction.detach(), torch.cat(grads), sum(kept.values())
@@ -70,19 +70,19 @@ def test_a_lean_denoiser_without_gradients_is_the_base_bit_for_bit_and_leaves_no
     base_folder: Callable, encoder_folder: Path
 ) -> None:
     model = build(base_folder("sdxl"), encoder_folder, "base")
-    denoiser, (noisy, t, text, _) = model.family.denoiser, inputs(model)
-    base, classes = model.family.predict(noisy, t, text), [type(m) for m in denoiser.modules()]
+    denoiser, (given, _) = model.denoiser.net, inputs(model)
+    base, classes = model.denoiser.predict(*given), [type(m) for m in denoiser.modules()]
     keys = list(denoiser.state_dict())
     with lean(model, LeanConfig(channels_last="off")):
         found = {type(m) for m in denoiser.modules()}
         assert {LeanConv2d, LeanGEGLU, LeanResnetBlock2D} <= found and ProductConv2d not in found
-        assert torch.equal(model.family.predict(noisy, t, text), base)
+        assert torch.equal(model.denoiser.predict(*given), base)
         assert list(denoiser.state_dict()) == keys
     with lean(model, LeanConfig(channels_last="on")):
         assert {type(m) for m in denoiser.modules()} >= {ProductConv2d, LeanGEGLU, LeanResnetBlock2D}
     assert [type(m) for m in denoiser.modules()] == classes
     assert all(p.is_contiguous() for p in denoiser.parameters())
-    assert torch.equal(model.family.predict(noisy, t, text), base)
+    assert torch.equal(model.denoiser.predict(*given), base)
 
 
 def test_trained_or_unusual_layers_stay_what_they_are() -> None:
@@ -94,20 +94,20 @@ def test_trained_or_unusual_layers_stay_what_they_are() -> None:
 
 def test_half_precision_takes_channels_last_by_itself(base_folder: Callable, encoder_folder: Path) -> None:
     model = build(base_folder("sd1"), encoder_folder, "base")
-    weight = model.family.denoiser.conv_in.weight
+    weight = model.denoiser.net.conv_in.weight
     with lean(model, LeanConfig()):
         assert weight.is_contiguous()
-    model.family.denoiser.to(torch.bfloat16)
+    model.denoiser.net.to(torch.bfloat16)
     with lean(model, LeanConfig()):
-        assert model.family.denoiser.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+        assert model.denoiser.net.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_picture_is_encoded_bit_for_bit_as_by_the_stock_autoencoder(
     dtype: torch.dtype, base_folder: Callable, encoder_folder: Path
 ) -> None:
-    family = build(base_folder("sd1"), encoder_folder, "base").family
-    vae = family.autoencoder.to(dtype)
+    codec = build(base_folder("sd1"), encoder_folder, "base").codec
+    vae = codec.autoencoder.to(dtype)
     pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
     before = pixels.clone()
     with torch.no_grad():
@@ -116,5 +116,5 @@ def test_a_picture_is_encoded_bit_for_bit_as_by_the_stock_autoencoder(
     vae.encoder.mid_block.register_forward_hook(
         lambda *_: lean_blocks.extend(m for m in vae.encoder.modules() if type(m) is LeanResnetBlock2D)
     )
-    assert torch.equal(family.encode_moments(pixels), stock) and torch.equal(pixels, before)
+    assert torch.equal(codec.moments(pixels), stock) and torch.equal(pixels, before)
     assert lean_blocks and not any(type(m) is LeanResnetBlock2D for m in vae.modules())

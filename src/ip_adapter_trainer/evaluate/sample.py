@@ -163,7 +163,7 @@ def _draw(
         return {"latents": state["latents"].to(pipeline.vae.dtype)} if last else {}
 
     with model.codec.awake():
-        positive = model.codec.encode(list(prompts))
+        positive = model.codec.prompts(list(prompts))
         negative = model.codec.encode([how.negative_prompt] * len(prompts)) if _is_guided(model, how) else None
     if features is None:
         model.show(None)

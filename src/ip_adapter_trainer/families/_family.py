@@ -71,6 +71,10 @@ class Codec(ABC):
         The empty caption is encoded as the pipeline encodes its unconditional.
         """
 
+    def prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Return the same as the pipeline makes of the prompts that it follows, where an empty one is only short."""
+        return self.encode(captions)
+
     def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """See `encode`; text encoders that rest on the host are on the denoiser's device meanwhile."""
         with self.awake():

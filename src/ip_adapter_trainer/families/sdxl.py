@@ -31,24 +31,32 @@ class SDXLCodec(UNetCodec):
             vae.to(torch.float32)  # SDXL's own VAE overflows in fp16; the pipeline upcasts it likewise
         super().__init__(pipeline, clip_skip)
 
-    def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """See `Codec.encode`: both encoders' penultimate states, and the second one's pooled embedding [B, P].
-
-        Where the pipeline zeroes the empty prompt (`force_zeros_for_empty_prompt`), an empty text is zeros here too:
-        the encoding of "" is not what it feeds as unconditional.
-        """
+    def prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """See `Codec.prompts`: both encoders' penultimate states, and the second one's pooled embedding [B, P]."""
         import torch
 
         pipeline = self.pipeline
         with torch.no_grad():
             first = run_text_encoder(pipeline.tokenizer, pipeline.text_encoder, captions)
             second = run_text_encoder(pipeline.tokenizer_2, pipeline.text_encoder_2, captions)
-            context, pooled = torch.cat((first.hidden_states[-2], second.hidden_states[-2]), -1), second.text_embeds
-            if pipeline.config.force_zeros_for_empty_prompt:
-                is_said = torch.tensor([bool(caption) for caption in captions], dtype=context.dtype)
-                kept = to_device(is_said, context.device)
-                context, pooled = context * kept[:, None, None], pooled * kept[:, None]
-            return {"context": context, "text_embeds": pooled}
+            context = torch.cat((first.hidden_states[-2], second.hidden_states[-2]), -1)
+            return {"context": context, "text_embeds": second.text_embeds}
+
+    def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """See `Codec.encode`.
+
+        Where the pipeline zeroes the empty prompt (`force_zeros_for_empty_prompt`), an empty text is zeros here too:
+        the encoding of "" is not what it feeds as unconditional.
+        """
+        import torch
+
+        made = self.prompts(captions)
+        if not self.pipeline.config.force_zeros_for_empty_prompt:
+            return made
+        context, pooled = made["context"], made["text_embeds"]
+        is_said = torch.tensor([bool(caption) for caption in captions], dtype=context.dtype)
+        kept = to_device(is_said, context.device)
+        return {"context": context * kept[:, None, None], "text_embeds": pooled * kept[:, None]}
 
 
 class SDXLDenoiser(UNetDenoiser):

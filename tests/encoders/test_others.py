@@ -97,6 +97,25 @@ def test_every_variant_trains_with_every_encoder(
     assert export(ExportConfig(source=str(run), output=str(tmp_path / "a.safetensors"))).difference <= 1e-5
 
 
+def test_the_pages_way_to_diffusers_draws(
+    other_encoder: Callable, base_folder: Callable, train_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train_run(tmp_path / "run", variant="plus", image_encoder_path=other_encoder("siglip"))
+    export(ExportConfig(source=str(run), output=str(tmp_path / "my-adapter.safetensors")))
+    Image.effect_noise((40, 40), 90).convert("RGB").save(tmp_path / "photo.jpg")
+    text = (Path(__file__).parents[2] / "docs" / "encoders.md").read_text()
+    block = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    "))
+    for name, folder in (
+        ("google/siglip-so400m-patch14-384", other_encoder("siglip")),
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", base_folder("sd1")),
+    ):
+        assert name in block
+        block = block.replace(name, str(folder))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block.replace("num_inference_steps=30", "num_inference_steps=1"), "encoders.md", "exec"), {})
+    assert (tmp_path / "on-a-beach.png").exists()
+
+
 def test_an_encoder_without_its_preprocessing_is_refused(other_encoder: Callable, tmp_path: Path) -> None:
     folder = tiny.make_other_encoder(tmp_path / "encoder", "siglip")
     (folder / "preprocessor_config.json").unlink()

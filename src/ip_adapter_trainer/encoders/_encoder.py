@@ -31,6 +31,7 @@ class ImageEncoder(ABC):
         model: the frozen module.
         preprocessing: what decides the pixels that it is given, for cards and digests; empty: its size alone.
         side_px: side S of its input.
+        is_released: True once the weights were let go of.
     """
 
     known_as: ClassVar[tuple[str, ...]]
@@ -45,6 +46,7 @@ class ImageEncoder(ABC):
         self._preprocess = self.make_preprocess(folder)
         self.side_px: int = self.preprocess(_blank()).shape[-1]
         self._null: dict[tuple[str, str], Tensor] = {}
+        self.is_released = False
 
     @abstractmethod
     def make_preprocess(self, folder: Path) -> Any:
@@ -126,14 +128,10 @@ class ImageEncoder(ABC):
             self._null[feature, rule] = value
         return self._null[feature, rule]
 
-    @property
-    def is_released(self) -> bool:
-        """True once the weights were let go of."""
-        return next(self.model.parameters()).device.type == "meta"
-
     def release(self) -> None:
         """Let go of the weights; what `null` gave before, it still gives."""
         self.model.to("meta")
+        self.is_released = True
 
 
 _SIZES = ((64, 72), (200, 100))  # of images that are tried, width and height

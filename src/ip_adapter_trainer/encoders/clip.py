@@ -7,7 +7,8 @@ training what its users will feed it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ip_adapter_trainer.core.classes import classes_changed
+from ip_adapter_trainer.nn.forwards import forwards_replaced
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,53 +44,39 @@ class ClipPreprocess:
         return torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32))
 
 
-class _ExactNorm(nn.LayerNorm):
-    """A norm over the residual stream, which it leaves in fp32."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[B, T, E] to fp32 [B, T, E]."""
-        weight, bias = self.weight.float(), self.bias.float()
-        return F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps)
+def _exact_norm(norm: nn.LayerNorm, input: Tensor) -> Tensor:
+    """Norm the residual stream [B, T, E] and leave it in fp32."""
+    return F.layer_norm(input.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
 
 
-class _InnerNorm(_ExactNorm):
-    """A norm before a layer's products, which are in the weights' dtype."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[B, T, E] to the weight's dtype."""
-        return super().forward(input).to(self.weight.dtype)
+def _inner_norm(norm: nn.LayerNorm, input: Tensor) -> Tensor:
+    """Norm [B, T, E] for a layer's products, which are in the weights' dtype."""
+    return _exact_norm(norm, input).to(norm.weight.dtype)
 
 
-class _ExactLinear(nn.Linear):
-    """A linear layer without bias that multiplies in fp32."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[B, E] to fp32 [B, D]."""
-        return F.linear(input.float(), self.weight.float())
+def _exact_linear(linear: nn.Linear, input: Tensor) -> Tensor:
+    """Multiply [B, E] by the weight in fp32, to [B, D]."""
+    return F.linear(input.float(), linear.weight.float())
 
 
-class _UnreadLayer(nn.Module):
-    """A last layer of which nothing is read."""
-
-    def forward(self, hidden: Tensor, mask: None = None, **options: Any) -> Tensor:
-        """Gives back what it gets."""
-        return hidden
+def _unread(hidden: Tensor, mask: None = None, **options: Any) -> Tensor:
+    """Stand for a last layer of which nothing is read."""
+    return hidden
 
 
 def _exact_stream(model: CLIPVisionModelWithProjection) -> AbstractContextManager[None]:
-    """Lets a half precision encoder keep its residual stream, norms and projection in fp32 for a while.
+    """Let a half precision encoder keep its residual stream, norms and projection in fp32 for a while.
 
     The adapter's gradients are proportional to the features, so their rounding is the gradients' own. ViT-H/14's depth
     and half its width in bf16: features 1.4e-2 off those in fp32, so 4.0e-3, for 2.5 % more time on one core.
     """
+    if model.dtype == torch.float32:
+        return nullcontext()
     vision = model.vision_model
-    changes: list[tuple[nn.Module, type[nn.Module]]] = []
-    if model.dtype != torch.float32:
-        inner = [norm for layer in vision.encoder.layers for norm in (layer.layer_norm1, layer.layer_norm2)]
-        changes += [(norm, _InnerNorm) for norm in inner]
-        changes += [(norm, _ExactNorm) for norm in (vision.pre_layrnorm, vision.post_layernorm)]
-        changes += [(model.visual_projection, _ExactLinear)]
-    return classes_changed(changes)
+    inner = [norm for layer in vision.encoder.layers for norm in (layer.layer_norm1, layer.layer_norm2)]
+    forwards = [(norm, partial(_inner_norm, norm)) for norm in inner]
+    forwards += [(norm, partial(_exact_norm, norm)) for norm in (vision.pre_layrnorm, vision.post_layernorm)]
+    return forwards_replaced([*forwards, (model.visual_projection, partial(_exact_linear, model.visual_projection))])
 
 
 class ClipImageEncoder:
@@ -131,10 +118,10 @@ class ClipImageEncoder:
         """Several kinds of feature of the same pixels, by one pass; see `encode`."""
         assert not self._is_released, "the encoder's weights are gone"
         dtype, last = self.model.dtype, self.model.vision_model.encoder.layers[-1]
-        unread = [] if "image_embeds" in kinds else [(last, _UnreadLayer)]
+        unread = [] if "image_embeds" in kinds else [(last, _unread)]
         penultimate: list[Tensor] = []
         listening = last.register_forward_pre_hook(lambda _, given: penultimate.append(given[0]))
-        with listening, classes_changed(unread), _exact_stream(self.model):
+        with listening, forwards_replaced(unread), _exact_stream(self.model):
             output = self.model(pixels.to(self.model.device, dtype))
         found = {"penultimate": penultimate[0], "image_embeds": output.image_embeds}
         return {kind: found[kind].to(dtype) for kind in kinds}

@@ -9,8 +9,9 @@ are faster as matrix products, and residual blocks that write over what they alo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
-from ip_adapter_trainer.core.classes import classes_changed
 from ip_adapter_trainer.nn.attention import gradient_flows
+from ip_adapter_trainer.nn.forwards import forwards_replaced
 from ip_adapter_trainer.nn.products import product_backward, product_forward, product_pays
 
 Context = Any  # of torch.autograd.Function
@@ -40,11 +42,8 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Of [B, D, h, w] to the input's [B, C, H, W]; weight and bias are frozen and get none."""
-        (weight,), (stride, padding, dilation, groups) = ctx.saved_tensors, ctx.geometry
-        unread = gradients[0].new_empty(1).expand(ctx.shape)  # only its shape matters to the input's gradient
-        wanted = [True, False, False]
-        options = stride, padding, dilation, False, [0, 0], groups, wanted
-        gradient, _, _ = aten.convolution_backward(gradients[0], unread, weight, None, *options)
+        (weight,) = ctx.saved_tensors
+        gradient = conv2d_input(ctx.shape, weight, gradients[0], *ctx.geometry)
         return gradient, None, None, None, None, None, None
 
 
@@ -115,53 +114,49 @@ class _GatedGelu(torch.autograd.Function):
         return gradient
 
 
-class LeanConv2d(nn.Conv2d):
-    """`nn.Conv2d` with a frozen weight."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, D, h, w]."""
-        if not gradient_flows(input):
-            return super().forward(input)
-        out: Tensor = _Convolution.apply(
-            input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
-        )
-        return out
+def lean_convolution(layer: nn.Conv2d, input: Tensor) -> Tensor:
+    """Compute `nn.Conv2d`, [B, C, H, W] to [B, D, h, w], with a frozen weight."""
+    if not gradient_flows(input):
+        return nn.Conv2d.forward(layer, input)
+    geometry = layer.stride, layer.padding, layer.dilation, layer.groups
+    out: Tensor = _Convolution.apply(input, layer.weight, layer.bias, *geometry)
+    return out
 
 
-class ProductConv2d(LeanConv2d):
-    """The same, as a matrix product where that is the faster way."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, D, h, w]."""
-        stride, padding, dilation = self.stride, self.padding, self.dilation
-        if not product_pays(input, self.weight, stride, dilation, self.groups):  # type: ignore[arg-type]
-            return super().forward(input)
-        out: Tensor = _Product.apply(input, self.weight, self.bias, stride, padding)
-        return out
+def product_convolution(layer: nn.Conv2d, input: Tensor) -> Tensor:
+    """Compute the same, as a matrix product where that is the faster way."""
+    stride, padding, dilation = layer.stride, layer.padding, layer.dilation
+    if not product_pays(input, layer.weight, stride, dilation, layer.groups):  # type: ignore[arg-type]
+        return lean_convolution(layer, input)
+    out: Tensor = _Product.apply(input, layer.weight, layer.bias, stride, padding)
+    return out
 
 
-class LeanGEGLU(GEGLU):
-    """diffusers' gated feed-forward entry."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[B, L, C] to [B, L, D]."""
-        if not gradient_flows(hidden_states):
-            return super().forward(hidden_states, *args, **kwargs)
-        out: Tensor = _GatedGelu.apply(self.proj(hidden_states))
-        return out
+def lean_geglu(layer: GEGLU, hidden_states: Tensor) -> Tensor:
+    """Compute diffusers' gated feed-forward entry, [B, L, C] to [B, L, D]."""
+    if not gradient_flows(hidden_states):
+        return GEGLU.forward(layer, hidden_states)
+    out: Tensor = _GatedGelu.apply(layer.proj(hidden_states))
+    return out
 
 
-class LeanResnetBlock2D(ResnetBlock2D):
-    """diffusers' residual block in the one shape that the frozen UNets have it in; see `_replacement`."""
+def lean_residual(block: ResnetBlock2D, input_tensor: Tensor, temb: Tensor | None) -> Tensor:
+    """Compute diffusers' residual block in the one shape that the frozen nets have it in; see `_is_plain`.
 
-    def forward(self, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[B, C, H, W] and time embedding [B, T], or none, to [B, D, H, W]."""
-        hidden = self.conv1(_norm_silu(self.norm1, input_tensor))
-        if self.time_emb_proj is not None:
-            hidden = hidden + self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
-        hidden = self.conv2(_norm_silu(self.norm2, hidden))
-        skipped = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
-        return skipped + hidden if gradient_flows(hidden, skipped) else hidden.add_(skipped)
+    Args:
+        block: whose layers.
+        input_tensor: [B, C, H, W].
+        temb: time embedding [B, T], where the block has a layer for it.
+
+    Returns:
+        [B, D, H, W].
+    """
+    hidden = block.conv1(_norm_silu(block.norm1, input_tensor))
+    if block.time_emb_proj is not None:
+        hidden = hidden + block.time_emb_proj(block.nonlinearity(temb))[:, :, None, None]
+    hidden = block.conv2(_norm_silu(block.norm2, hidden))
+    skipped = input_tensor if block.conv_shortcut is None else block.conv_shortcut(input_tensor)
+    return skipped + hidden if gradient_flows(hidden, skipped) else hidden.add_(skipped)
 
 
 def _norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
@@ -171,17 +166,16 @@ def _norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     return out
 
 
-def _replacement(layer: nn.Module, products: bool) -> type[nn.Module] | None:
-    """The lean class of a layer, if there is one that computes what this very layer computes."""
-    kind = type(layer)
+def _lean_forward(layer: nn.Module, products: bool) -> Callable[..., Tensor] | None:
+    """Return what computes the same as a layer and keeps less, if there is such a thing for this very layer."""
     if any(parameter.requires_grad for parameter in layer.parameters()):
         return None
-    if kind is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
-        return ProductConv2d if products else LeanConv2d
-    if kind is GEGLU:
-        return LeanGEGLU
-    if kind is ResnetBlock2D and _is_plain(layer):
-        return LeanResnetBlock2D
+    if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+        return partial(product_convolution if products else lean_convolution, layer)
+    if type(layer) is GEGLU:
+        return partial(lean_geglu, layer)
+    if type(layer) is ResnetBlock2D and _is_plain(layer):
+        return partial(lean_residual, layer)
     return None
 
 
@@ -198,13 +192,11 @@ def _is_plain(block: Any) -> bool:
     )
 
 
-@contextmanager
-def lean_layers(net: nn.Module, *, products: bool) -> Iterator[None]:
-    """Gives a frozen net's layers their lean classes for a while; parameters and their names stay where they are.
+def lean_layers(net: nn.Module, *, products: bool) -> AbstractContextManager[None]:
+    """Let a frozen net's layers keep less for a while; parameters and their names stay where they are.
 
     Args:
         net: whose layers.
         products: whether convolutions may compute as matrix products; for nets that are laid out channels-last.
     """
-    with classes_changed((layer, kind) for layer in net.modules() if (kind := _replacement(layer, products))):
-        yield
+    return forwards_replaced((layer, lean) for layer in net.modules() if (lean := _lean_forward(layer, products)))

@@ -37,25 +37,21 @@ class Gradients:
             start += p.numel()
 
     def zero(self) -> None:
-        """Clears gradients and loss before a step."""
+        """Clear gradients and loss before a step."""
         self._buffer.zero_()
 
     def add_loss(self, loss: Tensor) -> None:
-        """Adds a micro batch's share of the loss to report."""
+        """Add a micro batch's share of the loss to report."""
         self._buffer[-1] += loss
 
     def average(self, world: int) -> None:
-        """Means over all processes; afterwards every one holds the same buffer.
-
-        A loss that is not finite makes the gradients so too, so that one look at their norm tells of both.
-        """
+        """Take means over all processes; afterwards every one holds the same buffer."""
         if world > 1:
             torch.distributed.all_reduce(self._buffer)
             self._buffer /= world
-        self.flat[0] += 0 * self._buffer[-1]
 
     def clip(self, max_norm: float | None) -> Tensor:
-        """Scales gradients down to a norm; returns the norm before, a scalar on the device."""
+        """Scale gradients down to a norm; return the norm before, a scalar on the device."""
         rows = torch.linalg.vector_norm(self._buffer[:-1].view(-1, _NORM_ROW), dim=1)
         norm = rows.square().sum().sqrt()
         if max_norm is not None:
@@ -63,17 +59,18 @@ class Gradients:
         return norm
 
     def report(self, norm: Tensor) -> Tensor:
-        """The step's numbers [3] on the device: loss, norm, one if not finite."""
-        return torch.stack((self._buffer[-1], norm, (~torch.isfinite(norm)).float()))
+        """Return the step's numbers [3] on the device: loss, norm, one if either is not finite."""
+        loss = self._buffer[-1]
+        return torch.stack((loss, norm, (~(loss.isfinite() & norm.isfinite())).float()))
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
-    """Steps, unless `bad`, a scalar on the device, is one: then weights and moments stay what they are.
+    """Step, unless `bad`, a scalar on the device, is one: then weights and moments stay what they are.
 
     A fused optimizer of PyTorch's looks at it on the device; for others the host must.
     """
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.found_inf = bad  # type: ignore[attr-defined]
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = bad  # type: ignore[attr-defined]  # as `torch.amp.GradScaler` tells such an optimizer
         optimizer.step()
     elif not bool(bad):
         optimizer.step()
@@ -117,15 +114,20 @@ def warmup_steps(config: OptimConfig, total_steps: int) -> int:
 
 
 def make_schedule(
-    optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int, warmup: int | None = None
+    optimizer: torch.optim.Optimizer,
+    config: OptimConfig,
+    total_steps: int,
+    warmup: int | None = None,
+    global_step: int = 0,
 ) -> Any:
-    """diffusers' learning-rate schedule over optimizer steps.
+    """Make diffusers' learning-rate schedule over optimizer steps.
 
     Args:
         optimizer: whose rates follow it.
         config: its shape.
         total_steps: of the whole run.
         warmup: steps of linear warm-up; None: as `warmup_steps` says.
+        global_step: from which on it goes; beyond 0 the optimizer must have had a schedule before.
 
     Raises:
         Problem: warm-up asked of a schedule that has none.
@@ -142,6 +144,7 @@ def make_schedule(
         num_training_steps=total_steps,
         num_cycles=config.lr_num_cycles,
         power=config.lr_power,
+        last_epoch=global_step - 1,
     )
 
 
@@ -164,12 +167,3 @@ def averaged(adapter: nn.Module, ema: Any) -> Iterator[dict[str, Tensor]]:
         yield adapter.state_dict()
     finally:
         ema.restore(adapter.parameters())
-
-
-def wind(schedule: Any, steps: int) -> None:
-    """Sets a fresh schedule to where `steps` steps leave it, with the settings of now."""
-    schedule.last_epoch = steps
-    rates = [base * factor(steps) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    schedule._last_lr = rates

@@ -24,7 +24,7 @@ _VERSIONS = 64  # of one kind of block: every width and, with buckets, sizes; Dy
 def compiled_blocks(net: nn.Module, how: Compile, backend: str = "inductor") -> Iterator[None]:
     """Compile a net's blocks for a while, for steps with gradients; without them the blocks run as they are.
 
-    Parameters and their names stay where they are. A second size of picture compiles once more, with sizes left open.
+    Parameters and their names stay where they are. A second size of image compiles once more, with sizes left open.
 
     Args:
         net: frozen, its layers not lean.
@@ -34,6 +34,7 @@ def compiled_blocks(net: nn.Module, how: Compile, backend: str = "inductor") -> 
     mode = "reduce-overhead" if how == "reduce-overhead" else None
     blocks = [block for block in net.modules() if type(block).__name__ in _BLOCKS]
     compiled = [(block, _with_gradients(block.forward, mode, backend)) for block in blocks]
+    # The public name of this setting, in torch.compiler.config, is there from torch 2.10 on only.
     with torch._dynamo.config.patch(recompile_limit=_VERSIONS), forwards_replaced(compiled):
         yield
 
@@ -41,9 +42,4 @@ def compiled_blocks(net: nn.Module, how: Compile, backend: str = "inductor") -> 
 def _with_gradients(forward: Callable[..., Any], mode: str | None, backend: str) -> Callable[..., Any]:
     """Compile a block's forward for where gradients are wanted: a drawing changes sizes and scales too often."""
     run = torch.compile(forward, fullgraph=True, mode=mode, backend=backend)
-
-    def either(*args: Any, **kwargs: Any) -> Any:
-        """Dispatches."""
-        return (run if torch.is_grad_enabled() else forward)(*args, **kwargs)
-
-    return either
+    return lambda *args, **kwargs: (run if torch.is_grad_enabled() else forward)(*args, **kwargs)

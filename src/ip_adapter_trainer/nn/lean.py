@@ -30,25 +30,25 @@ aten = torch.ops.aten
 
 
 class _Convolution(torch.autograd.Function):
-    """2-D convolution [B, C, H, W] -> [B, D, h, w] that holds its weight and nothing of its input but the shape."""
+    """Convolves [B, C, H, W] -> [B, D, h, w], and holds the weight and nothing of the input but its shape."""
 
     @staticmethod
     def forward(ctx: Context, x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-        """`F.conv2d`; `geometry` is stride, padding, dilation and groups."""
+        """Compute `F.conv2d`; `geometry` is stride, padding, dilation and groups."""
         ctx.save_for_backward(weight)
         ctx.shape, ctx.geometry = x.shape, geometry
         return F.conv2d(x, weight, bias, *geometry)
 
     @staticmethod
     def backward(ctx: Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Of [B, D, h, w] to the input's [B, C, H, W]; weight and bias are frozen and get none."""
+        """Go from [B, D, h, w] to the input's [B, C, H, W]; weight and bias are frozen and get none."""
         (weight,) = ctx.saved_tensors
         gradient = conv2d_input(ctx.shape, weight, gradients[0], *ctx.geometry)
         return gradient, None, None, None, None, None, None
 
 
 class _Product(torch.autograd.Function):
-    """The same as a matrix product, which a CPU does faster over few positions."""
+    """Does the same as a matrix product, which a CPU does faster over few positions."""
 
     @staticmethod
     def forward(ctx: Context, x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
@@ -65,11 +65,11 @@ class _Product(torch.autograd.Function):
 
 
 class _NormSilu(torch.autograd.Function):
-    """SiLU of GroupNorm, [B, C, H, W], that holds its input and the groups' mean and deviation."""
+    """Computes SiLU of GroupNorm, [B, C, H, W], and holds the input and the groups' mean and deviation."""
 
     @staticmethod
     def forward(ctx: Context, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-        """The norm by `groups` groups of channels, then SiLU."""
+        """Norm by `groups` groups of channels, then take SiLU."""
         x, sizes = _dense(x, x), (x.shape[0], x.shape[1], x.shape[2:].numel(), groups)
         normed, mean, rstd = aten.native_group_norm(x, weight, bias, *sizes, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
@@ -78,7 +78,7 @@ class _NormSilu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Computes the norm again, then goes back through SiLU and norm to the input's gradient."""
+        """Compute the norm again, then go back through SiLU and norm to the input's gradient."""
         x, weight, bias, mean, rstd = ctx.saved_tensors
         normed, _, _ = aten.native_group_norm(x, weight, bias, *ctx.sizes, ctx.eps)
         gradient = _dense(aten.silu_backward(gradients[0], normed), x)
@@ -88,24 +88,24 @@ class _NormSilu(torch.autograd.Function):
 
 
 def _dense(x: Tensor, like: Tensor) -> Tensor:
-    """In the layout that the raw GroupNorm kernels take for granted: on a CPU that of `like`, elsewhere NCHW."""
+    """Lay out as the raw GroupNorm kernels take for granted: on a CPU like `like`, elsewhere NCHW."""
     as_like = x.device.type == "cpu" and like.is_contiguous(memory_format=torch.channels_last)
     return x.contiguous(memory_format=torch.channels_last if as_like else torch.contiguous_format)
 
 
 class _GatedGelu(torch.autograd.Function):
-    """a * GELU(b) of [..., 2C] = (a, b), that holds its input alone."""
+    """Computes a * GELU(b) of [..., 2C] = (a, b), and holds the input alone."""
 
     @staticmethod
     def forward(ctx: Context, x: Tensor) -> Tensor:
-        """[..., 2C] to [..., C]."""
+        """Go from [..., 2C] to [..., C]."""
         ctx.save_for_backward(x)
         linear, gate = x.chunk(2, -1)
         return F.gelu(gate).mul_(linear)
 
     @staticmethod
     def backward(ctx: Context, *gradients: Tensor) -> Tensor:
-        """Computes the gate again; [..., C] to the input's [..., 2C]."""
+        """Compute the gate again; go from [..., C] to the input's [..., 2C]."""
         (x,) = ctx.saved_tensors  # once: gradient checkpointing hands them out a single time
         gradient = torch.empty_like(x)
         (linear, gate), (to_linear, to_gate) = x.chunk(2, -1), gradient.chunk(2, -1)
@@ -180,7 +180,7 @@ def _lean_forward(layer: nn.Module, products: bool) -> Callable[..., Tensor] | N
 
 
 def _is_plain(block: Any) -> bool:
-    """Whether a residual block neither resizes nor scales, by time or at its end, and has SiLU and no dropout."""
+    """Tell whether a residual block neither resizes nor scales, by time or at its end, and has SiLU and no dropout."""
     return (
         block.time_embedding_norm == "default"
         and block.upsample is None

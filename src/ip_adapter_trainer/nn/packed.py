@@ -31,7 +31,7 @@ Context = Any  # of torch.autograd.Function
 
 
 def expanded(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The weight of some shape [O, ...] that codes stand for."""
+    """Return the weight of some shape [O, ...] that codes stand for."""
     if codes.dtype == torch.int8:
         return codes.to(dtype).mul_(scales.to(dtype))
     weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit(codes, scales, BLOCK, "nf4", shape, dtype)
@@ -49,63 +49,63 @@ def _codes_and_scales(weight: Tensor, storage: Storage) -> tuple[Tensor, Tensor]
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + b over codes of W, that holds the codes alone."""
+    """Computes x W^T + b over codes of W, and holds the codes alone."""
 
     @staticmethod
     def forward(ctx: Context, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, shape: Any) -> Tensor:
-        """[..., I] to [..., O]; `shape` is (O, I)."""
+        """Go from [..., I] to [..., O]; `shape` is (O, I)."""
         ctx.save_for_backward(codes, scales)
         ctx.shape = shape
         return F.linear(x, expanded(codes, scales, shape, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Of [..., O] to the input's [..., I]."""
+        """Go from [..., O] to the input's [..., I]."""
         codes, scales = ctx.saved_tensors
         return gradients[0] @ expanded(codes, scales, ctx.shape, gradients[0].dtype), None, None, None, None
 
 
 class _Convolution(torch.autograd.Function):
-    """2-D convolution [B, C, H, W] -> [B, D, h, w] over codes of its weight, that holds the codes alone."""
+    """Convolves [B, C, H, W] -> [B, D, h, w] over codes of the weight, and holds the codes alone."""
 
     @staticmethod
     def forward(ctx: Context, x: Tensor, layer: PackedConv2d, codes: Tensor, scales: Tensor) -> Tensor:
-        """`F.conv2d` with the layer's own geometry."""
+        """Compute `F.conv2d` with the layer's own geometry."""
         ctx.save_for_backward(codes, scales)
         ctx.layer, ctx.shape = layer, x.shape
         return layer.convolved(x)
 
     @staticmethod
     def backward(ctx: Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Of [B, D, h, w] to the input's [B, C, H, W]."""
+        """Go from [B, D, h, w] to the input's [B, C, H, W]."""
         layer, gradient = ctx.layer, gradients[0]
         weight = layer.laid_out(*ctx.saved_tensors, gradient)
         return conv2d_input(ctx.shape, weight, gradient, *layer.geometry), None, None, None
 
 
 class _Packed(nn.Module):
-    """A frozen layer without a weight: `codes` and `scales` stand for it, on the device that the weight is on."""
+    """Stands for a frozen layer: `codes` and `scales` in place of its weight, which may be packed on another device."""
 
     codes: Tensor
     scales: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, storage: Storage, device: torch.device | str) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv2d, weight: Tensor, storage: Storage) -> None:
         super().__init__()
         assert not weight.requires_grad, "only what is frozen can be packed"
-        self.shape, self.bias = weight.shape, bias
-        codes, scales = _codes_and_scales(weight.to(device), storage)
-        self.register_buffer("codes", codes.to(weight.device))
-        self.register_buffer("scales", scales.to(weight.device))
+        self.shape, self.bias = weight.shape, layer.bias
+        codes, scales = _codes_and_scales(weight, storage)
+        self.register_buffer("codes", codes.to(layer.weight.device))
+        self.register_buffer("scales", scales.to(layer.weight.device))
 
 
 class PackedLinear(_Packed):
-    """A frozen `nn.Linear`, whose weight is [O, I], packed on a device."""
+    """Stands for a frozen `nn.Linear`, whose weight is [O, I], packed on a device."""
 
     def __init__(self, layer: nn.Linear, storage: Storage, device: torch.device | str) -> None:
-        super().__init__(layer.weight, layer.bias, storage, device)
+        super().__init__(layer, layer.weight.to(device), storage)
 
     def forward(self, input: Tensor) -> Tensor:
-        """[..., I] to [..., O]."""
+        """Go from [..., I] to [..., O]."""
         if gradient_flows(input):
             out: Tensor = _Product.apply(input, self.codes, self.scales, self.bias, self.shape)
             return out
@@ -113,27 +113,27 @@ class PackedLinear(_Packed):
 
 
 class PackedConv2d(_Packed):
-    """A frozen `nn.Conv2d`, packed on a device with the weight's channels last, [D, h, w, C]."""
+    """Stands for a frozen `nn.Conv2d`, packed on a device with the weight's channels last, [D, h, w, C]."""
 
     geometry: Any  # stride, padding, dilation and groups
 
     def __init__(self, layer: nn.Conv2d, storage: Storage, device: torch.device | str) -> None:
         assert layer.padding_mode == "zeros"
-        super().__init__(layer.weight.permute(0, 2, 3, 1).contiguous(), layer.bias, storage, device)
+        super().__init__(layer, layer.weight.to(device).permute(0, 2, 3, 1).contiguous(), storage)
         self.geometry = layer.stride, layer.padding, layer.dilation, layer.groups
 
     def laid_out(self, codes: Tensor, scales: Tensor, like: Tensor) -> Tensor:
-        """The weight [D, C, h, w] in the dtype and the memory format of a tensor: convolutions follow either."""
+        """Return the weight [D, C, h, w] in the dtype and the memory format of a tensor: convolutions follow either."""
         weight = expanded(codes, scales, self.shape, like.dtype).permute(0, 3, 1, 2)
         return weight if like.is_contiguous(memory_format=torch.channels_last) else weight.contiguous()
 
     def convolved(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, D, h, w]."""
+        """Go from [B, C, H, W] to [B, D, h, w]."""
         weight = self.laid_out(self.codes, self.scales, x)
         return F.conv2d(x, weight, self.bias, *self.geometry)
 
     def forward(self, input: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, D, h, w]."""
+        """Go from [B, C, H, W] to [B, D, h, w]."""
         if not gradient_flows(input):
             return self.convolved(input)
         out: Tensor = _Convolution.apply(input, self, self.codes, self.scales)

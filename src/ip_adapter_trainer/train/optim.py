@@ -19,7 +19,7 @@ _NORM_ROW = 4096  # gradients whose squares are added up one after another
 
 
 class Gradients:
-    """All gradients as views of one buffer, with room for a loss at its end.
+    """Holds all gradients as views of one buffer, with room for a loss at its end.
 
     One collective a step averages everything over the processes: gradients and the loss to report. The norm is that of
     the norms of short rows: 1e8 squares added up in one float32 sum come out a per cent too small on a CPU.
@@ -31,10 +31,8 @@ class Gradients:
         whole_rows = -(-size // _NORM_ROW) * _NORM_ROW  # what is beyond the gradients stays zero
         self._buffer = torch.zeros(whole_rows + 1, dtype=torch.float32, device=params[0].device)
         self.flat = self._buffer[:size]  # [P]
-        start = 0
-        for p in params:
-            p.grad = self.flat[start : start + p.numel()].view_as(p)
-            start += p.numel()
+        for p, gradient in zip(params, self.flat.split([p.numel() for p in params]), strict=True):
+            p.grad = gradient.view_as(p)
 
     def zero(self) -> None:
         """Clear gradients and loss before a step."""
@@ -78,12 +76,12 @@ def step_if_finite(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
 
 @torch.no_grad()
 def all_within(limit: float, tensors: Iterable[Tensor]) -> bool:
-    """Whether every number in them is between a limit and its negative, and so none is NaN; waits for the device."""
+    """Tell whether every number is between a limit and its negative, and so none is NaN; wait for the device."""
     return all(bool((tensor.abs() <= limit).all()) for tensor in tensors if tensor.is_floating_point())
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over the adapter alone: PyTorch's, fused or not, or bitsandbytes' 8-bit one.
+    """Make AdamW over the adapter alone: PyTorch's, fused or not, or bitsandbytes' 8-bit one.
 
     Raises:
         Problem: 8-bit asked for and bitsandbytes not installed.
@@ -107,7 +105,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
 
 
 def warmup_steps(config: OptimConfig, total_steps: int) -> int:
-    """Steps of linear warm-up: those asked for, else a tenth of the run, 500 at most."""
+    """Return the steps of linear warm-up: those asked for, else a tenth of the run, 500 at most."""
     if config.lr_warmup_steps is not None:
         return config.lr_warmup_steps
     return min(total_steps // 10, MAX_WARMUP_STEPS)
@@ -149,7 +147,7 @@ def make_schedule(
 
 
 def make_ema(adapter: nn.Module, config: OptimConfig) -> Any:
-    """diffusers' EMAModel over the adapter, or None."""
+    """Make diffusers' EMAModel over the adapter, or None."""
     from diffusers.training_utils import EMAModel
 
     return EMAModel(adapter.parameters(), decay=config.ema_decay) if config.use_ema else None
@@ -157,7 +155,7 @@ def make_ema(adapter: nn.Module, config: OptimConfig) -> Any:
 
 @contextmanager
 def averaged(adapter: nn.Module, ema: Any) -> Iterator[dict[str, Tensor]]:
-    """The averaged weights in the adapter for a while, as a state dict; without an average, the live ones."""
+    """Put averaged weights, where there are any, into the adapter for a while; give its state dict."""
     if ema is None:
         yield adapter.state_dict()
         return

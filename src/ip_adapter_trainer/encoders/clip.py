@@ -7,15 +7,16 @@ training what its users will feed it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ip_adapter_trainer.core.classes import classes_changed
 from ip_adapter_trainer.encoders._encoder import ENCODERS, ImageEncoder
+from ip_adapter_trainer.nn.forwards import forwards_replaced
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,53 +24,39 @@ if TYPE_CHECKING:
     from transformers import CLIPVisionModelWithProjection
 
 
-class _ExactNorm(nn.LayerNorm):
-    """A norm over the residual stream, which it leaves in fp32."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[B, T, E] to fp32 [B, T, E]."""
-        weight, bias = self.weight.float(), self.bias.float()
-        return F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps)
+def _exact_norm(norm: nn.LayerNorm, input: Tensor) -> Tensor:
+    """Norm the residual stream [B, T, E] and leave it in fp32."""
+    return F.layer_norm(input.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
 
 
-class _InnerNorm(_ExactNorm):
-    """A norm before a layer's products, which are in the weights' dtype."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[B, T, E] to the weight's dtype."""
-        return super().forward(input).to(self.weight.dtype)
+def _inner_norm(norm: nn.LayerNorm, input: Tensor) -> Tensor:
+    """Norm [B, T, E] for a layer's products, which are in the weights' dtype."""
+    return _exact_norm(norm, input).to(norm.weight.dtype)
 
 
-class _ExactLinear(nn.Linear):
-    """A linear layer without bias that multiplies in fp32."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[B, E] to fp32 [B, D]."""
-        return F.linear(input.float(), self.weight.float())
+def _exact_linear(linear: nn.Linear, input: Tensor) -> Tensor:
+    """Multiply [B, E] by the weight in fp32, to [B, D]."""
+    return F.linear(input.float(), linear.weight.float())
 
 
-class _UnreadLayer(nn.Module):
-    """A last layer of which nothing is read."""
-
-    def forward(self, hidden: Tensor, mask: None = None, **options: Any) -> Tensor:
-        """Gives back what it gets."""
-        return hidden
+def _unread(hidden: Tensor, mask: None = None, **options: Any) -> Tensor:
+    """Stand for a last layer of which nothing is read."""
+    return hidden
 
 
 def _exact_stream(model: CLIPVisionModelWithProjection) -> AbstractContextManager[None]:
-    """Lets a half precision encoder keep its residual stream, norms and projection in fp32 for a while.
+    """Let a half precision encoder keep its residual stream, norms and projection in fp32 for a while.
 
     The adapter's gradients are proportional to the features, so their rounding is the gradients' own. ViT-H/14's depth
     and half its width in bf16: features 1.4e-2 off those in fp32, so 4.0e-3, for 2.5 % more time on one core.
     """
+    if model.dtype == torch.float32:
+        return nullcontext()
     vision = model.vision_model
-    changes: list[tuple[nn.Module, type[nn.Module]]] = []
-    if model.dtype != torch.float32:
-        inner = [norm for layer in vision.encoder.layers for norm in (layer.layer_norm1, layer.layer_norm2)]
-        changes += [(norm, _InnerNorm) for norm in inner]
-        changes += [(norm, _ExactNorm) for norm in (vision.pre_layrnorm, vision.post_layernorm)]
-        changes += [(model.visual_projection, _ExactLinear)]
-    return classes_changed(changes)
+    inner = [norm for layer in vision.encoder.layers for norm in (layer.layer_norm1, layer.layer_norm2)]
+    forwards = [(norm, partial(_inner_norm, norm)) for norm in inner]
+    forwards += [(norm, partial(_exact_norm, norm)) for norm in (vision.pre_layrnorm, vision.post_layernorm)]
+    return forwards_replaced([*forwards, (model.visual_projection, partial(_exact_linear, model.visual_projection))])
 
 
 @ENCODERS.register("clip")
@@ -108,8 +95,8 @@ class ClipEncoder(ImageEncoder):
 
     def run(self, pixels: Tensor, names: Sequence[str]) -> Any:
         """See `ImageEncoder.run`; the residual stream in fp32, and no last layer where nothing of it is read."""
-        unread = [] if "image_embeds" in names else [(self.last_layer, _UnreadLayer)]
-        with classes_changed(unread), _exact_stream(self.model):
+        unread = [] if "image_embeds" in names else [(self.last_layer, _unread)]
+        with forwards_replaced(unread), _exact_stream(self.model):
             return self.model(pixels)
 
     @classmethod

@@ -20,7 +20,7 @@ from ip_adapter_trainer.pocket import world
 from ip_adapter_trainer.storage.checkpoints import all_checkpoints
 from ip_adapter_trainer.storage.digests import KEY_BYTES
 from ip_adapter_trainer.train import checkpoint
-from ip_adapter_trainer.train.loop import MAX_BAD_STEPS
+from ip_adapter_trainer.train.step_log import MAX_BAD_STEPS
 from ip_adapter_trainer.train.tree import flatten
 
 EPOCH = ROWS // 2  # steps, at the lab's batch of two

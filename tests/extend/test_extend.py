@@ -120,7 +120,8 @@ def test_what_is_added_trains_exports_reloads_and_draws(
     drawn = [tmp_path / f"{scale}.png" for scale in (0, 1)]
     for scale, out in enumerate(drawn):
         ip_adapter(
-            "generate", f"--adapter={file}", f"--image={tmp_path / 'prompt.png'}", f"--scale={scale}", f"--output={out}",
+            "generate", f"--adapter={file}", f"--image={tmp_path / 'prompt.png'}",
+            f"--scale={scale}", f"--output={out}",
             "--num_inference_steps=2", "--height=32", "--width=32", "--mixed_precision=no",
         )  # fmt: skip
     assert drawn[0].read_bytes() != drawn[1].read_bytes()

@@ -18,7 +18,7 @@ from ip_adapter_trainer.config import parse_train, write_resolved
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.core.values import Batch
 from ip_adapter_trainer.export import ExportConfig, export
-from ip_adapter_trainer.runtime.launch import claim
+from ip_adapter_trainer.runtime.launch import claimed
 from ip_adapter_trainer.storage import checkpoints
 from ip_adapter_trainer.storage.checkpoints import all_checkpoints, sha256_of
 from ip_adapter_trainer.train import checkpoint
@@ -306,9 +306,9 @@ def test_what_another_run_saved_while_this_one_was_loading_is_left_alone(
 ) -> None:
     def too_late(*given: Any) -> Any:
         shutil.copytree(made / "checkpoint-4", first / "checkpoint-5")
-        return claim(*given)
+        return claimed(*given)
 
-    monkeypatch.setattr(running, "claim", too_late)
+    monkeypatch.setattr(running, "claimed", too_late)
     with pytest.raises(Problem, match="another run has written checkpoints here"):
         run(first, resume_from_checkpoint="latest", max_train_steps=6)
     assert names(first) == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]

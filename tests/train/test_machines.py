@@ -24,8 +24,7 @@ from ip_adapter_trainer.core.log import say_after
 from ip_adapter_trainer.manifest.manifest import read_alike, read_manifest
 from ip_adapter_trainer.runtime.launch import Runtime, start
 from ip_adapter_trainer.train.config import PUBLISHED
-from ip_adapter_trainer.train.run import _starting_point
-from ip_adapter_trainer.train.starting import StartingPoint
+from ip_adapter_trainer.train.starting import StartingPoint, agreed_starting_point
 from tests.train.test_resume import assert_same_run, environment, finish, launched, wait_for
 
 
@@ -83,7 +82,7 @@ def test_a_checkpoint_of_one_machine_is_told_with_what_to_do(
     there = StartingPoint(tmp_path / "of-the-first" / "checkpoint-8", 8, {})
     monkeypatch.setattr(Runtime, "shared", lambda self, own: there)
     with pytest.raises(Problem, match="this one does not have it") as caught:
-        _starting_point(parse_train(flags(tmp_path / "out")), second)
+        agreed_starting_point(parse_train(flags(tmp_path / "out")), second)
     assert str(there.folder) in caught.value.where and "a disk that all machines share" in caught.value.remedy
 
 

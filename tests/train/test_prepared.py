@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,11 @@ from ip_adapter_trainer.config import parse
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.families.sd import SDCodec
 from ip_adapter_trainer.families.sdxl import SDXLCodec
+from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.prepare.config import PrepareConfig
 from ip_adapter_trainer.prepare.run import PrepareReport, prepare
 from ip_adapter_trainer.train import checkpoint
+from ip_adapter_trainer.train import run as running
 from tests import tiny
 from tests.manifest.rows import write_manifest, write_pictures
 from tests.train.test_resume import launched
@@ -119,19 +122,17 @@ def held_bytes(*modules: torch.nn.Module | None) -> int:
 def test_a_prepared_run_holds_no_encoders_and_draws_the_same_grid(
     run: Callable, flags: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str
 ) -> None:
-    from ip_adapter_trainer.train.loop import Trainer
-
     extra = own_rows(tmp_path / "rows", 8) | {"grid_rows": 3, "grid_steps": 2, "use_ema": True, "variant": variant}
     extra |= {"aspect_ratio_buckets": True, "bucket_step_px": 8}
     prepared(flags, tmp_path / "raw", tmp_path / "set", **extra)
-    held, go = [], Trainer.run
+    held, go = [], running.loop_over
 
-    def look(self: Trainer, *args: object) -> None:
-        vae = self.model.codec.autoencoder
-        held.append((held_bytes(self.model.encoder.model), held_bytes(vae.encoder, vae.quant_conv)))
-        go(self, *args)  # type: ignore[arg-type]
+    def look(config: object, runtime: object, stopping: object, model: Model, *rest: Any) -> None:
+        vae = model.codec.autoencoder
+        held.append((held_bytes(model.encoder.model), held_bytes(vae.encoder, vae.quant_conv)))
+        go(config, runtime, stopping, model, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Trainer, "run", look)
+    monkeypatch.setattr(running, "loop_over", look)
     raw = run(tmp_path / "raw", **extra)
     encoded = run(tmp_path / "encoded", prepared_dir=tmp_path / "set", **extra)
     assert min(held[0]) > 0 and held[1] == (0, 0)

@@ -65,7 +65,7 @@ def test_what_is_not_removed_does_not_end_the_run(
 def test_a_stop_that_cannot_be_saved_is_not_told_as_saved(
     run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stops(self: Validator, done: int, output: Path, track: object, poll: Callable[[], None]) -> None:
+    def stops(self: Validator, done: int, track: object, poll: Callable[[], None]) -> None:
         signal.raise_signal(signal.SIGTERM)
         poll()
 
@@ -81,8 +81,8 @@ def test_a_validation_that_is_broken_off_leaves_no_numbers(
     whole, broken = run(tmp_path / "whole", validation_steps=2), tmp_path / "broken"
     honest = Validator.__call__
 
-    def stops(self: Validator, done: int, output: Path, track: Any, poll: Callable[[], None]) -> None:
-        honest(self, done, output, track, poll)
+    def stops(self: Validator, done: int, track: Any, poll: Callable[[], None]) -> None:
+        honest(self, done, track, poll)
         signal.raise_signal(signal.SIGTERM)
         poll()
 

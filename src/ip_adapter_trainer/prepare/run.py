@@ -28,7 +28,7 @@ from ip_adapter_trainer.prepare.cut import warn_of_cut_captions
 from ip_adapter_trainer.prepare.encode import Encoding, encode_with
 from ip_adapter_trainer.prepare.frozen import cache_spec, load_base_of
 from ip_adapter_trainer.prepare.work import PrepareDataset, missing, read_all, share_of
-from ip_adapter_trainer.runtime.launch import Runtime, claim, start
+from ip_adapter_trainer.runtime.launch import Runtime, claimed, start
 from ip_adapter_trainer.runtime.progress import Progress
 from ip_adapter_trainer.runtime.signals import StopSignal
 from ip_adapter_trainer.runtime.stopping import Poll, Stopping
@@ -144,8 +144,7 @@ class Job:
         read = self.runtime.total(len(self.left))
         say(f"prepared set {self.folder}: {read} pictures to read, {room}")
         self.runtime.agree(None if self.fits else _too_small(self.folder, room))
-        claimed = claim(self.folder, self.runtime, _FLAG)
-        try:
+        with claimed(self.folder, self.runtime, _FLAG):
             self._begin()
             encoding = Encoding(self.folder, encode_with(codec, encoders), batch_images)
             preprocess = {role: encoder.preprocess for role, encoder in encoders.items()}
@@ -163,9 +162,6 @@ class Job:
                 stopping.together(fill)
             log = self._log()
             log.demand_limit()
-        finally:
-            if claimed:
-                claimed.release()
         pictures, encoded = self.runtime.total(len(self.items)), self.runtime.total(encoding.encoded)
         captions = self.runtime.total(len(self.captions))
         return PrepareReport(self.folder, pictures, read, encoded, captions, log.faulty_rows)

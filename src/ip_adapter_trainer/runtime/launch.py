@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from filelock import FileLock
 
 from ip_adapter_trainer.core.errors import LostProblem, Problem, Stopped, first_line
 from ip_adapter_trainer.core.log import say_after
@@ -208,22 +207,27 @@ def start(
     return Runtime(accelerator, rank, world, device, precision, local_rank, local_world, hosts)
 
 
-def claim(folder: Path, runtime: Runtime, flag: str = "--output_dir") -> FileLock | None:
-    """Make and claim the folder on the first process, and remove what a killed run left half written in it.
+@contextmanager
+def claimed(folder: Path, runtime: Runtime, flag: str = "--output_dir") -> Iterator[None]:
+    """Hold a folder for this run in this block: the first process makes it and clears what a killed run left in it.
 
     Raises:
         Problem: another run holds it.
         StorageProblem: the disk refuses.
     """
-    claimed, problem = None, None
+    held, problem = None, None
     if runtime.is_main:
         try:
             with as_storage_problem():
                 folder.mkdir(parents=True, exist_ok=True)
-                claimed = lock(folder, flag)
+                held = lock(folder, flag)
         except Problem as found:
             problem = found
         else:
             sweep(folder)
     runtime.agree(problem)
-    return claimed
+    try:
+        yield
+    finally:
+        if held:
+            held.release()

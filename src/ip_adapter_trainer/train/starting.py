@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -10,10 +11,14 @@ from typing import Any
 
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.log import say
-from ip_adapter_trainer.storage.checkpoints import newest, numbered_checkpoints, step_of
-from ip_adapter_trainer.train import checkpoint
+from ip_adapter_trainer.manifest.manifest import Manifest
+from ip_adapter_trainer.runtime.launch import Runtime
+from ip_adapter_trainer.storage.checkpoints import complete, newest, numbered_checkpoints, step_of
+from ip_adapter_trainer.train import checkpoint, guard
 from ip_adapter_trainer.train.aside import lies_in
-from ip_adapter_trainer.train.config import CheckpointConfig
+from ip_adapter_trainer.train.config import CheckpointConfig, TrainConfig
+from ip_adapter_trainer.train.rows import RunRows
+from ip_adapter_trainer.train.run_plan import total_steps
 
 LATEST = "latest"
 
@@ -109,3 +114,48 @@ def _nearest(asked: Path, output: Path) -> list[Path]:
     before = [folder for step, folder in there if at is None or step < at]
     after = [folder for _, folder in there[len(before) :]]
     return [folder for side in (reversed(before), after) for folder in islice(filter(checkpoint.is_whole, side), 1)]
+
+
+def agreed_starting_point(config: CheckpointConfig, runtime: Runtime) -> StartingPoint:
+    """Return `starting_point` as the first process sees it, so that all begin at the same step.
+
+    Raises:
+        Problem: see `starting_point`; or a machine does not have the checkpoint.
+    """
+    point = StartingPoint()
+    with runtime.agreed():
+        if runtime.is_main:
+            point = starting_point(config)
+    point = runtime.shared(point)
+    with runtime.agreed():
+        if point.folder and not complete(point.folder):
+            what = "the checkpoint lies on the first machine, and this one does not have it"
+            remedy = (
+                "put --output_dir on a disk that all machines share, or copy the checkpoint to the same path on each"
+            )
+            raise Problem(what, where=f"{point.folder.absolute()} on {platform.node()}", remedy=remedy)
+    return point
+
+
+def demand_same_run(config: TrainConfig, runtime: Runtime, manifest: Manifest, point: StartingPoint) -> None:
+    """Refuse to resume what these settings and rows do not belong to, before any model is loaded.
+
+    `RunRecord.restore` looks again, and at the models.
+
+    Raises:
+        Problem: settings, rows or images per step differ.
+    """
+    images = config.images_per_step(runtime.world)
+    identity = guard.RunIdentity(manifest.fingerprint, manifest.where, {}, images, runtime.world)
+    if point.state is not None:
+        guard.check(point.state, config, identity, tell=lambda line: None)
+
+
+def is_over(config: TrainConfig, runtime: Runtime, rows: RunRows, point: StartingPoint) -> bool:
+    """Return whether a resumed run has nothing left to do; that it has nothing left to train is told."""
+    total = total_steps(config, rows.trained, config.images_per_step(runtime.world))
+    if not point.folder or point.step < total:
+        return False
+    way = f"give --max_train_steps above {point.step} to go on"
+    say(f"nothing left to train: {point.folder} is at step {point.step}, and the run has {total} steps; {way}")
+    return not (point.lacks_validation and config.validates) and not config.dry_run

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,6 +22,10 @@ from ip_adapter_trainer.train.fixed import FixedRows
 from ip_adapter_trainer.train.step import Step
 from ip_adapter_trainer.train.track import Track
 
+if TYPE_CHECKING:
+    from ip_adapter_trainer.runtime.launch import Runtime
+    from ip_adapter_trainer.train.state import TrainState
+
 
 class Validator:
     """Answers at intervals whether the adapter is learning to use the picture."""
@@ -28,16 +34,27 @@ class Validator:
         self.config, self.model, self.data, self.step = config, model, data, step
 
     def due(self, global_step: int, last: bool) -> bool:
-        """Whether a validation belongs after `global_step` steps."""
+        """Return whether a validation belongs after `global_step` steps."""
         every = self.config.validation_steps
         return last or (every is not None and global_step > 0 and global_step % every == 0)
 
-    def __call__(self, global_step: int, output: Path, track: Track, poll: Poll) -> None:
-        """Measures, draws, writes and reports; raises what `poll` raises."""
+    def on_first(self, state: TrainState, track: Track, runtime: Runtime) -> Callable[[Poll], None]:
+        """Return the work of each process: the first validates the weights as they would be published."""
+
+        def work(poll: Poll) -> None:
+            """Validate, or leave it to the first."""
+            if runtime.is_main:
+                with state.published_weights():
+                    self(state.global_step, track, poll)
+
+        return work
+
+    def __call__(self, global_step: int, track: Track, poll: Poll) -> None:
+        """Measure, draw, write and report; raise what `poll` raises."""
         if self.config.num_validation_images:
             self._measure(global_step, track, poll)
         if self.config.grid_rows:
-            self._draw(global_step, output, track, poll)
+            self._draw(global_step, track, poll)
 
     def _measure(self, global_step: int, track: Track, poll: Poll) -> None:
         """Beside each other: rows that nothing was trained on, and rows that were."""
@@ -68,7 +85,7 @@ class Validator:
             return None
         return validation_losses(self.model, self.step.process, batches, self.config.validation_seed, poll)
 
-    def _draw(self, global_step: int, output: Path, track: Track, poll: Poll) -> None:
+    def _draw(self, global_step: int, track: Track, poll: Poll) -> None:
         """The grid shows the pictures themselves; a prepared set may have come without them."""
         config, rows = self.config, self.data.unseen or self.data.seen
         batches = rows.batches(config.grid_rows, pixels=True)
@@ -78,7 +95,7 @@ class Validator:
             return
         features = _features(self.model, [batch.to(self.step.device) for batch in encoded]) if encoded else None
         grid = validation_grid(self.model, [batch.to(self.step.device) for batch in batches], config, poll, features)
-        file = output / "grids" / f"step-{global_step:07d}.png"
+        file = Path(config.output_dir) / "grids" / f"step-{global_step:07d}.png"
         track.image(global_step, "validation/grid", grid)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,6 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from ip_adapter_trainer.nn.attention import lean_attention
 from ip_adapter_trainer.nn.compiled import compiled_blocks
 from tests.nn.test_lean import gradients
 from tests.test_model import build, inputs
@@ -47,7 +46,7 @@ def test_gradients_are_the_stock_ones_recomputed_too_and_a_second_step_compiles_
 ) -> None:
     model = build(base_folder("sdxl"), encoder_folder, "base")
     keys = list(model.family.denoiser.state_dict())
-    with model.attached(), lean_attention(model.family.denoiser, model.prompt):
+    with model.attached():
         prediction, expected, _ = gradients(model)
         model.checkpoint_activations()
         with compiled(model.family.denoiser):

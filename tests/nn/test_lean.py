@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from ip_adapter_trainer.model import Model
-from ip_adapter_trainer.nn.attention import ImagePrompt, LeanSelfProcessor, attend, attend_lean, lean_attention
 from ip_adapter_trainer.nn.lean import LeanConv2d, LeanGEGLU, LeanResnetBlock2D, ProductConv2d, lean_layers
 from ip_adapter_trainer.train.config import LeanConfig
 from ip_adapter_trainer.train.lean import lean
@@ -47,7 +46,7 @@ def test_gradients_are_the_stock_ones(
     base: tiny.Base, layout: str, recompute: bool, base_folder: Callable, encoder_folder: Path
 ) -> None:
     model = build(base_folder(base), encoder_folder, "plus")
-    stock, expected, _ = _run(model, LeanConfig(lean_layers=False, lean_attention=False, channels_last="off"))
+    stock, expected, _ = _run(model, LeanConfig(lean_layers=False, channels_last="off"))
     if recompute:
         model.checkpoint_activations()
     made, found, _ = _run(model, LeanConfig(channels_last=layout))  # type: ignore[arg-type]
@@ -62,7 +61,7 @@ def _run(model: Model, config: LeanConfig) -> tuple[torch.Tensor, torch.Tensor, 
 
 def test_lean_layers_keep_less(base_folder: Callable, encoder_folder: Path) -> None:
     model = build(base_folder("sdxl"), encoder_folder, "base")
-    off = LeanConfig(lean_layers=False, lean_attention=False, channels_last="off")
+    off = LeanConfig(lean_layers=False, channels_last="off")
     kept = _run(model, off)[2], _run(model, off.model_copy(update={"lean_layers": True}))[2]
     assert kept[1] < 0.9 * kept[0]
 
@@ -73,17 +72,15 @@ def test_a_lean_denoiser_without_gradients_is_the_base_bit_for_bit_and_leaves_no
     model = build(base_folder("sdxl"), encoder_folder, "base")
     denoiser, (noisy, t, text, _) = model.family.denoiser, inputs(model)
     base, classes = model.family.predict(noisy, t, text), [type(m) for m in denoiser.modules()]
-    processors, keys = dict(denoiser.attn_processors), list(denoiser.state_dict())
+    keys = list(denoiser.state_dict())
     with lean(model, LeanConfig(channels_last="off")):
         found = {type(m) for m in denoiser.modules()}
         assert {LeanConv2d, LeanGEGLU, LeanResnetBlock2D} <= found and ProductConv2d not in found
-        assert any(isinstance(p, LeanSelfProcessor) for p in denoiser.attn_processors.values())
         assert torch.equal(model.family.predict(noisy, t, text), base)
         assert list(denoiser.state_dict()) == keys
     with lean(model, LeanConfig(channels_last="on")):
         assert {type(m) for m in denoiser.modules()} >= {ProductConv2d, LeanGEGLU, LeanResnetBlock2D}
     assert [type(m) for m in denoiser.modules()] == classes
-    assert all(p is processors[name] for name, p in denoiser.attn_processors.items())
     assert all(p.is_contiguous() for p in denoiser.parameters())
     assert torch.equal(model.family.predict(noisy, t, text), base)
 
@@ -103,41 +100,6 @@ def test_half_precision_takes_channels_last_by_itself(base_folder: Callable, enc
     model.family.denoiser.to(torch.bfloat16)
     with lean(model, LeanConfig()):
         assert model.family.denoiser.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("keys", "frozen"), [(7, True), (7, False), (300, False)])
-def test_explicit_attention_agrees_with_the_fused_kernel(dtype: torch.dtype, keys: int, frozen: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(2, 5, 16, generator=generator).to(dtype).requires_grad_()
-    key, value = (torch.randn(2, keys, 16, generator=generator).to(dtype) for _ in range(2))
-    wanted = [query] if frozen else [query, key.requires_grad_(), value.requires_grad_()]
-    mask = torch.where(torch.arange(keys) % 3 == 0, -1e4, 0.0).to(dtype).expand(2, 4, 1, keys)
-    outs = [how(query, key, value, 4, mask) for how in (attend, attend_lean)]
-    is_explicit = "ScaledDotProduct" not in _names(outs[1])
-    assert is_explicit == (keys <= 256 and (frozen or dtype != torch.float32))
-    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 2e-2}
-    torch.testing.assert_close(outs[1], outs[0], **tolerance)
-    first, second = (torch.autograd.grad(out.float().square().sum(), wanted) for out in outs)
-    torch.testing.assert_close(second, first, **{name: 4 * value for name, value in tolerance.items()})
-
-
-def _names(out: torch.Tensor) -> str:
-    """The names of the graph's nodes behind a tensor."""
-    seen, waiting = [], [out.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None:
-            seen.append(node.name())
-            waiting += [following for following, _ in node.next_functions]
-    return " ".join(seen)
-
-
-def test_a_prompt_outside_training_attends_by_the_fused_kernel() -> None:
-    prompt = ImagePrompt()
-    with lean_attention(torch.nn.Module(), prompt):
-        assert prompt.attend is attend_lean
-    assert prompt.attend is attend
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -28,7 +28,7 @@ from tests.test_model import inputs
 
 NEEDS_BNB = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="the extra bnb is missing")
 NF4 = pytest.param("nf4", marks=NEEDS_BNB)
-PLAIN = LeanConfig(lean_layers=False, lean_attention=False, channels_last="off")
+PLAIN = LeanConfig(lean_layers=False, channels_last="off")
 
 
 def load(folder: Path, storage: Storage, dtype: torch.dtype = torch.float32) -> Family:

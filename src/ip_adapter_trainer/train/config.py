@@ -70,7 +70,7 @@ class SourceConfig(SetConfig):
 class LeanConfig(Part):
     """How the frozen denoiser computes; none of it changes what is computed beyond rounding."""
 
-    resume = Resume(may_change="compile lean_layers product_convolutions lean_attention channels_last")
+    resume = Resume(may_change="compile lean_layers product_convolutions channels_last")
 
     compile: Compile = Field(
         "off",
@@ -83,10 +83,6 @@ class LeanConfig(Part):
     product_convolutions: bool = Field(
         True,
         description="Lean layers on a CPU, channels-last: convolutions over few positions as matrix products.",
-    )
-    lean_attention: bool = Field(
-        True,
-        description="On a CPU, attention by single products where their backward is faster than the fused kernel's.",
     )
     channels_last: Literal["auto", "on", "off"] = Field(
         "auto", description="Channels-last weights in the denoiser; auto: where the frozen weights are bf16 or fp16."

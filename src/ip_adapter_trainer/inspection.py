@@ -8,10 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-from pydantic import Field
 from torch import Tensor
 
 from ip_adapter_trainer.adapter_files import (
@@ -32,7 +29,7 @@ from ip_adapter_trainer.adapters._variant import SDXL_CONTEXT
 from ip_adapter_trainer.adapters.plus import KOLORS
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.redact import plain, redacted
-from ip_adapter_trainer.core.settings import Part, alias
+from ip_adapter_trainer.file_config import InspectConfig
 
 LAYOUTS = {
     "published": "published",
@@ -50,15 +47,6 @@ _UNIFIED = {
     ("plus", 2048, 1280): "ip-adapter-plus_sdxl_vit-h",
     ("full", 768, 1280): "ip-adapter-full-face_sd15",
 }
-
-
-class InspectConfig(Part):
-    """Tell what an adapter file holds and who can read it."""
-
-    path: Annotated[str, tyro.conf.Positional] = Field(
-        description="Adapter file, checkpoint-N folder or a run's output folder."
-    )
-    as_json: Annotated[bool, alias("json")] = Field(False, description="Print JSON.")
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from ip_adapter_trainer.prepare.check_config import RowsCheckConfig as CheckConfig
 from ip_adapter_trainer.prepare.check_report import CheckReport, check
-from ip_adapter_trainer.prepare.check_report import RowsCheckConfig as CheckConfig
 from tests.manifest.rows import write_manifest, write_pictures
 
 

@@ -33,7 +33,6 @@ class Family(ABC):
         denoiser: the frozen network that the adapter is attached to.
         context_dim: width of the tokens its cross-attention reads.
         layer_groups: names for sets of sites, each by the beginnings of its layers' names.
-        small_cards: settings that `--low_memory` stands for, by a card's memory in GB; see benchmarks/memory_budget.py.
     """
 
     Config: ClassVar[type[Part]]
@@ -45,7 +44,6 @@ class Family(ABC):
     layer_groups: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     clip_skip: int | None = None  # the text encoder's layer that is read, from its end; None: the last
     _text_rests = False
-    small_cards: ClassVar[Mapping[int, Mapping[str, Any]]] = {}
     name: str
 
     @classmethod

@@ -16,9 +16,6 @@ from ip_adapter_trainer.families._family import FAMILIES
 from ip_adapter_trainer.families._text import run_text_encoder
 from ip_adapter_trainer.families._unet import UNetFamily
 
-_ONE_BY_ONE = {"mixed_precision": "bf16", "prepare": "auto", "encode_batch_size": 1, "train_batch_size": 1}
-_RECOMPUTED = _ONE_BY_ONE | {"gradient_checkpointing": True, "use_8bit_adam": True, "prepare_text": True}
-
 
 @FAMILIES.register("sdxl")
 class StableDiffusionXL(UNetFamily):
@@ -33,11 +30,6 @@ class StableDiffusionXL(UNetFamily):
         **UNetFamily.layer_groups,
         "style": ("up_blocks.0.attentions.1",),  # InstantStyle (arXiv 2404.02733), section 3.2
         "layout": ("down_blocks.2.attentions.1",),
-    }
-    small_cards = {  # noqa: RUF012
-        8: _RECOMPUTED | {"quantize": "nf4"},
-        12: _RECOMPUTED | {"quantize": "int8"},
-        24: _ONE_BY_ONE,
     }
     components = {  # noqa: RUF012
         **UNetFamily.components,

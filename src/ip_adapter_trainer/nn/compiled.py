@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-Compile = Literal["off", "on", "reduce-overhead"]
+from ip_adapter_trainer.nn.choices import Compile
+
 _BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "Upsample2D", "Downsample2D")
 _VERSIONS = 64  # of one kind of block: every width and, with buckets, sizes; Dynamo's own limit is 8
 

@@ -30,6 +30,7 @@ from ip_adapter_trainer.train.loop import Trainer
 from ip_adapter_trainer.train.metrics import cut_metrics
 from ip_adapter_trainer.train.model_hashes import hash_models
 from ip_adapter_trainer.train.posterior import POSTERIOR_IMAGES, warn_of_posterior_noise
+from ip_adapter_trainer.train.presets import PRESETS
 from ip_adapter_trainer.train.rows import RunRows, read_rows
 from ip_adapter_trainer.train.run_plan import make_plan, total_steps
 from ip_adapter_trainer.train.starting import StartingPoint, starting_point
@@ -150,7 +151,7 @@ def _make_trainer(
     if config.latents == "sample" and runtime.is_main and not config.dry_run:
         warn_of_posterior_noise(model, data.seen.batches(POSTERIOR_IMAGES), runtime.device)
     if config.low_memory:
-        chosen = {name: getattr(config, name) for name in model.family.small_cards[config.low_memory]}
+        chosen = {name: getattr(config, name) for name in PRESETS[model.family.name][config.low_memory]}
         say(f"low_memory {config.low_memory}: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
     return Trainer(config, runtime, model, data, Step(model, process, config.seed, runtime.device), plan, model_hashes)
 

@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 
 from ip_adapter_trainer.adapters import VARIANTS
-from ip_adapter_trainer.config import compose
+from ip_adapter_trainer.config import compose, groups_of
 from ip_adapter_trainer.evaluate.config import EvaluateConfig, GenerateConfig
 from ip_adapter_trainer.families import FAMILIES
 from ip_adapter_trainer.file_config import ExportConfig, InspectConfig
 from ip_adapter_trainer.pocket.config import DemoConfig, PocketConfig
 from ip_adapter_trainer.prepare.check_config import CheckConfig
 from ip_adapter_trainer.prepare.config import PrepareConfig
-from ip_adapter_trainer.train.help import groups_of
 
 PACKAGE = Path(__file__).parents[1] / "src" / "ip_adapter_trainer"
 RANKS = {
@@ -107,7 +106,7 @@ def test_every_setting_of_a_run_is_in_exactly_one_resume_list(variant: str, fami
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_every_setting_of_a_run_is_in_exactly_one_group_of_its_help(variant: str, family: str) -> None:
     kind = compose(variant, family)
-    groups = groups_of(kind, variant, family)
+    groups = groups_of(variant, family)
     listed = [name for names in groups.values() for name in names if name != "config"]
     assert sorted(listed) == sorted(kind.model_fields) and all(groups.values())
     assert groups[f"Variant {variant}"].keys() == VARIANTS[variant].Config.model_fields.keys()

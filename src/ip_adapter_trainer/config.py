@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import create_model
+from pydantic.fields import FieldInfo
 
 from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.core.errors import Problem, did_you_mean
@@ -25,7 +26,7 @@ from ip_adapter_trainer.loading.config import BaseConfig
 from ip_adapter_trainer.runtime.launcher import accumulation_steps, demand_same_accumulation
 from ip_adapter_trainer.storage.settings_file import read_yaml
 from ip_adapter_trainer.train.config import TrainConfig
-from ip_adapter_trainer.train.help import about, groups_of
+from ip_adapter_trainer.train.help import about, grouped
 from ip_adapter_trainer.train.presets import PRESETS
 
 P = TypeVar("P", bound=Part)
@@ -36,6 +37,20 @@ GONE = {"lean_attention": "it made no measurable difference"}
 _OF_BASE = ("base_config", "revision", "weights_variant", "pretrained_vae_model_name_or_path")
 
 
+def own_parts(variant: str, family: str) -> dict[str, type[Part]]:
+    """Return the settings classes that a run has for its variant and family, by their titles in the help.
+
+    Raises:
+        Problem: an unknown name.
+    """
+    parts = {f"Variant {variant}": VARIANTS[variant].Config}
+    if family != "auto":
+        from ip_adapter_trainer.families import FAMILIES
+
+        parts[f"Family {family}"] = FAMILIES[family].Config
+    return parts
+
+
 @cache
 def compose(variant: str, family: str) -> type[TrainConfig]:
     """Return the settings class of a run with this variant and family; "auto" adds no family settings.
@@ -43,13 +58,14 @@ def compose(variant: str, family: str) -> type[TrainConfig]:
     Raises:
         Problem: an unknown name.
     """
-    parts: tuple[type[Part], ...] = (TrainConfig, VARIANTS[variant].Config)
-    if family != "auto":
-        from ip_adapter_trainer.families import FAMILIES
-
-        parts += (FAMILIES[family].Config,)
+    parts: tuple[type[Part], ...] = (TrainConfig, *own_parts(variant, family).values())
     bases = tuple(p for p in dict.fromkeys(parts) if not any(q is not p and issubclass(q, p) for q in parts))
     return create_model("TrainSettings", __base__=bases)  # type: ignore[arg-type]
+
+
+def groups_of(variant: str, family: str) -> dict[str, dict[str, FieldInfo]]:
+    """Return the settings of a run by their names, in the groups in which the help lists them."""
+    return grouped(compose(variant, family), own_parts(variant, family))
 
 
 def parse(kind: type[P], argv: Sequence[str], *, prog: str) -> P:
@@ -149,7 +165,7 @@ class _Asked:
         _demand_variant(variant)
         kind = compose(variant, "auto")
         if HELP.union(HELP_ALL).intersection(flags):
-            groups = groups_of(kind, variant, "auto")
+            groups = groups_of(variant, "auto")
             shown = groups if HELP_ALL.intersection(flags) else {"Essential": groups["Essential"]}
             read_flags(shown, ["--help"], prog=prog, about=about(prog, groups), defaults=defaults)
         if file:
@@ -182,12 +198,11 @@ class _Asked:
         return self._read(family, _preset(family, chosen.get("low_memory")))
 
     def _read(self, family: str, preset: dict[str, Any], spare: list[str] | None = None) -> TrainConfig:
-        kind = compose(self.variant, family)
         chosen = {"variant": self.variant} | self.beneath | self.given
         chosen = chosen | preset if "low_memory" in self.given else preset | chosen
         # What a file says comes first, so that a flag given on the command line has the last word.
         flags = [*as_flags(chosen), *self.flags]
-        groups = groups_of(kind, self.variant, family)
+        groups, kind = groups_of(self.variant, family), compose(self.variant, family)
         values = read_flags(groups, flags, prog=self.prog, about="", defaults=self.defaults, spare=spare)
         return judged(kind, {name: value for name, value in values.items() if name in kind.model_fields}, self.prog)
 

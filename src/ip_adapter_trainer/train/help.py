@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from ip_adapter_trainer.adapters import VARIANTS
+from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.train.config import TrainConfig
 
 Groups = dict[str, dict[str, FieldInfo]]  # settings by their names, by the group that lists them
@@ -27,16 +28,20 @@ CONFIG = FieldInfo(
 )
 
 
-def groups_of(kind: type[TrainConfig], variant: str, family: str) -> Groups:
-    """Return the settings of a run's class in groups; a variant's and a family's own have one of their name."""
+def grouped(kind: type[TrainConfig], own: Mapping[str, type[Part]]) -> Groups:
+    """Return the settings of a run in groups.
+
+    Args:
+        kind: their class.
+        own: the classes of what the run has chosen, such as its variant's; each is a group of its own.
+    """
     owners: dict[str, Any] = {n: part for part in reversed(kind.__mro__) for n in vars(part).get("__annotations__", ())}
-    fields = kind.model_fields
+    titles = {name: title for title, part in own.items() for name in part.model_fields}
     groups: Groups = {title: {} for title in GROUPS}
-    groups["Essential"] = {name: CONFIG if name == "config" else fields[name] for name in ESSENTIAL}
-    for name in (name for name in fields if name not in ESSENTIAL):
-        title = f"Variant {variant}" if name in VARIANTS[variant].Config.model_fields else f"Family {family}"
-        title = owners[name].group if name in TrainConfig.model_fields else title
-        groups.setdefault(title, {})[name] = fields[name]
+    groups["Essential"] = {name: CONFIG if name == "config" else kind.model_fields[name] for name in ESSENTIAL}
+    for name, info in kind.model_fields.items():
+        if name not in ESSENTIAL:
+            groups.setdefault(titles.get(name) or owners[name].group, {})[name] = info
     return groups
 
 

@@ -77,12 +77,12 @@ def demand_free(folder: str, flag: str) -> None:
     Raises:
         Problem: another run holds it, or it cannot be made.
     """
-    from ip_adapter_trainer.storage.staging import lock, was_claimed
+    from ip_adapter_trainer.storage.staging import LOOK_PATIENCE_S, lock, was_claimed
 
     if os.environ.get("RANK", "0") == "0":
         demand_folder(Path(folder))
         if was_claimed(Path(folder)):
-            lock(Path(folder), flag).release()
+            lock(Path(folder), flag, LOOK_PATIENCE_S).release()
 
 
 def run_training(config: TrainConfig) -> int:

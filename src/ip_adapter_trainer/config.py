@@ -177,7 +177,7 @@ class _Asked:
         return cls(prog, variant, file, beneath, given, flags, own)
 
     def before_the_base(self) -> TrainConfig:
-        """Return the settings that are none of a family's own, by their defaults for any base model."""
+        """Return the settings but for a family's own; those that depend on the base model stand at their defaults."""
         spare: list[str] = []
         config = self._read("auto", {}, spare)
         if spare and not _of_families():  # they are of no family either, which is told

@@ -15,6 +15,13 @@ from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.settings import Alias, Part
 
 P = TypeVar("P", bound=Part)
+_STRINGS = tyro.constructors.PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="[STR [STR ...]]",
+    instance_from_str=tuple,
+    is_instance=lambda value: isinstance(value, tuple),
+    str_from_instance=list,
+)
 HELP, HELP_ALL = frozenset({"-h", "--help"}), frozenset({"--help_all", "--help-all"})
 
 
@@ -45,6 +52,7 @@ def read_flags(
     ]
     kind: Any = dataclasses.make_dataclass("Flags", boxes)
     how: dict[str, Any] = {"prog": prog, "description": about, "use_underscores": True}
+    how["config"] = (tyro.conf.HelptextFromCommentsOff,)  # for which it would read and parse this file
     if spare is None:
         found = tyro.cli(kind, args=list(argv), **how)
     else:
@@ -59,14 +67,18 @@ def _box(fields: Mapping[str, FieldInfo], defaults: Mapping[str, Any]) -> type:
     for name, info in fields.items():
         arg = tyro.conf.arg(help=info.description, aliases=_aliases(info.metadata))
         marks = [mark for mark in info.metadata if not isinstance(mark, Alias)]
-        kind: Any = info.annotation
-        if isinstance(kind, UnionType):  # tyro checks defaults of the other form itself, without importing typeguard
-            kind = Union[get_args(kind)]  # noqa: UP007
-        note: Any = Annotated[(kind, arg, *marks)]
+        note: Any = Annotated[(*_light(info.annotation), arg, *marks)]
         default: Any = {} if info.is_required() else {"default": defaults.get(name, info.default)}
         made.append((name, note, dataclasses.field(**default)))
     made.sort(key=lambda field: field[2].default is not dataclasses.MISSING)
     return dataclasses.make_dataclass("Group", made)
+
+
+def _light(kind: Any) -> tuple[Any, ...]:
+    """Return a type in a form whose defaults tyro checks by itself, without importing typeguard (50 ms)."""
+    if isinstance(kind, UnionType):
+        return (Union[get_args(kind)],)  # noqa: UP007
+    return (tuple, _STRINGS) if kind == tuple[str, ...] else (kind,)
 
 
 def _aliases(metadata: Sequence[Any]) -> list[str]:

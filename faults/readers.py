@@ -20,7 +20,7 @@ from ip_adapter_trainer.core.values import Fault
 from ip_adapter_trainer.inspection import examine
 from ip_adapter_trainer.manifest.faults import FILE_NAME, FaultLog
 from ip_adapter_trainer.manifest.manifest import read_manifest
-from ip_adapter_trainer.prepare.check_report import RowsCheckConfig as CheckConfig
+from ip_adapter_trainer.prepare.check_config import RowsCheckConfig as CheckConfig
 from ip_adapter_trainer.storage.checkpoints import MANIFEST, verified
 from ip_adapter_trainer.storage.settings_file import read_yaml
 from ip_adapter_trainer.train import checkpoint, restored
@@ -165,7 +165,7 @@ def _checkpoint(folder: Path, weights: dict[str, dict[str, torch.Tensor]], card:
 def _settings(path: Path) -> Read:
     def read(content: bytes) -> None:
         path.write_bytes(content)
-        check_keys(read_yaml(str(path)), compose("base", "sd"), str(path))
+        check_keys(read_yaml(str(path)), compose("base", "sd").model_fields, str(path))
 
     return read
 

@@ -14,13 +14,11 @@ from ip_adapter_trainer.cli import COMMANDS, RUN
 from ip_adapter_trainer.config import compose, parse
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.settings import Part
-from ip_adapter_trainer.demo import DemoConfig
 from ip_adapter_trainer.evaluate.config import EvaluateConfig, GenerateConfig
-from ip_adapter_trainer.export import ExportConfig
-from ip_adapter_trainer.inspection import InspectConfig
+from ip_adapter_trainer.file_config import ExportConfig, InspectConfig
 from ip_adapter_trainer.pocket import write
-from ip_adapter_trainer.pocket.config import PocketConfig
-from ip_adapter_trainer.prepare.check import CheckConfig
+from ip_adapter_trainer.pocket.config import DemoConfig, PocketConfig
+from ip_adapter_trainer.prepare.check_config import CheckConfig
 from ip_adapter_trainer.prepare.config import PrepareConfig
 
 ROOT = Path(__file__).parents[1]

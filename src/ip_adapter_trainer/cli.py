@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import select
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ip_adapter_trainer.core.errors import Problem, Stopped, did_you_mean
-from ip_adapter_trainer.core.log import patient_stderr
+from ip_adapter_trainer.core.log import patient_stderr, say
 from ip_adapter_trainer.core.redact import redacted
 from ip_adapter_trainer.runtime.signals import interruptible, tell_at_once
-from ip_adapter_trainer.storage.disk import as_storage_problem
+from ip_adapter_trainer.storage.disk import as_storage_problem, demand_folder
+
+if TYPE_CHECKING:
+    from ip_adapter_trainer.train.config import TrainConfig
 
 COMMANDS = {
     "train": "train an adapter on pictures and captions",
@@ -52,102 +58,85 @@ def versions() -> str:
 
 
 def _train(argv: Sequence[str]) -> int:
-    from ip_adapter_trainer.runtime.early import demand_free
-
-    demand_free(argv, "output_dir")
     from ip_adapter_trainer.config import parse_train
 
-    return run_training(parse_train(argv))
+    return run_training(parse_train(argv, look=look))
 
 
-def run_training(config: object) -> int:
-    """Trains with resolved settings, writing them beside the result."""
+def look(config: TrainConfig) -> None:
+    """Look at a run's folder, which a dry run does not write."""
+    if not config.dry_run:
+        demand_free(config.output_dir, "--output_dir")
+
+
+def demand_free(folder: str, flag: str) -> None:
+    """Demand a folder that can be made and that no other run writes, before the minutes that loading takes.
+
+    The claim comes when all is loaded. A look holds the lock for an instant only, for which a claim waits.
+
+    Raises:
+        Problem: another run holds it, or it cannot be made.
+    """
+    from ip_adapter_trainer.storage.staging import LOOK_PATIENCE_S, lock, was_claimed
+
+    if os.environ.get("RANK", "0") == "0":
+        demand_folder(Path(folder))
+        if was_claimed(Path(folder)):
+            lock(Path(folder), flag, LOOK_PATIENCE_S).release()
+
+
+def run_training(config: TrainConfig) -> int:
+    """Train with resolved settings, writing them beside the result."""
     from ip_adapter_trainer.config import write_resolved
-    from ip_adapter_trainer.train.config import TrainConfig
     from ip_adapter_trainer.train.run import train
 
-    assert isinstance(config, TrainConfig)
     train(config, write_resolved)
     return 0
 
 
 def _prepare(argv: Sequence[str]) -> int:
-    from ip_adapter_trainer.runtime.early import demand_free
-
-    demand_free(argv, "prepared_dir")
     from ip_adapter_trainer.config import parse
-    from ip_adapter_trainer.core.log import say
     from ip_adapter_trainer.prepare.config import PrepareConfig
+
+    config = parse(PrepareConfig, argv, prog="ip-adapter prepare")
+    demand_free(config.prepared_dir, "--prepared_dir")
     from ip_adapter_trainer.prepare.run import prepare
 
-    say(str(prepare(parse(PrepareConfig, argv, prog="ip-adapter prepare"))))
+    say(str(prepare(config)))
     return 0
 
 
-def _generate(argv: Sequence[str]) -> int:
+# Of the commands that print what they return: where their settings' class and their function are.
+_PRINTING = {
+    "generate": ("evaluate.config:GenerateConfig", "evaluate.generate:generate"),
+    "evaluate": ("evaluate.config:EvaluateConfig", "evaluate.scores:evaluate"),
+    "export": ("file_config:ExportConfig", "export:export"),
+    "inspect": ("file_config:InspectConfig", "inspection:inspect"),
+    "check": ("prepare.check_config:CheckConfig", "prepare.check:check"),
+    "pocket": ("pocket.config:PocketConfig", "pocket.write:pocket"),
+    "demo": ("pocket.config:DemoConfig", "demo:demo"),
+}
+
+
+def _print(command: str, argv: Sequence[str]) -> int:
+    """Run a command that prints what it returns; its function is imported when its flags are known to be right."""
     from ip_adapter_trainer.config import parse
-    from ip_adapter_trainer.evaluate.config import GenerateConfig
-    from ip_adapter_trainer.evaluate.generate import generate
 
-    for path in generate(parse(GenerateConfig, argv, prog="ip-adapter generate")):
-        print(path)
-    return 0
-
-
-def _evaluate(argv: Sequence[str]) -> int:
-    from ip_adapter_trainer.config import parse
-    from ip_adapter_trainer.evaluate.config import EvaluateConfig
-    from ip_adapter_trainer.evaluate.scores import evaluate
-
-    print(evaluate(parse(EvaluateConfig, argv, prog="ip-adapter evaluate")))
-    return 0
+    settings, function = _PRINTING[command]
+    config = parse(_named(settings), argv, prog=f"ip-adapter {command}")
+    result = _named(function)(config)
+    for line in result if isinstance(result, list) else [result]:
+        print(line)
+    return getattr(result, "exit_code", 0)
 
 
-def _export(argv: Sequence[str]) -> int:
-    from ip_adapter_trainer.config import parse
-    from ip_adapter_trainer.export import ExportConfig, export
-
-    print(export(parse(ExportConfig, argv, prog="ip-adapter export")))
-    return 0
-
-
-def _inspect(argv: Sequence[str]) -> int:
-    from ip_adapter_trainer.config import parse
-    from ip_adapter_trainer.inspection import InspectConfig, inspect
-
-    print(inspect(parse(InspectConfig, argv, prog="ip-adapter inspect")))
-    return 0
-
-
-def _check(argv: Sequence[str]) -> int:
-    from ip_adapter_trainer.config import parse
-    from ip_adapter_trainer.prepare.check import CheckConfig, check
-
-    report = check(parse(CheckConfig, argv, prog="ip-adapter check"))
-    print(report)
-    return report.exit_code
-
-
-def _pocket(argv: Sequence[str]) -> int:
-    from ip_adapter_trainer.config import parse
-    from ip_adapter_trainer.pocket.config import PocketConfig
-    from ip_adapter_trainer.pocket.write import pocket
-
-    print(pocket(parse(PocketConfig, argv, prog="ip-adapter pocket")))
-    return 0
-
-
-def _demo(argv: Sequence[str]) -> int:
-    from ip_adapter_trainer.config import parse
-    from ip_adapter_trainer.demo import DemoConfig, demo
-
-    print(demo(parse(DemoConfig, argv, prog="ip-adapter demo")))
-    return 0
+def _named(place: str) -> Any:
+    module, name = place.split(":")
+    return getattr(importlib.import_module(f"ip_adapter_trainer.{module}"), name)
 
 
 RUN: dict[str, Callable[[Sequence[str]], int]] = {
-    "train": _train, "prepare": _prepare, "generate": _generate, "evaluate": _evaluate, "export": _export,
-    "inspect": _inspect, "check": _check, "pocket": _pocket, "demo": _demo,
+    "train": _train, "prepare": _prepare, **{name: partial(_print, name) for name in _PRINTING},
 }  # fmt: skip
 
 
@@ -217,14 +206,11 @@ def script(variant: str) -> None:
 
     def run(argv: Sequence[str]) -> int:
         """Trains as the published script does where flags say nothing."""
-        from ip_adapter_trainer.runtime.early import demand_free
-
-        demand_free(argv, "output_dir")
         from ip_adapter_trainer.config import parse_train
         from ip_adapter_trainer.train.config import PUBLISHED
 
-        defaults = PUBLISHED | {"variant": variant}
-        return run_training(parse_train(argv, prog=os.path.basename(sys.argv[0]), defaults=defaults))  # noqa: PTH119
+        prog, defaults = Path(sys.argv[0]).name, PUBLISHED | {"variant": variant}
+        return run_training(parse_train(argv, prog=prog, defaults=defaults, look=look))
 
     _leave(guarded(run, sys.argv[1:]))
 

@@ -2,137 +2,265 @@
 
 The composed class has one flat set of names, which are the flags, the YAML keys and the attributes alike. A variant's
 and a family's settings are flags too: the two are looked up first, then their `Config` classes join the others.
+Nothing heavy is imported before what can be told of the flags alone was told.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-import tyro
-import yaml
-from pydantic import ValidationError, create_model
+from pydantic import create_model
+from pydantic.fields import FieldInfo
 
 from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.core.errors import Problem, did_you_mean
-from ip_adapter_trainer.core.settings import Alias, Part, as_flags
-from ip_adapter_trainer.families import FAMILIES
+from ip_adapter_trainer.core.log import say
+from ip_adapter_trainer.core.settings import Part, as_flags
+from ip_adapter_trainer.flags import HELP, HELP_ALL, judged, read_flags
 from ip_adapter_trainer.layouts import LAYOUTS
-from ip_adapter_trainer.loading.base import family_of
 from ip_adapter_trainer.loading.config import BaseConfig
 from ip_adapter_trainer.runtime.launcher import accumulation_steps, demand_same_accumulation
 from ip_adapter_trainer.storage.settings_file import read_yaml
-from ip_adapter_trainer.storage.staging import staged_file
 from ip_adapter_trainer.train.config import TrainConfig
+from ip_adapter_trainer.train.help import about, grouped
+from ip_adapter_trainer.train.presets import PRESETS
 
 P = TypeVar("P", bound=Part)
 RESOLVED = "config.yaml"
+# Settings of earlier versions, and why they are gone.
+GONE = {"lean_attention": "it made no measurable difference"}
 # What tells, beside its name, what a base model is.
 _OF_BASE = ("base_config", "revision", "weights_variant", "pretrained_vae_model_name_or_path")
 
 
-def compose(variant: str, family: str, layout: str | None = None) -> type[TrainConfig]:
-    """Return the settings class of a run with this variant and family; "auto" adds no family settings.
+def own_parts(variant: str, family: str, layout: str | None = None) -> dict[str, type[Part]]:
+    """Return the settings classes that a run has for its variant, family and layout, by their titles in the help.
 
-    The settings of a layout are there where it is asked for, or the only one that the variant goes with.
+    Those of a layout are there where it is asked for, or the only one that the variant goes with.
 
     Raises:
         Problem: an unknown name.
     """
-    parts: tuple[type[Part], ...] = (TrainConfig, VARIANTS[variant].Config)
+    parts = {f"Variant {variant}": VARIANTS[variant].Config}
     if family != "auto":
-        parts += (FAMILIES[family].Config,)
+        from ip_adapter_trainer.families import FAMILIES
+
+        parts[f"Family {family}"] = FAMILIES[family].Config
     if layout or len(VARIANTS[variant].layouts) == 1:
-        parts += (LAYOUTS[layout or VARIANTS[variant].layouts[0]].Config,)
+        name = layout or VARIANTS[variant].layouts[0]
+        parts[f"Layout {name}"] = LAYOUTS[name].Config
+    return parts
+
+
+@cache
+def compose(variant: str, family: str, layout: str | None = None) -> type[TrainConfig]:
+    """Return the settings class of a run with these; the family "auto" adds no settings.
+
+    Raises:
+        Problem: an unknown name.
+    """
+    parts: tuple[type[Part], ...] = (TrainConfig, *own_parts(variant, family, layout).values())
     bases = tuple(p for p in dict.fromkeys(parts) if not any(q is not p and issubclass(q, p) for q in parts))
-    name, doc = "TrainSettings", "Train an image-prompt adapter."
-    return create_model(name, __base__=bases, __doc__=doc)  # type: ignore[arg-type]
+    return create_model("TrainSettings", __base__=bases)  # type: ignore[arg-type]
 
 
-def parse(kind: type[P], argv: Sequence[str], *, prog: str, defaults: Mapping[str, Any] | None = None) -> P:
-    """Reads flags into a settings class; unknown flags end the program with what was probably meant (exit 2).
+def groups_of(variant: str, family: str, layout: str | None = None) -> dict[str, dict[str, FieldInfo]]:
+    """Return the settings of a run by their names, in the groups in which the help lists them."""
+    return grouped(compose(variant, family, layout), own_parts(variant, family, layout))
+
+
+def parse(kind: type[P], argv: Sequence[str], *, prog: str) -> P:
+    """Read flags into a settings class; unknown flags end the program with what was probably meant (exit 2).
 
     Args:
         kind: the settings class.
         argv: flags.
         prog: the program's name in messages.
-        defaults: values in place of the class's own defaults.
 
     Raises:
-        Problem: a value that a part's own rules refuse; each with its flag.
+        Problem: a value that a part's own rules refuse, with its flag; or flags of `train` that are none here.
     """
-    flags = tyro.cli(_flags_of(kind, defaults or {}), args=list(argv), prog=prog, use_underscores=True)
-    try:
-        return kind(**dataclasses.asdict(flags))
-    except ValidationError as error:
-        faults = [(e["loc"][0] if e["loc"] else "", e["msg"].removeprefix("Value error, ")) for e in error.errors()]
-        what = "; ".join(f"{name}: {message}" if name else message for name, message in faults)
-        where = " ".join(f"--{name}" for name, _ in faults if name) or prog
-        raise Problem(what, where=where, remedy=f"see {prog} --help") from error
+    _demand_own(kind, argv, prog)
+    flags = ["--help" if flag in HELP_ALL else flag for flag in argv]
+    values = read_flags({"": kind.model_fields}, flags, prog=prog, about=kind.__doc__ or "", defaults={})
+    return judged(kind, values, prog)
 
 
-def _flags_of(kind: type[Part], defaults: Mapping[str, Any]) -> Any:
-    """A plain dataclass with a settings class's fields, so that values are read first and judged by us after."""
-    fields = []
-    for name, info in kind.model_fields.items():
-        arg = tyro.conf.arg(help=info.description, aliases=_aliases(info.metadata))
-        extra = [mark for mark in info.metadata if not isinstance(mark, Alias)]
-        note: Any = Annotated[(info.annotation, arg, *extra)]  # type: ignore[valid-type]
-        fields.append(
-            (name, note, dataclasses.field())
-            if info.is_required()
-            else (name, note, dataclasses.field(default=defaults.get(name, info.default)))
-        )
-    fields.sort(key=lambda f: f[2].default is not dataclasses.MISSING)
-    return dataclasses.make_dataclass(kind.__name__, fields, namespace={"__doc__": kind.__doc__})
+def _demand_own(kind: type[Part], argv: Sequence[str], prog: str) -> None:
+    """Demand none of the flags that `train` alone has, from whose command lines those of other commands are copied.
+
+    Raises:
+        Problem: there are some; each is named.
+    """
+    given = TrainConfig.current_names({_setting_of(flag): flag.split("=")[0] for flag in argv if flag[:2] == "--"})
+    foreign = [flag for name, flag in given.items() if name in TrainConfig.model_fields.keys() - kind.model_fields]
+    if foreign:
+        remedy = f"leave {'it' if len(foreign) == 1 else 'them'} out; {prog} --help lists what is read"
+        raise Problem(f"{prog} does not read these settings of training", where=" ".join(foreign), remedy=remedy)
 
 
-def _aliases(metadata: Sequence[Any]) -> list[str]:
-    return [n if n.startswith("-") else f"--{n}" for mark in metadata if isinstance(mark, Alias) for n in mark.names]
+def _setting_of(flag: str) -> str:
+    return flag.split("=")[0].removeprefix("--").replace("-", "_").removeprefix("no_")
 
 
 def parse_train(
-    argv: Sequence[str], *, prog: str = "ip-adapter train", defaults: Mapping[str, Any] | None = None
+    argv: Sequence[str],
+    *,
+    prog: str = "ip-adapter train",
+    defaults: Mapping[str, Any] | None = None,
+    look: Callable[[TrainConfig], None] | None = None,
 ) -> TrainConfig:
-    """Settings of a training run from flags and, with `--config FILE`, a YAML file beneath them.
+    """Return the settings of a training run from flags and, with `--config FILE`, a YAML file beneath them.
 
     Args:
         argv: flags.
         prog: the program's name in messages.
         defaults: values in place of the settings' own defaults, for scripts that do something of their own.
+        look: is given the settings before the base model is looked for; those that depend on it stand at defaults.
+
+    Raises:
+        Problem: a setting that is unknown, gone or refused, or no base model of a known family.
     """
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("config", "variant", "family", "layout", "low_memory", "pretrained_model_name_or_path", *_OF_BASE):
-        peek.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name)
-    known, flags = peek.parse_known_args(list(argv))
-    beneath = read_yaml(known.config) if known.config else {}
-    given = {k: v for k, v in vars(known).items() if v is not None and k != "config"}
-    own = {k: v for k, v in (defaults or {}).items() if k not in beneath}  # a null in the file is not overruled either
-    chosen = {"variant": own.get("variant", "base"), "family": "auto"} | beneath | given
-    base = chosen.get("pretrained_model_name_or_path")
-    asks_help = "-h" in flags or "--help" in flags
-    _demand_variant(str(chosen["variant"]))  # before the hub is asked for anything
-    where = BaseConfig(**{name: str(chosen[name]) for name in _OF_BASE if chosen.get(name) is not None})
-    family = chosen["family"] if asks_help or not base else family_of(str(base), str(chosen["family"]), where)
-    kind = compose(str(chosen["variant"]), str(family), chosen.get("layout"))
-    if known.config:
-        check_keys(beneath, kind, known.config)
-    card = _small_card(str(family), chosen.get("low_memory"))
-    chosen = card | chosen if "low_memory" in beneath and "low_memory" not in given else chosen | card
-    # What a file says comes first, so that a flag given on the command line has the last word.
-    launched = accumulation_steps()
-    if launched is not None and "gradient_accumulation_steps" not in beneath:
-        own["gradient_accumulation_steps"] = launched
-    config = parse(kind, [*as_flags(chosen), *flags], prog=prog, defaults=own)
+    asked = _Asked.of(argv, prog, dict(defaults or {}))
+    if look:
+        look(asked.before_the_base())
+    config = asked.settled()
     demand_same_accumulation(config.gradient_accumulation_steps)
     return config
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked of a run.
+
+    Attributes:
+        prog: the program's name in messages.
+        variant: of the adapter.
+        layout: that is asked for; None: the first that goes with variant and base model.
+        file: the settings file, if there is one.
+        beneath: what it holds.
+        given: flags that decide of which class the settings are, or what their defaults are.
+        flags: the other ones.
+        defaults: values in place of the settings' own defaults.
+    """
+
+    prog: str
+    variant: str
+    layout: str | None
+    file: str | None
+    beneath: dict[str, Any]
+    given: dict[str, Any]
+    flags: list[str]
+    defaults: dict[str, Any]
+
+    @classmethod
+    def of(cls, argv: Sequence[str], prog: str, defaults: dict[str, Any]) -> _Asked:
+        """Return what a command line asks; if it asks for help, that is printed and the program ends.
+
+        Raises:
+            Problem: a file that cannot be read, or a setting that is unknown or gone.
+        """
+        _demand_current(argv)
+        given, flags = _peek(argv)
+        file = given.pop("config", None)
+        beneath = read_yaml(file) if file else {}
+        chosen = {"variant": "base"} | defaults | beneath | given
+        variant, layout = str(chosen["variant"]), chosen.get("layout")
+        _demand_variant(variant)
+        kind = compose(variant, "auto", layout)
+        if HELP.union(HELP_ALL).intersection(flags):
+            groups = groups_of(variant, "auto", layout)
+            shown = groups if HELP_ALL.intersection(flags) else {"Essential": groups["Essential"]}
+            read_flags(shown, ["--help"], prog=prog, about=about(prog, groups), defaults=defaults)
+        if file:
+            beneath = _current(beneath, kind, file)
+        own = {k: v for k, v in defaults.items() if k not in beneath}  # a null in the file is not overruled either
+        launched = accumulation_steps()
+        if launched is not None and "gradient_accumulation_steps" not in beneath:
+            own["gradient_accumulation_steps"] = launched
+        return cls(prog, variant, layout, file, beneath, given, flags, own)
+
+    def before_the_base(self) -> TrainConfig:
+        """Return the settings but for a family's own; those that depend on the base model stand at their defaults."""
+        spare: list[str] = []
+        config = self._read("auto", {}, spare)
+        if spare and not _of_families():  # they are of no family either, which is told
+            self._read("auto", {})
+        return config
+
+    def settled(self) -> TrainConfig:
+        """Return all settings, with those of the base model's family."""
+        chosen = {"family": "auto"} | self.beneath | self.given
+        base, family = chosen.get("pretrained_model_name_or_path"), str(chosen["family"])
+        if base:
+            from ip_adapter_trainer.loading.base import family_of
+
+            where = BaseConfig(**{name: str(chosen[name]) for name in _OF_BASE if chosen.get(name) is not None})
+            family = family_of(str(base), family, where)
+        if self.file:
+            check_keys(self.beneath, compose(self.variant, family, self.layout).model_fields, self.file)
+        return self._read(family, _preset(family, chosen.get("low_memory")))
+
+    def _read(self, family: str, preset: dict[str, Any], spare: list[str] | None = None) -> TrainConfig:
+        chosen = {"variant": self.variant} | self.beneath | self.given
+        chosen = chosen | preset if "low_memory" in self.given else preset | chosen
+        # What a file says comes first, so that a flag given on the command line has the last word.
+        flags = [*as_flags(chosen), *self.flags]
+        own = self.variant, family, self.layout
+        groups, kind = groups_of(*own), compose(*own)
+        values = read_flags(groups, flags, prog=self.prog, about="", defaults=self.defaults, spare=spare)
+        return judged(kind, {name: value for name, value in values.items() if name in kind.model_fields}, self.prog)
+
+
+def _peek(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the flags that decide of which class the settings are, or what their defaults are; and the others."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("config", "variant", "family", "layout", "low_memory", "pretrained_model_name_or_path", *_OF_BASE):
+        peek.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name)
+    known, flags = peek.parse_known_args(list(argv))
+    return {name: value for name, value in vars(known).items() if value is not None}, flags
+
+
+def _demand_current(argv: Sequence[str]) -> None:
+    """Demand flags that are still there.
+
+    Raises:
+        Problem: one is gone.
+    """
+    for flag in argv:
+        if flag[:2] == "--" and _setting_of(flag) in GONE:
+            remedy = f"leave it out: {GONE[_setting_of(flag)]}"
+            raise Problem("this setting is gone", where=flag.split("=")[0], remedy=remedy)
+
+
+def _current(settings: Mapping[str, Any], kind: type[Part], file: str) -> dict[str, Any]:
+    """Return a file's settings by the names of now, which an earlier version may have written.
+
+    Raises:
+        Problem: an unknown name, which no family has either.
+    """
+    for name in settings.keys() & GONE.keys():
+        say(f"{name} in {file} is passed over: {GONE[name]}")
+    current = kind.current_names({name: value for name, value in settings.items() if name not in GONE})
+    if current.keys() - kind.model_fields:
+        check_keys(current, kind.model_fields.keys() | _of_families(), file)
+    return current
+
+
+def _of_families() -> set[str]:
+    """Return the names of all families' own settings."""
+    from ip_adapter_trainer.families import FAMILIES
+
+    return {name for _, family in FAMILIES.items() for name in family.Config.model_fields}
+
+
 def _demand_variant(name: str) -> None:
-    """Demands a variant of the adapter; diffusers' scripts call the kind of weight files so.
+    """Demand a variant of the adapter; diffusers' scripts call the kind of weight files so.
 
     Raises:
         Problem: there is none of this name.
@@ -143,34 +271,37 @@ def _demand_variant(name: str) -> None:
         raise Problem(f"no adapter variant {name!r}", where="--variant", remedy=remedy)
 
 
-def _small_card(family: str, memory: object) -> dict[str, Any]:
-    """The settings that `--low_memory` stands for: over a file where the flag is given, under the file that has it.
+def _preset(family: str, memory: object) -> dict[str, Any]:
+    """Return the settings that `--low_memory` stands for; what is none of its choices is told with the other flags.
 
     Raises:
-        Problem: the family has none for so much memory.
+        Problem: there are none for base models of this family.
     """
     if memory is None or family == "auto":
         return {}
-    cards = {str(size): settings for size, settings in FAMILIES[family].small_cards.items()}
-    if str(memory) not in cards:
-        remedy = f"give one of {', '.join(cards)}" if cards else "set --quantize, --gradient_checkpointing and others"
-        raise Problem(f"no settings of {family} for {memory} GB", where="--low_memory", remedy=remedy)
-    return dict(cards[str(memory)])
+    if family not in PRESETS:
+        remedy = "leave it out, and set --quantize, --gradient_checkpointing and others"
+        raise Problem(f"no settings of {family} are known for small cards", where="--low_memory", remedy=remedy)
+    return next((dict(settings) for size, settings in PRESETS[family].items() if str(size) == str(memory)), {})
 
 
-def check_keys(settings: Mapping[str, Any], kind: type[Part], where: str) -> None:
-    """Refuses settings that a class does not have.
+def check_keys(settings: Mapping[str, Any], known: Collection[str], where: str) -> None:
+    """Demand settings that are known.
 
     Raises:
         Problem: an unknown name, with the closest known one.
     """
     for name in settings:
-        if name not in kind.model_fields:
-            raise Problem(f"unknown setting {name!r}", where=where, remedy=did_you_mean(str(name), kind.model_fields))
+        if name not in known:
+            raise Problem(f"unknown setting {name!r}", where=where, remedy=did_you_mean(str(name), known))
 
 
 def write_resolved(config: Part, folder: Path) -> Path:
-    """Writes every setting, defaults included, as a YAML file that `--config` takes."""
+    """Write every setting, defaults included, as a YAML file that `--config` takes."""
+    import yaml
+
+    from ip_adapter_trainer.storage.staging import staged_file
+
     file = folder / RESOLVED
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     with staged_file(file) as stage:

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import Field
 
 from ip_adapter_trainer.core.rng import stream
-from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.pocket import world
+from ip_adapter_trainer.pocket.config import DemoConfig
 from ip_adapter_trainer.pocket.world import Scene
 
 if TYPE_CHECKING:
@@ -31,21 +30,6 @@ ASKED_OF_IMAGE, ASKED_OF_TEXT = ("colour", "pattern", "background"), ("shape",)
 ADAPTER_FILE = "ip-adapter_pocket.safetensors"
 GRID_ROWS, GRID_BLOCKS = 6, 2
 GRID_CELL_PX = (96, 512)  # three times what is drawn: two blocks are as wide as a page
-
-
-class DemoConfig(Part):
-    """Train, export, generate and score on the embedded base model."""
-
-    output_dir: str = Field("demo", description="Folder for everything the demo writes.")
-    rows: int = Field(2000, ge=64, description="Training rows written to disk.")
-    max_train_steps: int = Field(400, ge=1, description="Optimizer steps.")
-    train_batch_size: int = Field(32, ge=1, description="Images per step.")
-    learning_rate: float = Field(1e-3, gt=0, description="Learning rate; a small adapter takes a large one.")
-    min_timestep: int = Field(400, ge=0, description="First timestep that is trained: stronger noise decides colours.")
-    pairs: int = Field(100, ge=8, description="Held-out pairs that are scored.")
-    steps: int = Field(25, ge=1, description="Sampler steps.")
-    guidance_scale: float = Field(4.0, ge=0, description="Classifier-free guidance.")
-    seed: int = Field(0, description="Seed of rows, training and pairs.")
 
 
 @dataclass(frozen=True)
@@ -100,7 +84,8 @@ def _train(config: DemoConfig, folder: Path) -> None:
 
 
 def _export(folder: Path) -> Path:
-    from ip_adapter_trainer.export import ExportConfig, export
+    from ip_adapter_trainer.export import export
+    from ip_adapter_trainer.file_config import ExportConfig
 
     out = folder / ADAPTER_FILE
     out.unlink(missing_ok=True)

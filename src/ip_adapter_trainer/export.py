@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
 import torch
-import tyro
-from pydantic import Field
 from torch import Tensor
 
 from ip_adapter_trainer.adapter_files import READERS, AdapterFile, check_suffix, read_adapter, refusals, write_adapter
@@ -16,12 +14,11 @@ from ip_adapter_trainer.adapters import IMAGE, VARIANTS
 from ip_adapter_trainer.card import card_of, package_version
 from ip_adapter_trainer.core.errors import Problem, StorageProblem, first_line
 from ip_adapter_trainer.core.rng import stream
-from ip_adapter_trainer.core.settings import alias
 from ip_adapter_trainer.core.values import Geometry
-from ip_adapter_trainer.diffusion.schedulers import NoiseConfig
+from ip_adapter_trainer.file_config import ExportConfig
 from ip_adapter_trainer.layouts import Probe, Reader
 from ip_adapter_trainer.loading.adapter import build_model, load_into, remembered_by
-from ip_adapter_trainer.loading.config import BaseConfig, loaded_with
+from ip_adapter_trainer.loading.config import loaded_with
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.storage.disk import demand_folder
 from ip_adapter_trainer.storage.staging import staged_file, sweep_stages
@@ -32,24 +29,6 @@ if TYPE_CHECKING:
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 TOLERANCE = 1e-5  # largest difference over largest output, in fp32
 PROBE_PX = 128  # side of the picture whose latents are denoised: every layer takes part, and it takes seconds
-
-
-class ExportConfig(NoiseConfig, BaseConfig):
-    """Turn a checkpoint into an adapter file, verified by reloading it."""
-
-    source: Annotated[str, tyro.conf.Positional] = Field(
-        description="A checkpoint-N folder, a run's output folder, an adapter file, or a published script's checkpoint."
-    )
-    output: Annotated[str, alias("-o")] = Field(description="File to write: .safetensors or .bin.")
-    pretrained_model_name_or_path: str | None = Field(
-        None,
-        description="Base model to verify on: folder, hub id or .safetensors file; None: the one the checkpoint names.",
-    )
-    image_encoder_path: str | None = Field(
-        None, description="Image encoder to verify with: folder or hub id; None: the one that the checkpoint names."
-    )
-    dtype: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="Type of the written weights.")
-    overwrite: bool = Field(False, description="Replace a file of the same name.")
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-from pydantic import Field
 from torch import Tensor
 
 from ip_adapter_trainer.adapter_files import (
@@ -31,7 +28,8 @@ from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.adapters.plus import KOLORS
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.redact import plain, redacted
-from ip_adapter_trainer.core.settings import Part, alias, as_flags
+from ip_adapter_trainer.core.settings import as_flags
+from ip_adapter_trainer.file_config import InspectConfig
 from ip_adapter_trainer.layouts import Reader
 from ip_adapter_trainer.layouts.unet import SDXL_CONTEXT
 
@@ -51,15 +49,6 @@ _UNIFIED = {
     ("plus", 2048, 1280): "ip-adapter-plus_sdxl_vit-h",
     ("full", 768, 1280): "ip-adapter-full-face_sd15",
 }
-
-
-class InspectConfig(Part):
-    """Tell what an adapter file holds and who can read it."""
-
-    path: Annotated[str, tyro.conf.Positional] = Field(
-        description="Adapter file, checkpoint-N folder or a run's output folder."
-    )
-    as_json: Annotated[bool, alias("json")] = Field(False, description="Print JSON.")
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,7 @@ from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.adapters.base import Base, BaseConfig
 from ip_adapter_trainer.families import FAMILIES
 from ip_adapter_trainer.families.sd import StableDiffusion
+from ip_adapter_trainer.core.settings import Part
 from pydantic import Field
 
 class TallConfig(BaseConfig):
@@ -125,8 +126,12 @@ class TallConfig(BaseConfig):
 class Tall(Base):
     Config = TallConfig
 
+class OtherConfig(Part):
+    otherness: int = Field(3, description="How different.")
+
 @FAMILIES.register("other")
 class Other(StableDiffusion):
+    Config = OtherConfig
     name = "other"
     @classmethod
     def matches(cls, model_index):
@@ -144,9 +149,12 @@ def test_a_new_family_and_a_new_variant_are_one_file_in_any_installed_package(tm
     code = (
         "from ip_adapter_trainer.adapters import VARIANTS\n"
         "from ip_adapter_trainer.families import FAMILIES\n"
-        "from ip_adapter_trainer.config import compose\n"
-        "print(list(VARIANTS), list(FAMILIES), 'tallness' in compose('tall', 'other').model_fields)"
+        "from ip_adapter_trainer.config import parse_train\n"
+        "needed = ['--pretrained_model_name_or_path=b', '--image_encoder_path=e', '--data_json_file=d']\n"
+        "own = ['--variant=tall', '--tallness=1', '--family=other', '--otherness=2']\n"
+        "config = parse_train([*needed, *own], look=lambda first: None)\n"
+        "print(list(VARIANTS), list(FAMILIES), config.tallness, config.otherness)"
     )
     path = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
     out = subprocess.run([sys.executable, "-c", path + code], capture_output=True, text=True)
-    assert out.stdout.split("\n")[0] == "['base', 'full', 'plus', 'tall'] ['other', 'sd', 'sdxl'] True", out.stderr
+    assert out.stdout.split("\n")[0] == "['base', 'full', 'plus', 'tall'] ['other', 'sd', 'sdxl'] 1 2", out.stderr

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from ip_adapter_trainer.feed.config import DataConfig
 from ip_adapter_trainer.manifest.config import ReadConfig
-from ip_adapter_trainer.prepare.check_report import RowsCheckConfig as CheckConfig
+from ip_adapter_trainer.prepare.check_config import RowsCheckConfig as CheckConfig
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "resolution": ({"resolution": 500}, "take 496 or 504"),

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from ip_adapter_trainer.prepare.check_config import RowsCheckConfig as CheckConfig
 from ip_adapter_trainer.prepare.check_report import CheckReport, check
-from ip_adapter_trainer.prepare.check_report import RowsCheckConfig as CheckConfig
 from tests.manifest.rows import write_manifest, write_pictures
 
 
@@ -51,6 +51,22 @@ def test_faults_notes_and_unread_columns_are_told(tmp_path: Path, workers: int) 
 def test_a_few_faults_are_usable(tmp_path: Path) -> None:
     report = _check(write_manifest(tmp_path, [*write_pictures(tmp_path, 4), "none.png"]), max_fault_rate=0.2)
     assert report.exit_code == 0 and str(report).splitlines()[-1].startswith("usable: 1 of 5 rows are faulty")
+
+
+def test_no_setting_is_listed_that_is_not_read(tmp_path: Path) -> None:
+    read = set[str]()
+
+    class Noted(CheckConfig):
+        def __getattribute__(self, name: str) -> Any:
+            read.add(name)
+            return super().__getattribute__(name)
+
+    forms = (write_manifest(tmp_path, [*write_pictures(tmp_path, 4), "none.png"]), tmp_path)
+    how: dict[str, Any] = {"aspect_ratio_buckets": True, "max_fault_rate": 1, "missing_captions": "empty"}
+    asked = [Noted(data_json_file=str(form), **how) for form in forms]
+    read.clear()  # of what its own rules read
+    assert all(str(check(config)) for config in asked)
+    assert not CheckConfig.model_fields.keys() - read
 
 
 def test_no_sound_row_at_all(tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from ip_adapter_trainer.storage.checkpoints import MANIFEST, all_checkpoints, sha256_of, verified
-from ip_adapter_trainer.storage.staging import staged_file, staged_folder, sweep, sweep_stages
+from ip_adapter_trainer.storage.staging import lock, staged_file, staged_folder, sweep, sweep_stages
 
 
 def names(folder: Path) -> list[str]:
@@ -122,3 +124,19 @@ def test_a_checkpoint_verifies_until_a_byte_changes(tmp_path: Path) -> None:
     for damaged in ("[]", "{", '{"weights": 3}'):
         (tmp_path / MANIFEST).write_text(damaged)
         assert not verified(tmp_path, ["weights"])
+
+
+def test_a_claim_waits_for_one_that_only_looks(tmp_path: Path) -> None:
+    looking = threading.Event()
+
+    def look() -> None:
+        held = lock(tmp_path)
+        looking.set()
+        time.sleep(0.03)
+        held.release()
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    looking.wait()
+    lock(tmp_path).release()
+    looker.join()

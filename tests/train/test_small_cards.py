@@ -15,10 +15,10 @@ import yaml
 from ip_adapter_trainer.config import RESOLVED, parse_train
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.export import ExportConfig, export
-from ip_adapter_trainer.families import FAMILIES
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.prepare.encode import Encoding
 from ip_adapter_trainer.train import checkpoint
+from ip_adapter_trainer.train.presets import PRESETS
 from tests.train.test_resume import assert_same_run
 
 NEEDS_BNB = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="the extra bnb is missing")
@@ -36,7 +36,7 @@ def test_each_card_trains_saves_and_exports_what_diffusers_reads_alike(
     assert f"low_memory {memory}: mixed_precision bf16" in told and "train_batch_size 8" in told
     assert (output / "prepared").exists() and len(list((output / "grids").iterdir())) == 1
     saved = yaml.safe_load((output / RESOLVED).read_text())
-    assert saved.items() >= (dict(FAMILIES[{"sd1": "sd"}.get(base, base)].small_cards[memory]) | own).items()
+    assert saved.items() >= (dict(PRESETS[{"sd1": "sd"}.get(base, base)][memory]) | own).items()
     adapter = tmp_path / "adapter.safetensors"
     assert export(ExportConfig(source=str(output), output=str(adapter), dtype="fp32")).difference <= 1e-5
 
@@ -104,9 +104,15 @@ def test_a_flag_wins_over_a_card_and_a_card_over_a_file(flags: Callable, tmp_pat
     assert parsed()["low_memory"] is None and parsed()["quantize"] == "none"
 
 
-def test_a_card_that_no_settings_are_known_for_is_refused(flags: Callable, tmp_path: Path) -> None:
-    with pytest.raises(Problem, match=r"no settings of sd for 6 GB[^$]*8, 12, 24"):
+def test_a_card_that_no_settings_are_known_for_is_refused(
+    flags: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
         parse_train([*flags(tmp_path), "--low_memory=6"])
+    assert "invalid choice '6'" in capsys.readouterr().err
+    monkeypatch.delitem(PRESETS, "sd")
+    with pytest.raises(Problem, match=r"no settings of sd are known[^$]*--low_memory[^$]*set --quantize"):
+        parse_train([*flags(tmp_path), "--low_memory=8"])
 
 
 def test_what_compiling_cannot_go_with_is_refused(run: Callable, tmp_path: Path) -> None:

@@ -9,33 +9,17 @@ from ip_adapter_trainer.images.buckets import LATENT_STEP_PX, Buckets
 from ip_adapter_trainer.manifest.config import ReadConfig
 
 
-class CutConfig(ReadConfig):
-    """How rows become targets and image prompts."""
+class BucketConfig(ReadConfig):
+    """Which sizes training images are cut to."""
 
-    resume = Resume(
-        must_match="resolution center_crop random_flip aspect_ratio_buckets bucket_step_px bucket_max_aspect "
-        "prompt_crop_min_share prompt_flip prompt_pad_square",
-        free="data_timeout_s",
-    )
+    resume = Resume(must_match="resolution aspect_ratio_buckets bucket_step_px bucket_max_aspect")
 
     resolution: int = Field(512, gt=0, le=16384, description="Side of the training images in pixels; a multiple of 8.")
-    center_crop: bool = Field(True, description="Crop at the centre; off: at a random place.")
-    random_flip: bool = Field(False, description="Mirror half of the pictures, target and prompt alike.")
     aspect_ratio_buckets: bool = Field(
         False, description="Cut each picture to the nearest of several aspect ratios instead of a square."
     )
     bucket_step_px: int = Field(64, gt=0, description="Sides of the buckets are multiples of this; itself one of 8.")
     bucket_max_aspect: float = Field(2.0, ge=1, description="Largest aspect ratio of a bucket, long side over short.")
-    prompt_crop_min_share: float = Field(
-        1.0, gt=0, le=1, description="Prompt with a random part of at least this share of the area; 1: with all of it."
-    )
-    prompt_flip: bool = Field(False, description="Mirror half of the image prompts, whatever happens to the target.")
-    prompt_pad_square: bool = Field(
-        False, description="Pad image prompts to a square with the alpha ground, so that the encoder crops nothing."
-    )
-    data_timeout_s: int = Field(
-        300, gt=0, description="Longest wait for a data worker in seconds; then the workers are replaced."
-    )
 
     @field_validator("resolution", "bucket_step_px")
     @classmethod
@@ -47,7 +31,7 @@ class CutConfig(ReadConfig):
         return value
 
     @model_validator(mode="after")
-    def _makes_buckets(self) -> CutConfig:
+    def _makes_buckets(self) -> BucketConfig:
         self.buckets()
         return self
 
@@ -56,3 +40,24 @@ class CutConfig(ReadConfig):
         if not self.aspect_ratio_buckets:
             return Buckets.square(self.resolution)
         return Buckets.ladder(self.resolution, step_px=self.bucket_step_px, max_aspect=self.bucket_max_aspect)
+
+
+class CutConfig(BucketConfig):
+    """How rows become targets and image prompts."""
+
+    resume = Resume(
+        must_match="center_crop random_flip prompt_crop_min_share prompt_flip prompt_pad_square", free="data_timeout_s"
+    )
+
+    center_crop: bool = Field(True, description="Crop at the centre; off: at a random place.")
+    random_flip: bool = Field(False, description="Mirror half of the pictures, target and prompt alike.")
+    prompt_crop_min_share: float = Field(
+        1.0, gt=0, le=1, description="Prompt with a random part of at least this share of the area; 1: with all of it."
+    )
+    prompt_flip: bool = Field(False, description="Mirror half of the image prompts, whatever happens to the target.")
+    prompt_pad_square: bool = Field(
+        False, description="Pad image prompts to a square with the alpha ground, so that the encoder crops nothing."
+    )
+    data_timeout_s: int = Field(
+        300, gt=0, description="Longest wait for a data worker in seconds; then the workers are replaced."
+    )

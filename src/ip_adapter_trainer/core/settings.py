@@ -39,18 +39,23 @@ class Resume:
 class Part(BaseModel):
     """Settings of one part: immutable, unknown keys refused.
 
-    A class says of each of its own fields in `resume` what a resumed run may do with it.
+    A class says of each of its own fields in `resume` what a resumed run may do with it, and in `group` under which
+    title the help of `train` lists them.
 
     Usage::
 
         class OptimConfig(Part):
+            group = "Optimizer"
             resume = Resume(may_change="learning_rate", free="save_steps")
 
             learning_rate: float = Field(1e-4, gt=0, description="Peak rate of AdamW.")
             save_steps: Annotated[int, alias("checkpointing_steps")] = Field(2000, description="...")
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False, defer_build=True
+    )
+    group: ClassVar[str] = "Advanced"
     resume: ClassVar[Resume] = Resume()
 
     @classmethod

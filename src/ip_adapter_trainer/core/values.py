@@ -85,7 +85,7 @@ class Need:
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """What a projector makes of image features, for every adapted layer of a denoiser to attend to."""
+    """The output of a projector for image features, for every adapted layer of a denoiser to attend to."""
 
     tokens: Tensor  # [B, N, D]
     time_embedding: Tensor | None = None  # [B, E], where layers are modulated by the time too

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.core.rng import stream
 from ip_adapter_trainer.core.settings import Part, Resume
 from ip_adapter_trainer.diffusion import density
 from ip_adapter_trainer.diffusion.density import Density
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 class ObjectiveConfig(Part):
     """Settings of latents, timesteps and loss weights."""
 
+    group = "Objective"
     resume = Resume(
         must_match="latents noise_offset snr_gamma min_timestep max_timestep timestep_density logit_mean logit_std "
         "timestep_shift timestep_uniform_share"
@@ -94,6 +94,8 @@ class NoiseProcess:
         """Draw noise [B, C, h, w] and timesteps [B], of the range and density asked for, from counter streams."""
         import numpy as np
         import torch
+
+        from ip_adapter_trainer.core.rng import stream
 
         noise = np.empty((len(indices), *shape), np.float32)
         timesteps = np.empty(len(indices), np.int64)

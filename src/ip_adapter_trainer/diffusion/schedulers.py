@@ -46,6 +46,7 @@ _REMEDY = (
 class NoiseConfig(Part):
     """Settings of the base model's noise, where its scheduler does not say it rightly."""
 
+    group = "Objective"
     resume = Resume(must_match="prediction_type rescale_betas_zero_snr")
 
     prediction_type: Literal["auto", "epsilon", "v_prediction", "sample"] = Field(

@@ -17,6 +17,7 @@ Scheduler = Literal["auto", "ddim", "euler", "dpm++"]  # auto: the base model's 
 class ValidationConfig(Part):
     """What a run looks at while it trains: losses on fixed rows, and a picture grid."""
 
+    group = "Validation"
     resume = Resume(
         must_match="validation_share",
         free="validation_steps num_validation_images validation_seed validation_data validation_root_path grid_rows "

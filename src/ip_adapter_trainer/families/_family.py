@@ -72,11 +72,11 @@ class Codec(ABC):
         """
 
     def prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Return the same as the pipeline makes of the prompts that it follows, where an empty one is only short."""
+        """Return the same [B, ...] as the pipeline makes of prompts that it follows, where an empty one is only short."""
         return self.encode(captions)
 
     def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """See `encode`; text encoders that rest on the host are on the denoiser's device meanwhile."""
+        """Return `encode` of B captions, [B, ...]; text encoders that rest on the host are on the denoiser's device meanwhile."""
         with self.awake():
             return self.encode(captions)
 
@@ -134,7 +134,7 @@ class Denoiser(ABC):
 
     @abstractmethod
     def sampling(self, positive: dict[str, Tensor], negative: dict[str, Tensor] | None) -> dict[str, Any]:
-        """Return the arguments by which the pipeline takes text conditions, with those of no guidance or without."""
+        """Return arguments by which the pipeline takes text conditions [B, ...], with those of no guidance or without."""
 
     @property
     def device(self) -> torch.device:
@@ -175,14 +175,12 @@ class Family(ABC):
         components: names of the pipeline's components that each part needs.
         classes: the classes that each component may be of, the first being that which it is loaded as.
         spare: by component, pattern of names in its files that nothing reads.
-        name: the name under which it is registered.
     """
 
     Config: ClassVar[type[Part]] = Part
     components: ClassVar[Mapping[PartName, tuple[str, ...]]]
     classes: ClassVar[Mapping[str, tuple[str, ...]]]
     spare: ClassVar[Mapping[str, str]] = {}
-    small_cards: ClassVar[Mapping[int, Mapping[str, Any]]] = {}
 
     @classmethod
     @abstractmethod

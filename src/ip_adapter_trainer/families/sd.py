@@ -39,12 +39,6 @@ class StableDiffusion(UNetFamily):
         "safety_checker": None, "requires_safety_checker": False, "feature_extractor": None, "image_encoder": None,
     }  # fmt: skip
 
-    small_cards = {  # noqa: RUF012
-        8: {"mixed_precision": "bf16", "prepare": "auto", "encode_batch_size": 4, "train_batch_size": 4},
-        12: {"mixed_precision": "bf16", "prepare": "auto", "train_batch_size": 8},
-        24: {"mixed_precision": "bf16", "prepare": "auto", "train_batch_size": 16},
-    }
-
     @classmethod
     def demand(cls, settings: Mapping[str, Mapping[str, Any]], clip_skip: int | None, where: str) -> None:
         """See `Family.demand`."""

@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
     from ip_adapter_trainer.core.values import Geometry
 
-_ONE_BY_ONE = {"mixed_precision": "bf16", "prepare": "auto", "encode_batch_size": 1, "train_batch_size": 1}
-_RECOMPUTED = _ONE_BY_ONE | {"gradient_checkpointing": True, "use_8bit_adam": True, "prepare_text": True}
-
 
 class SDXLCodec(UNetCodec):
     """Two CLIP text encoders, side by side."""
@@ -100,11 +97,6 @@ class StableDiffusionXL(UNetFamily):
         **UNetFamily.classes,
         "tokenizer_2": UNetFamily.classes["tokenizer"],
         "text_encoder_2": ("CLIPTextModelWithProjection",),
-    }
-    small_cards = {  # noqa: RUF012
-        8: _RECOMPUTED | {"quantize": "nf4"},
-        12: _RECOMPUTED | {"quantize": "int8"},
-        24: _ONE_BY_ONE,
     }
     addition = "text_time"
 

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from ip_adapter_trainer.cache.config import CutConfig
+from ip_adapter_trainer.cache.config import BucketConfig
 from ip_adapter_trainer.core.values import Fault
 from ip_adapter_trainer.images.buckets import Buckets
 from ip_adapter_trainer.images.decode import ImageFault
@@ -57,7 +57,7 @@ def first_without_stand_in(bucket_of_row: NDArray[np.int16], faulty: Sequence[in
     return None
 
 
-def assign_buckets(manifest: Manifest, config: CutConfig, known: Sequence[Size | None] | None = None) -> Bucketing:
+def assign_buckets(manifest: Manifest, config: BucketConfig, known: Sequence[Size | None] | None = None) -> Bucketing:
     """Assign every row to a bucket: the one square, or with `aspect_ratio_buckets` the nearest by its image's header.
 
     Args:
@@ -76,7 +76,7 @@ def assign_buckets(manifest: Manifest, config: CutConfig, known: Sequence[Size |
 
 
 def scan_sizes(
-    manifest: Manifest, config: CutConfig, known: Sequence[Size | None] | None = None
+    manifest: Manifest, config: BucketConfig, known: Sequence[Size | None] | None = None
 ) -> Sequence[Size | Fault]:
     """Return height and width of each row's upright image in pixels, or a fault where its header gives none.
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
+from ip_adapter_trainer.nn.choices import Compile
 from ip_adapter_trainer.nn.forwards import forwards_replaced
 
-Compile = Literal["off", "on", "reduce-overhead"]
 _BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "Upsample2D", "Downsample2D")
 _VERSIONS = 64  # of one kind of block: every width and, with buckets, sizes; Dynamo's own limit is 8
 

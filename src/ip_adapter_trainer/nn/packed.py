@@ -14,7 +14,7 @@ none packs convolutions, which are most of SD1.5.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,8 @@ from torch.nn.grad import conv2d_input
 
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.nn.attention import gradient_flows
+from ip_adapter_trainer.nn.choices import Storage as Storage
 
-Storage = Literal["none", "int8", "nf4"]
 BLOCK = 64  # weights to a scale in nf4
 
 Context = Any  # of torch.autograd.Function

@@ -4,21 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pydantic import Field
-
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.loading.base import load_tokenizers
 from ip_adapter_trainer.loading.config import BaseConfig, FoundConfig, part_of
 from ip_adapter_trainer.prepare import check_report as rows
+from ip_adapter_trainer.prepare.check_config import CheckConfig
 from ip_adapter_trainer.prepare.cut import cut_captions
-
-
-class CheckConfig(rows.RowsCheckConfig, FoundConfig):
-    """Read every row and picture of a training set and list the faults."""
-
-    pretrained_model_name_or_path: str | None = Field(
-        None, description="Base model, of which the tokenizers alone are read: captions that it would cut are counted."
-    )
 
 
 def check(config: CheckConfig) -> rows.CheckReport:

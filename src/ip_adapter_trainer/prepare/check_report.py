@@ -9,40 +9,19 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
-from pydantic import Field
 from tqdm import tqdm
 
-from ip_adapter_trainer.cache.config import CutConfig
 from ip_adapter_trainer.core.values import Fault, Row
 from ip_adapter_trainer.feed.bucketing import Size, assign_buckets, first_without_stand_in
-from ip_adapter_trainer.feed.config import DataConfig
-from ip_adapter_trainer.images.buckets import Buckets
 from ip_adapter_trainer.images.decode import DecodedImage, ImageFault, Note
-from ip_adapter_trainer.manifest.config import HELD_OUT_SHARE
 from ip_adapter_trainer.manifest.faults import allowed_rows, excess
 from ip_adapter_trainer.manifest.hold_out import hold_out
 from ip_adapter_trainer.manifest.images import ImageFiles, fault_of, map_rows
 from ip_adapter_trainer.manifest.manifest import Manifest, read_manifest
+from ip_adapter_trainer.prepare.check_config import RowsCheckConfig
 
 _SHAPES = ("under 1:2", "1:2 to 2:3", "2:3 to 1:1", "1:1", "1:1 to 3:2", "3:2 to 2:1", "over 2:1")  # width : height
 _LIMITS = (0.5, 2 / 3, 0.99, 1.01, 1.5, 2.0)
-
-
-class RowsCheckConfig(DataConfig):
-    """Read every row and picture of a training set and list the faults, under the data settings of its training."""
-
-    validation_share: float = Field(
-        HELD_OUT_SHARE, ge=0, le=0.5, description="As in training: rows that are held out stand in for no faulty one."
-    )
-    resolution: int = Field(
-        0, ge=0, le=16384, description="Count the pictures that training at this resolution enlarges; 0: do not."
-    )
-    show_faults: int = Field(20, ge=0, description="Faults printed one by one; the rest are counted.")
-
-    def buckets(self) -> Buckets:
-        """Return the sizes that training images are cut to, at training's own resolution where none is given."""
-        usual = {} if self.resolution else {"resolution": CutConfig.model_fields["resolution"].default}
-        return CutConfig.buckets(self.model_copy(update=usual))
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from ip_adapter_trainer.cache.config import CutConfig
 from ip_adapter_trainer.core.settings import Part, Resume, as_flags
 from ip_adapter_trainer.diffusion.schedulers import NoiseConfig
 from ip_adapter_trainer.loading.config import BaseConfig
-from ip_adapter_trainer.runtime.early import FOLDERS
 
 
 class FrozenConfig(NoiseConfig, BaseConfig):
     """Which frozen models, and for which adapter."""
 
+    group = "Advanced"
     resume = Resume(
         of_state="family variant", may_change="pretrained_model_name_or_path image_encoder_path mixed_precision"
     )
@@ -40,6 +40,7 @@ class FrozenConfig(NoiseConfig, BaseConfig):
 class SetConfig(Part):
     """The prepared set."""
 
+    group = "Memory and speed"
     resume = Resume(may_change="prepared_dir prepare_text", free="encode_batch_size")
 
     prepared_dir: str | None = Field(
@@ -56,9 +57,7 @@ class SetConfig(Part):
 class PrepareConfig(SetConfig, CutConfig, FrozenConfig):
     """Encode the pictures of a training set once, for all later runs."""
 
-    prepared_dir: str = Field(
-        FOLDERS["prepared_dir"], description="Folder of the prepared set; what is there already is kept."
-    )
+    prepared_dir: str = Field("prepared", description="Folder of the prepared set; what is there already is kept.")
     both_features: bool = Field(
         False, description="Keep pooled and penultimate features alike, for runs of any variant."
     )

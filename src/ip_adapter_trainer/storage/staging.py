@@ -18,6 +18,7 @@ from ip_adapter_trainer.core.errors import Problem
 
 _LOCK = ".lock"
 _LOCK_PATIENCE_S = 0.1  # longer than a start that only looks holds the lock
+LOOK_PATIENCE_S = 0.02  # of such a start for another
 _STAGED = ".staged"
 _REPLACED = ".replaced"  # an older folder, out of the way while the newer one takes its name
 
@@ -117,19 +118,20 @@ def was_claimed(folder: Path) -> bool:
     return (folder / _LOCK).exists()
 
 
-def lock(folder: Path, flag: str = "--output_dir") -> FileLock:
+def lock(folder: Path, flag: str = "--output_dir", patience_s: float = _LOCK_PATIENCE_S) -> FileLock:
     """Claim a folder for this run.
 
     Args:
         folder: that is there.
         flag: that names it.
+        patience_s: how long to wait for another that holds it, as a start that only looks does for an instant.
 
     Raises:
         Problem: another run holds it.
     """
     claimed = FileLock(folder / _LOCK)
     try:
-        claimed.acquire(timeout=_LOCK_PATIENCE_S, poll_interval=_LOCK_PATIENCE_S / 5)
+        claimed.acquire(timeout=patience_s, poll_interval=patience_s / 5)
     except Timeout as error:
         remedy = f"wait for it, stop it, or give another {flag}"
         raise Problem("another run is writing this folder", where=str(folder), remedy=remedy) from error

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ip_adapter_trainer.core.settings import Part, Resume, alias
 from ip_adapter_trainer.diffusion import ObjectiveConfig
 from ip_adapter_trainer.evaluate.config import ValidationConfig
 from ip_adapter_trainer.feed.config import DataConfig
-from ip_adapter_trainer.nn.compiled import Compile
-from ip_adapter_trainer.nn.packed import Storage
+from ip_adapter_trainer.nn.choices import Compile, Storage
 from ip_adapter_trainer.prepare.config import FrozenConfig, SetConfig
-from ip_adapter_trainer.runtime.early import FOLDERS
 
 P = TypeVar("P", bound=Part)
 # What the published scripts do where their flags say nothing: the defaults of the scripts that carry their names.
@@ -25,11 +23,7 @@ PUBLISHED: dict[str, Any] = {
 class ModelConfig(FrozenConfig):
     """Which frozen models, which adapter."""
 
-    resume = Resume(
-        of_state="adapter_layers layout",
-        may_change="quantize gradient_checkpointing",
-        free="pretrained_ip_adapter_path",
-    )
+    resume = Resume(of_state="adapter_layers layout", free="pretrained_ip_adapter_path")
 
     pretrained_ip_adapter_path: str | None = Field(
         None,
@@ -46,21 +40,22 @@ class ModelConfig(FrozenConfig):
         description="Where the adapter sits in the denoiser: unet; unet_lora, with low-rank deltas on every attention "
         "layer too, which only diffusers reads; None: the first that variant and base model list.",
     )
+
+
+class MemoryConfig(Part):
+    """How a run fits into a card's memory."""
+
+    group = "Memory and speed"
+    resume = Resume(may_change="quantize gradient_checkpointing", free="low_memory")
+
+    low_memory: Literal[8, 12, 24] | None = Field(
+        None, description="GB of a small card: settings that fit it become the defaults of other flags."
+    )
     quantize: Storage = Field(
         "none", description="How the frozen denoiser keeps its weights: as loaded, int8, or nf4 (4 bits; extra bnb)."
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute the denoiser's activations: less memory, slower."
-    )
-
-
-class CardConfig(Part):
-    """What the settings are chosen for."""
-
-    resume = Resume(free="low_memory")
-
-    low_memory: Literal[8, 12, 24] | None = Field(
-        None, description="GB of a small card: its family's settings for it become the defaults of other flags."
     )
 
 
@@ -77,6 +72,7 @@ class SourceConfig(SetConfig):
 class LeanConfig(Part):
     """How the frozen denoiser computes; none of it changes what is computed beyond rounding."""
 
+    group = "Memory and speed"
     resume = Resume(may_change="compile lean_layers product_convolutions channels_last")
 
     compile: Compile = Field(
@@ -99,6 +95,7 @@ class LeanConfig(Part):
 class OptimConfig(Part):
     """How the adapter is optimised, and for how long."""
 
+    group = "Optimizer"
     resume = Resume(
         must_match="seed",
         of_state="use_8bit_adam use_ema",
@@ -139,10 +136,11 @@ class OptimConfig(Part):
 class CheckpointConfig(Part):
     """Where and how often the run is saved."""
 
+    group = "Checkpoint"
     resume = Resume(free="output_dir save_steps checkpoints_total_limit resume_from_checkpoint accept_changed")
 
     output_dir: str = Field(
-        FOLDERS["output_dir"], description="Folder for checkpoints, metrics, grids and the resolved config."
+        "sd-ip_adapter", description="Folder for checkpoints, metrics, grids and the resolved config."
     )
     save_steps: Annotated[int, alias("checkpointing_steps")] = Field(
         2000, ge=1, description="Optimizer steps between checkpoints; one is always written at the end and on a stop."
@@ -160,6 +158,12 @@ class CheckpointConfig(Part):
         description="On resuming, what must match and may differ nevertheless: names of settings, 'rows', 'models'. "
         "Each difference is told and kept in the checkpoints.",
     )
+
+    @field_validator("accept_changed")
+    @classmethod
+    def _current(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the names of now, which may be given by earlier ones."""
+        return tuple(cls.current_names(dict.fromkeys(value)))
 
 
 class TrackConfig(Part):
@@ -187,7 +191,7 @@ class TrainConfig(
     SourceConfig,
     DataConfig,
     LeanConfig,
-    CardConfig,
+    MemoryConfig,
     ModelConfig,
 ):
     """Every setting of a run but those of its variant and family, which `config.compose` adds.

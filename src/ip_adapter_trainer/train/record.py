@@ -1,4 +1,4 @@
-"""What a checkpoint says of its run beside the state, and whether another run may go on from it."""
+"""A run as its checkpoints tell of it, beside the state; and the check whether another run may go on from one."""
 
 from __future__ import annotations
 

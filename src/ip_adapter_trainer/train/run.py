@@ -24,6 +24,7 @@ from ip_adapter_trainer.train.lean import lean
 from ip_adapter_trainer.train.loop import Loop
 from ip_adapter_trainer.train.model_hashes import hash_models
 from ip_adapter_trainer.train.posterior import POSTERIOR_IMAGES, warn_of_posterior_noise
+from ip_adapter_trainer.train.presets import PRESETS
 from ip_adapter_trainer.train.record import RunRecord, WriteResolved, take_up
 from ip_adapter_trainer.train.rows import RunRows, read_rows
 from ip_adapter_trainer.train.run_plan import RunPlan, make_plan
@@ -129,6 +130,9 @@ def tell(
     say(f"on {where}, frozen weights {precision}, predicting {process.prediction}")
     if config.latents == "sample" and runtime.is_main and not config.dry_run:
         warn_of_posterior_noise(model, data.seen.batches(POSTERIOR_IMAGES), runtime.device)
+    if config.low_memory:
+        chosen = {name: getattr(config, name) for name in PRESETS[model.base.family][config.low_memory]}
+        say(f"low_memory {config.low_memory}: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
 
 
 def loop_over(

@@ -1,4 +1,4 @@
-"""When a run's state goes to the disk, and what becomes of it where the disk, or the run, fails."""
+"""Saves of a run's state, also where the disk, or the run, fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the host learns of steps that the device has done: one step late on a GPU, so that it never waits for it."""
+"""The numbers that the host learns of steps that the device has done: one step late on a GPU, so that it never waits for it."""
 
 from __future__ import annotations
 

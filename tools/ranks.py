@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "src" / "ip_adapter_trainer"
 RANKS = {
     "core": 0, "flags": 1, "storage": 1, "nn": 1, "diffusion": 1, "runtime": 2, "images": 2, "encoders": 2,
     "layouts": 3, "families": 3, "manifest": 3, "adapters": 4, "cache": 4, "adapter_files": 5, "feed": 5, "model": 5,
-    "card": 6, "loading": 6, "evaluate": 7, "file_config": 7, "pocket": 7, "prepare": 7, "export": 8, "inspection": 8, "train": 8,
-    "config": 9, "demo": 10, "cli": 11, "__main__": 12, "__init__": 12,
+    "card": 6, "loading": 6, "evaluate": 7, "file_config": 7, "pocket": 7, "prepare": 7, "export": 8, "inspection": 8,
+    "train": 8, "config": 9, "demo": 10, "cli": 11, "__main__": 12, "__init__": 12,
 }  # fmt: skip
 
 

@@ -82,7 +82,7 @@ def joined_tokens(model: Model, features: Features) -> ImageTokens:
 
 
 def initial_latents(model: Model, seeds: Sequence[int], height_px: int, width_px: int) -> Tensor:
-    """Unit normal latents [P, C, h, w]; each picture's from its own seed, so on every device the same."""
+    """Return unit normal latents [P, C, h, w]; each picture's from its own seed, so on every device the same."""
     shape = model.codec.latent_shape(height_px, width_px)
     noise = np.stack([stream(seed, "sample").standard_normal(shape, dtype=np.float32) for seed in seeds])
     return torch.from_numpy(noise).to(model.denoiser.device, model.dtype)

@@ -72,11 +72,11 @@ class Codec(ABC):
         """
 
     def prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Return the same [B, ...] as the pipeline makes of prompts that it follows, where an empty one is only short."""
+        """Return the same [B, ...] as the pipeline makes of prompts that it follows; an empty one is only a short one."""
         return self.encode(captions)
 
     def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Return `encode` of B captions, [B, ...]; text encoders that rest on the host are on the denoiser's device meanwhile."""
+        """Return `encode` of B captions, [B, ...]; resting text encoders are on the denoiser's device meanwhile."""
         with self.awake():
             return self.encode(captions)
 
@@ -134,7 +134,7 @@ class Denoiser(ABC):
 
     @abstractmethod
     def sampling(self, positive: dict[str, Tensor], negative: dict[str, Tensor] | None) -> dict[str, Any]:
-        """Return arguments by which the pipeline takes text conditions [B, ...], with those of no guidance or without."""
+        """Return the pipeline's arguments for text conditions [B, ...], with those of no guidance or without."""
 
     @property
     def device(self) -> torch.device:

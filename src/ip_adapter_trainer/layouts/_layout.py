@@ -98,7 +98,7 @@ class Layout(ABC):
         return False
 
     def demand(self, layers: Mapping[str, Tensor], where: str) -> None:
-        """Demand layer weights that every reader can place.
+        """Demand layer weights [...] that every reader can place.
 
         Raises:
             Problem: the first that cannot be.
@@ -114,7 +114,7 @@ class Layout(ABC):
         return {"diffusers": why, "original": why, "comfy": why}
 
     def to_file(self, tables: Tables) -> dict[str, Tensor]:
-        """Return an adapter's tensors under the names of the published file."""
+        """Return an adapter's tensors [...] under the names of the published file."""
         return {f"{table}.{name}": tensor for table, tensors in tables.items() for name, tensor in tensors.items()}
 
     def verify(self, denoiser: Any, file: Path, probe: Probe) -> Tensor | None:

@@ -124,7 +124,7 @@ def lean_convolution(layer: nn.Conv2d, input: Tensor) -> Tensor:
 
 
 def product_convolution(layer: nn.Conv2d, input: Tensor) -> Tensor:
-    """Compute the same, as a matrix product where that is the faster way."""
+    """Compute the same [B, O, h, w] from [B, C, H, W], as a matrix product where that is the faster way."""
     stride, padding, dilation = layer.stride, layer.padding, layer.dilation
     if not product_pays(input, layer.weight, stride, dilation, layer.groups):  # type: ignore[arg-type]
         return lean_convolution(layer, input)

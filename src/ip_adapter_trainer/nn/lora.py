@@ -21,7 +21,7 @@ class LowRank(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., I] to [..., O], in the dtype of the input; the weights are fp32 masters."""
+        """Map [..., I] to [..., O], in the dtype of the input; the weights are fp32 masters."""
         return F.linear(F.linear(x, self.down.weight.to(x.dtype)), self.up.weight.to(x.dtype))
 
 

@@ -39,7 +39,7 @@ class Gradients:
         self._buffer.zero_()
 
     def add_loss(self, loss: Tensor) -> None:
-        """Add a micro batch's share of the loss to report."""
+        """Add a micro batch's share of the loss to report, a scalar."""
         self._buffer[-1] += loss
 
     def average(self, world: int) -> None:
@@ -76,7 +76,7 @@ def step_if_finite(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
 
 @torch.no_grad()
 def all_within(limit: float, tensors: Iterable[Tensor]) -> bool:
-    """Tell whether every number is between a limit and its negative, and so none is NaN; wait for the device."""
+    """Tell whether every number of tensors [...] is between a limit and its negative, and so none is NaN; wait for the device."""
     return all(bool((tensor.abs() <= limit).all()) for tensor in tensors if tensor.is_floating_point())
 
 
@@ -155,7 +155,7 @@ def make_ema(adapter: nn.Module, config: OptimConfig) -> Any:
 
 @contextmanager
 def averaged(adapter: nn.Module, ema: Any) -> Iterator[dict[str, Tensor]]:
-    """Put averaged weights, where there are any, into the adapter for a while; give its state dict."""
+    """Put averaged weights, where there are any, into the adapter for a while; give its state dict of [...]."""
     if ema is None:
         yield adapter.state_dict()
         return

@@ -1,4 +1,4 @@
-"""The numbers that the host learns of steps that the device has done: one step late on a GPU, so that it never waits for it."""
+"""The numbers of steps that the device has done, which the host reads one step late on a GPU, so as never to wait."""
 
 from __future__ import annotations
 

@@ -88,7 +88,8 @@ VERBS = """
     Let List Load Log Look Make Map Match Measure Merge Move Name Note Open Pack Parse Pass Place Plan Poll Predict
     Prepare Print Project Put Raise Read Record Refuse Register Release Remove Rename Render Replace Report Resample
     Resize Restore Return Run Sample Save Say Scale Scan Score See Send Set Show Shuffle Skip Sort Split Start Step
-    Stop Store Swap Take Tell Train Try Turn Unload Unpack Update Use Validate Verify Wait Warn Watch Work Wrap Write Yield
+    Stop Store Swap Take Tell Train Try Turn Unload Unpack Update Use Validate Verify Wait Warn Watch Work Wrap Write
+    Yield
 """
 
 

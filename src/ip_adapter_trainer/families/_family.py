@@ -72,7 +72,7 @@ class Codec(ABC):
         """
 
     def prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Return the same [B, ...] as the pipeline makes of prompts that it follows; an empty one is only a short one."""
+        """Return the same [B, ...] as the pipeline makes of prompts to follow; an empty one is only a short one."""
         return self.encode(captions)
 
     def text(self, captions: Sequence[str]) -> dict[str, Tensor]:

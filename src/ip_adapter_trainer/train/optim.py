@@ -76,7 +76,7 @@ def step_if_finite(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
 
 @torch.no_grad()
 def all_within(limit: float, tensors: Iterable[Tensor]) -> bool:
-    """Tell whether every number of tensors [...] is between a limit and its negative, and so none is NaN; wait for the device."""
+    """Tell whether every number of tensors [...] is within a limit, so none is NaN; wait for the device."""
     return all(bool((tensor.abs() <= limit).all()) for tensor in tensors if tensor.is_floating_point())
 
 

@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,11 +16,13 @@ from ip_adapter_trainer.config import parse
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.families.sd import SDCodec
 from ip_adapter_trainer.families.sdxl import SDXLCodec
-from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.prepare.config import PrepareConfig
 from ip_adapter_trainer.prepare.run import PrepareReport, prepare
 from ip_adapter_trainer.train import checkpoint
 from ip_adapter_trainer.train import run as running
+from ip_adapter_trainer.train.config import LeanConfig
+from ip_adapter_trainer.train.loop import Loop
+from ip_adapter_trainer.train.step import Step
 from tests import tiny
 from tests.manifest.rows import write_manifest, write_pictures
 from tests.train.test_resume import launched
@@ -125,14 +126,14 @@ def test_a_prepared_run_holds_no_encoders_and_draws_the_same_grid(
     extra = own_rows(tmp_path / "rows", 8) | {"grid_rows": 3, "grid_steps": 2, "use_ema": True, "variant": variant}
     extra |= {"aspect_ratio_buckets": True, "bucket_step_px": 8}
     prepared(flags, tmp_path / "raw", tmp_path / "set", **extra)
-    held, go = [], running.loop_over
+    held, go = [], running.run_loop
 
-    def look(config: object, runtime: object, stopping: object, model: Model, *rest: Any) -> None:
-        vae = model.codec.autoencoder
-        held.append((held_bytes(model.encoder.model), held_bytes(vae.encoder, vae.quant_conv)))
-        go(config, runtime, stopping, model, *rest)  # type: ignore[arg-type]
+    def look(loop: Loop, step: Step, layers: LeanConfig) -> None:
+        vae = step.model.codec.autoencoder
+        held.append((held_bytes(step.model.encoder.model), held_bytes(vae.encoder, vae.quant_conv)))
+        go(loop, step, layers)
 
-    monkeypatch.setattr(running, "loop_over", look)
+    monkeypatch.setattr(running, "run_loop", look)
     raw = run(tmp_path / "raw", **extra)
     encoded = run(tmp_path / "encoded", prepared_dir=tmp_path / "set", **extra)
     assert min(held[0]) > 0 and held[1] == (0, 0)

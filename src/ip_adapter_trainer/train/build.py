@@ -1,6 +1,8 @@
-"""The model of a run: frozen models loaded, the adapter's first weights drawn or read."""
+"""The model of a run, frozen models loaded and the adapter's first weights drawn or read; and its loop."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 
@@ -13,8 +15,19 @@ from ip_adapter_trainer.loading.config import part_of
 from ip_adapter_trainer.model import Architecture, Model
 from ip_adapter_trainer.prepare.frozen import load_frozen
 from ip_adapter_trainer.runtime.launch import Runtime
+from ip_adapter_trainer.runtime.stopping import Stopping
 from ip_adapter_trainer.train.config import TrainConfig
+from ip_adapter_trainer.train.data import TrainingData
+from ip_adapter_trainer.train.loop import Loop
+from ip_adapter_trainer.train.record import RunRecord
+from ip_adapter_trainer.train.saver import Saver
+from ip_adapter_trainer.train.saving import Saving
 from ip_adapter_trainer.train.starting import StartingPoint
+from ip_adapter_trainer.train.state import TrainState
+from ip_adapter_trainer.train.step import Step
+from ip_adapter_trainer.train.step_log import StepLog
+from ip_adapter_trainer.train.track import Track
+from ip_adapter_trainer.train.validate import Validator
 
 
 def make_model(config: TrainConfig, runtime: Runtime, point: StartingPoint) -> Model:
@@ -61,3 +74,28 @@ def _demand_compilable(config: TrainConfig, runtime: Runtime) -> None:
     if config.compile == "reduce-overhead" and runtime.device.type != "cuda":
         what = f"reduce-overhead replays CUDA graphs, and this run is on a {runtime.device.type}"
         raise Problem(what, where="--compile", remedy="take --compile on, or off")
+
+
+def make_loop(
+    record: RunRecord, state: TrainState, data: TrainingData, step: Step, runtime: Runtime, stopping: Stopping
+) -> Loop:
+    """Return the loop of a run from the step at which its state stands."""
+    config, plan, output = record.config, record.plan, Path(record.config.output_dir)
+    track = Track(runtime, output, plan.total_steps, state.global_step)
+    log = StepLog(state, track, runtime, data.where, config.logging_steps)
+    saver = Saver(output, config.checkpoints_total_limit)
+    return Loop(
+        state=state,
+        loss_of=step,
+        batches=data.batches(state.global_step, stopping.poll),
+        micro_batches=config.gradient_accumulation_steps,
+        total_steps=plan.total_steps,
+        images_per_step=plan.images_per_step,
+        save_steps=config.save_steps,
+        validator=Validator(config, record.model, data, step),
+        saving=Saving(state, saver, lambda: record.snapshot(state), log, runtime),
+        log=log,
+        track=track,
+        runtime=runtime,
+        stopping=stopping,
+    )

@@ -15,7 +15,7 @@ from ip_adapter_trainer.prepare.cut import warn_of_cut_captions
 from ip_adapter_trainer.runtime.launch import Runtime, claimed, start
 from ip_adapter_trainer.runtime.signals import StopSignal
 from ip_adapter_trainer.runtime.stopping import Stopping
-from ip_adapter_trainer.train.build import make_model
+from ip_adapter_trainer.train.build import make_loop, make_model
 from ip_adapter_trainer.train.config import LeanConfig, OptimConfig, TrainConfig
 from ip_adapter_trainer.train.data import TrainingData
 from ip_adapter_trainer.train.encoded import prepared_set
@@ -28,15 +28,10 @@ from ip_adapter_trainer.train.presets import PRESETS
 from ip_adapter_trainer.train.record import RunRecord, WriteResolved, take_up
 from ip_adapter_trainer.train.rows import RunRows, read_rows
 from ip_adapter_trainer.train.run_plan import RunPlan, make_plan
-from ip_adapter_trainer.train.saver import Saver
-from ip_adapter_trainer.train.saving import Saving
 from ip_adapter_trainer.train.starting import agreed_starting_point, demand_same_run, is_over
 from ip_adapter_trainer.train.state import TrainState
 from ip_adapter_trainer.train.step import Step
-from ip_adapter_trainer.train.step_log import StepLog
-from ip_adapter_trainer.train.track import Track
 from ip_adapter_trainer.train.trackers import start_trackers, trackers_named
-from ip_adapter_trainer.train.validate import Validator
 
 
 def train(config: TrainConfig, write_resolved: WriteResolved) -> None:
@@ -75,8 +70,9 @@ def train(config: TrainConfig, write_resolved: WriteResolved) -> None:
         record = RunRecord(config, model, plan, identity)
         with claimed(Path(config.output_dir), runtime):
             take_up(record, state, point, runtime, write_resolved)
+            start_trackers(runtime, config)
             step = Step(model, process, config.seed, runtime.device)
-            loop_over(config, runtime, stopping, model, step, data, state, record)
+            run_loop(make_loop(record, state, data, step, runtime, stopping), step, part_of(config, LeanConfig))
 
 
 @contextmanager
@@ -135,44 +131,26 @@ def tell(
         say(f"low_memory {config.low_memory}: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
 
 
-def loop_over(
-    config: TrainConfig,
-    runtime: Runtime,
-    stopping: Stopping,
-    model: Model,
-    step: Step,
-    data: TrainingData,
-    state: TrainState,
-    record: RunRecord,
-) -> None:
-    """Train from the state's step to the last; see `Loop.run`.
+def run_loop(loop: Loop, step: Step, layers: LeanConfig) -> None:
+    """Run a loop to its end, the adapter attached; whatever ends it, what was trained is kept.
 
     Raises:
         Stopped: asked to stop, after saving.
+        Problem: see `Loop.run`.
     """
-    start_trackers(runtime, config)
-    output, plan, begun = Path(config.output_dir), record.plan, state.global_step
-    track = Track(runtime, output, plan.total_steps, begun)
-    log = StepLog(state, track, runtime, data.where, config.logging_steps)
-    saver = Saver(output, config.checkpoints_total_limit)
-    saving = Saving(state, saver, lambda: record.snapshot(state), log, runtime)
-    loop = Loop(
-        state, step, data.batches(begun, stopping.poll), config.gradient_accumulation_steps, plan.total_steps,
-        plan.images_per_step, config.save_steps, Validator(config, model, data, step), saving, log, track, runtime,
-        stopping,
-    )  # fmt: skip
-    with stopping.noted(), model.attached(), lean(model, part_of(config, LeanConfig)):
+    begun = loop.state.global_step
+    with loop.stopping.noted(), step.model.attached(), lean(step.model, layers):
         try:
             loop.run()
         except Exception as error:
             if not isinstance(error, (Stopped, StorageProblem)):
-                saving.rescue()
+                loop.saving.rescue()
             raise
         finally:
-            track.close()
+            loop.track.close()
     if loop.stopped:
-        say(_farewell(state.global_step, begun))
-        raise Stopped(stopping.exit_code)
+        say(_farewell(loop.state.global_step, begun))
+        raise Stopped(loop.stopping.exit_code)
 
 
 def _farewell(step: int, begun: int) -> str:

@@ -20,7 +20,7 @@ from ip_adapter_trainer.evaluate.sample import Sampling, image_tokens, sample
 from ip_adapter_trainer.model import Model
 from tests import tiny
 from tests.evaluate.conftest import Make
-from tests.evaluate.things import picture
+from tests.evaluate.things import image
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def settings(folder: Path, **changes: object) -> GenerateConfig:
     names = []
     for number in (1, 2):
         names.append(str(folder / f"reference{number}.png"))
-        picture(number).save(names[-1])
+        image(number).save(names[-1])
     asked = {"adapter": "some/adapter.safetensors", "image": tuple(names), "prompt": "a star, ☂", "seed": 5,
              "num_inference_steps": 2, "num_images": 3, "batch_size": 2, "output": str(folder / "out")}  # fmt: skip
     return GenerateConfig(**(asked | {"device": "cpu"} | changes))
@@ -53,7 +53,7 @@ def test_pictures_are_the_sampled_ones_and_tell_how_they_were_made(
     files = generate(config)
     assert asked == [("some/adapter.safetensors", None, "encoder", torch.float32, torch.device("cpu"), config)]
     assert [file.name for file in files] == ["0001-5.png", "0002-6.png", "0003-7.png"]
-    tokens = image_tokens(sd1, [[picture(1), picture(2)]])
+    tokens = image_tokens(sd1, [[image(1), image(2)]])
     expected = sample(sd1, tokens, ["a star, ☂"] * 2, [5, 6], Sampling(32, 32, steps=2))
     with Image.open(files[1]) as drawn:
         assert np.array_equal(np.asarray(drawn), np.asarray(expected[1]))
@@ -119,7 +119,7 @@ def test_an_adapter_file_is_loaded_and_draws_as_the_live_one(
     torch.save(live.adapter.published(), tmp_path / "adapter.bin")
     frozen = {"pretrained_model_name_or_path": str(base_folder("sdxl")), "image_encoder_path": str(encoder_folder)}
     (file,) = generate(config.model_copy(update={"adapter": str(tmp_path / "adapter.bin"), **frozen}))
-    tokens = image_tokens(live, [[picture(1), picture(2)]])
+    tokens = image_tokens(live, [[image(1), image(2)]])
     (expected,) = sample(live, tokens, [config.prompt], [config.seed], Sampling(32, 32, steps=2))
     with Image.open(file) as drawn:
         assert np.array_equal(np.asarray(drawn), np.asarray(expected))

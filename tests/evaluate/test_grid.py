@@ -64,7 +64,7 @@ def test_rows_of_several_sizes_are_drawn_each_at_its_own(sd1: Model, monkeypatch
         seen.extend([p.size for p in row] for row in rows)
         return rows[0][0]
 
-    monkeypatch.setattr(module, "lay_out", keep)
+    monkeypatch.setattr(module, "draw_grid", keep)
     square, tall = batch(sd1, [0, 1]), batch(sd1, [2])
     tall = replace(tall, inputs=replace(tall.inputs, pixels=torch.zeros(1, 3, 48, 24)))
     validation_grid(sd1, [square, tall, replace(square, index=torch.tensor([3, 4]))], ValidationConfig(grid_steps=1))

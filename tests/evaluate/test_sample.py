@@ -23,7 +23,7 @@ from ip_adapter_trainer.evaluate.sample import (
     sample,
 )
 from ip_adapter_trainer.model import Model
-from tests.evaluate.things import picture
+from tests.evaluate.things import image
 
 HOW = Sampling(height_px=32, width_px=32, steps=3, scheduler="auto")
 PROMPTS, SEEDS = ["a red star", "a blue circle"], [11, 12]
@@ -61,7 +61,7 @@ def load_into_diffusers(model: Model, folder: Path) -> None:
 
 def test_draws_what_diffusers_draws_from_the_same_weights(model: Model, tmp_path: Path) -> None:
     strengthen(model)
-    one, two = picture(1), picture(2)
+    one, two = image(1), image(2)
     prompts = {"one": ([[one]], one), "both": ([[one, two]], [[one, two]])}  # ours, diffusers'
     guided = replace(HOW, guidance_scale=4.0, scale=0.8)
     ways = {"guided": guided, "unguided": replace(guided, guidance_scale=1.0)}
@@ -80,7 +80,7 @@ def test_draws_what_diffusers_draws_from_the_same_weights(model: Model, tmp_path
 
 def test_scale_zero_and_no_tokens_are_the_base_pipeline_bit_for_bit(model: Model) -> None:
     base = run_pipeline(model, PROMPTS, SEEDS, HOW)
-    tokens = image_tokens(model, [[picture(1)], [picture(2)]])
+    tokens = image_tokens(model, [[image(1)], [image(2)]])
     assert np.array_equal(pixels(sample(model, tokens, PROMPTS, SEEDS, replace(HOW, scale=0.0))), base)
     assert np.array_equal(pixels(sample(model, None, PROMPTS, SEEDS, HOW)), base)
     assert np.array_equal(run_pipeline(model, PROMPTS, SEEDS, HOW), base), "the pipeline is what it was"
@@ -88,7 +88,7 @@ def test_scale_zero_and_no_tokens_are_the_base_pipeline_bit_for_bit(model: Model
 
 def test_a_picture_hangs_on_its_own_seed_and_prompt_alone(sd1: Model) -> None:
     strengthen(sd1)
-    tokens = image_tokens(sd1, [[picture(n)] for n in range(3)])
+    tokens = image_tokens(sd1, [[image(n)] for n in range(3)])
     prompts = ["a red star", "", "a pink heart"]
     together = pixels(sample(sd1, tokens, prompts, [5, 6, 7], HOW))
     alone = pixels(sample(sd1, tokens[2:], prompts[2:], [7], HOW))
@@ -120,7 +120,7 @@ def test_half_precision_beside_a_full_precision_autoencoder(sd1: Model) -> None:
     sd1.family.denoiser.to(torch.bfloat16)
     sd1.family.pipeline.text_encoder.to(torch.bfloat16)
     sd1.encoder.model.to(torch.bfloat16)
-    tokens = image_tokens(sd1, [[picture(1)]])
+    tokens = image_tokens(sd1, [[image(1)]])
     assert tokens.dtype == torch.bfloat16
     (drawn,) = sample(sd1, tokens, ["a red star"], [1], HOW)
     assert np.asarray(drawn).std() > 0
@@ -149,7 +149,7 @@ def test_a_stop_passes_through_and_leaves_the_model_as_found(sd1: Model, attache
         sd1.attach()
     own, processors = sd1.family.pipeline.scheduler, sd1.family.processors()
     with pytest.raises(Stopped):
-        sample(sd1, image_tokens(sd1, [[picture(1)]]), ["a red star"], [1], HOW, poll)
+        sample(sd1, image_tokens(sd1, [[image(1)]]), ["a red star"], [1], HOW, poll)
     assert calls == 3 and sd1.is_attached == attached
     assert sd1.family.pipeline.scheduler is own and sd1.family.processors() == processors
     assert sd1.prompt.tokens is None and sd1.prompt.scale == 1.0

@@ -13,7 +13,7 @@ from ip_adapter_trainer.model import Model
 CAPTIONS = ("a red star", "a blue circle", "", "a green cross on a sand background", "a pink heart", "a cyan square")
 
 
-def inputs(number: int, width_px: int = 40, height_px: int = 36) -> Image.Image:
+def image(number: int, width_px: int = 40, height_px: int = 36) -> Image.Image:
     """A picture of noise over a colour, other for every number."""
     rng = np.random.default_rng(number)
     pixels = rng.integers(0, 256, 3) * 0.7 + rng.integers(0, 77, (height_px, width_px, 3))
@@ -22,14 +22,14 @@ def inputs(number: int, width_px: int = 40, height_px: int = 36) -> Image.Image:
 
 def batch(model: Model, numbers: list[int]) -> Batch:
     """Rows of the given numbers at 32 px, prompted with themselves."""
-    targets = [np.asarray(inputs(n, 32, 32), np.float32) / 127.5 - 1 for n in numbers]
+    targets = [np.asarray(image(n, 32, 32), np.float32) / 127.5 - 1 for n in numbers]
     size = (32, 32)
     return Batch(
         index=torch.tensor(numbers),
         row=torch.tensor(numbers),
         inputs=Pixels(
             torch.from_numpy(np.stack(targets)).permute(0, 3, 1, 2).contiguous(),
-            torch.stack([model.encoder.preprocess(inputs(n)) for n in numbers]),
+            torch.stack([model.encoder.preprocess(image(n)) for n in numbers]),
         ),
         text=tuple(CAPTIONS[n % len(CAPTIONS)] for n in numbers),
         geometry=tuple(Geometry(size, (0, 0), size) for _ in numbers),

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ip_adapter_trainer.core.values import Fault, Geometry, map_tensors
-from ip_adapter_trainer.feed.bucketing import lay_out
+from ip_adapter_trainer.feed.bucketing import assign_buckets
 from ip_adapter_trainer.feed.config import DataConfig
 from ip_adapter_trainer.feed.dataset import TrainingSet
 from ip_adapter_trainer.feed.readers import Preprocess
@@ -56,7 +56,7 @@ class Sample(NamedTuple):
 
     index: int
     row: int
-    image: Any
+    inputs: Any
     text: str
     geometry: Geometry
     drop_text: bool
@@ -79,7 +79,7 @@ def training_set(manifest: Path, *, seed: int = 0, preprocess: Preprocess = prep
     """The samples of a manifest, 32 px unless told."""
     config = DataConfig(data_json_file=str(manifest), **{"resolution": 32, "bucket_step_px": 8, **settings})
     rows = read_manifest(config)
-    return Singly(rows, config, lay_out(rows, config), seed=seed, preprocess=preprocess)
+    return Singly(rows, config, assign_buckets(rows, config), seed=seed, preprocess=preprocess)
 
 
 def number_of(pixels: Tensor) -> int:

@@ -110,7 +110,7 @@ def test_the_quick_look_at_a_name_lets_nothing_pass(name: str, allow_outside: bo
 @pytest.mark.parametrize("buckets", [1, 3, 400])
 def test_stand_ins_are_the_next_of_the_bucket_around_the_end(buckets: int) -> None:
     numbers = (np.arange(2000) ** 2 % buckets).astype(np.int16)
-    samples = SimpleNamespace(_max_tries=MAX_TRIES, layout=SimpleNamespace(bucket_of_row=numbers))
+    samples = SimpleNamespace(_max_tries=MAX_TRIES, bucketing=SimpleNamespace(bucket_of_row=numbers))
     for row in (0, 777, 1999):
         around = [*range(row, len(numbers)), *range(row)]
         expected = [n for n in around if numbers[n] == numbers[row]][:MAX_TRIES]

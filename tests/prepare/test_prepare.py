@@ -22,7 +22,7 @@ from ip_adapter_trainer.config import parse
 from ip_adapter_trainer.core.errors import DataProblem, Problem, StorageProblem
 from ip_adapter_trainer.prepare import run as running
 from ip_adapter_trainer.prepare.config import PrepareConfig, command
-from ip_adapter_trainer.prepare.run import Report, prepare
+from ip_adapter_trainer.prepare.run import PrepareReport, prepare
 from ip_adapter_trainer.runtime.launch import Runtime
 from tests import tiny
 from tests.manifest.rows import write_manifest, write_pictures
@@ -57,7 +57,7 @@ def flags(rows: Path, base_folder: Callable, encoder_folder: Path, tmp_path: Pat
 
 
 @pytest.fixture
-def go(flags: Callable[..., list[str]]) -> Callable[..., Report]:
+def go(flags: Callable[..., list[str]]) -> Callable[..., PrepareReport]:
     return lambda **more: prepare(parse(PrepareConfig, flags(**more), prog="prepare"))
 
 

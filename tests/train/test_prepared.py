@@ -17,7 +17,7 @@ from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.families.sd import StableDiffusion
 from ip_adapter_trainer.families.sdxl import StableDiffusionXL
 from ip_adapter_trainer.prepare.config import PrepareConfig
-from ip_adapter_trainer.prepare.run import Report, prepare
+from ip_adapter_trainer.prepare.run import PrepareReport, prepare
 from ip_adapter_trainer.train import checkpoint
 from tests import tiny
 from tests.manifest.rows import write_manifest, write_pictures
@@ -32,7 +32,7 @@ def weights(output: Path, step: int) -> dict[str, torch.Tensor]:
     return torch.load(output / f"checkpoint-{step}" / checkpoint.WEIGHTS, weights_only=True)
 
 
-def prepared(flags: Callable, output: Path, folder: Path, **more: object) -> Report:
+def prepared(flags: Callable, output: Path, folder: Path, **more: object) -> PrepareReport:
     """Prepares what a run with these settings needs, in batches of the run's own size unless told."""
     more = {"encode_batch_size": 2} | more
     fields = PrepareConfig.model_fields

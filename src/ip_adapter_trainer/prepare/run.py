@@ -42,7 +42,7 @@ class PrepareReport:
     """What a run of `prepare` did, over all processes."""
 
     folder: Path
-    pictures: int = 0  # that the rows name
+    images: int = 0  # that the rows name
     read: int = 0  # of them, now; once for each image encoder
     encoded: int = 0  # passes of one of them through an encoder
     captions: int = 0  # encoded now
@@ -55,7 +55,7 @@ class PrepareReport:
 
     def __str__(self) -> str:
         return (
-            f"{self.folder}: {self.pictures} pictures, {self.read} read and {self.encoded} encodings made now, "
+            f"{self.folder}: {self.images} pictures, {self.read} read and {self.encoded} encodings made now, "
             f"{self.captions} captions encoded now, {self.faulty_rows} faulty rows"
         )
 
@@ -119,10 +119,10 @@ class Job:
 
     def __init__(self, config: CutConfig, runtime: Runtime, manifest: Manifest, spec: CacheSpec, folder: Path) -> None:
         self.config, self.runtime, self.manifest, self.spec, self.folder = config, runtime, manifest, spec, folder
-        self.pictures = ImageFiles.of(manifest.root, config)
-        self.prepared = PreparedSet(folder, spec, self.pictures)
+        self.images = ImageFiles.of(manifest.root, config)
+        self.prepared = PreparedSet(folder, spec, self.images)
         self.items = share_of(manifest, spec, runtime.rank, runtime.world)
-        self.left, need_bytes = missing(self.items, self.prepared, self.pictures)
+        self.left, need_bytes = missing(self.items, self.prepared, self.images)
         self.captions = missing_captions(manifest, self.prepared, runtime.rank, runtime.world)
         need_bytes += len(self.captions) * sum(kind.row_bytes for kind in (spec.text.tables if spec.text else ()))
         self.need_bytes = runtime.total(need_bytes)
@@ -144,7 +144,7 @@ class Job:
         try:
             self._begin()
             encoding = Encoding(self.folder, encode_with(family, encoder), batch_images)
-            reading = PrepareDataset(self.prepared, self.pictures, self.config, encoder.preprocess)
+            reading = PrepareDataset(self.prepared, self.images, self.config, encoder.preprocess)
 
             def fill(poll: Poll) -> None:
                 """This process's share."""

@@ -20,9 +20,9 @@ from benchmarks import limits, measure, report
 from benchmarks.aside import DoesNotFit, Failed, aside
 from benchmarks.bench import TRIED, jobs, measure_all
 from benchmarks.compared import Bench, Setting
-from benchmarks.pictures import Files, write_pictures
 from benchmarks.measure import Measured, Schedule
 from benchmarks.our_step import TECHNIQUES, OurStep, Settings
+from benchmarks.pictures import Files, write_pictures
 from benchmarks.published_step import PublishedStep
 from benchmarks.report import Row
 from benchmarks.rows import at_step, make_batch

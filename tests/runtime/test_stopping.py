@@ -90,15 +90,3 @@ def test_a_store_that_is_gone_means_a_launcher_that_is_gone(monkeypatch: pytest.
     group.members[0]._store = Gone()
     with pytest.raises(Stopped, match="143"):
         group.members[0].poll()
-
-
-def test_data_workers_that_die_of_the_same_signal_are_part_of_the_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    group = Group(1, monkeypatch)
-
-    def dies(poll: Callable[[], None]) -> None:
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
-
-    with pytest.raises(RuntimeError, match="Terminated"):
-        group.members[0].together(dies)
-    group.signals[0].asked = signal.SIGTERM
-    assert group.work(dies) == [143]

@@ -15,7 +15,6 @@ class CutConfig(ReadConfig):
     resume = Resume(
         must_match="resolution center_crop random_flip aspect_ratio_buckets bucket_step_px bucket_max_aspect "
         "prompt_crop_min_share prompt_flip prompt_pad_square",
-        free="data_timeout_s",
     )
 
     resolution: int = Field(512, gt=0, le=16384, description="Side of the training images in pixels; a multiple of 8.")
@@ -32,9 +31,6 @@ class CutConfig(ReadConfig):
     prompt_flip: bool = Field(False, description="Mirror half of the image prompts, whatever happens to the target.")
     prompt_pad_square: bool = Field(
         False, description="Pad image prompts to a square with the alpha ground, so that the encoder crops nothing."
-    )
-    data_timeout_s: int = Field(
-        300, gt=0, description="Longest wait for a data worker in seconds; then the workers are replaced."
     )
 
     @field_validator("resolution", "bucket_step_px")

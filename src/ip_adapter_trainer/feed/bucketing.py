@@ -79,16 +79,15 @@ def scan_sizes(
     manifest: Manifest, config: CutConfig, known: Sequence[Size | None] | None = None
 ) -> Sequence[Size | Fault]:
     """Height and width of each row's upright picture in pixels, or why its header tells none; see `assign_buckets`."""
-    size_of = partial(_size_of, ImageFiles.of(manifest.root, config))
+    size_of = partial(_size_of, manifest, ImageFiles.of(manifest.root, config))
     sizes: Sequence[Size | None] = known or [None] * len(manifest.rows)
-    names = ((manifest.rows[number].image_file, manifest.where(number)) for number, s in enumerate(sizes) if s is None)
-    read = map_rows(size_of, names, config.dataloader_num_workers)
+    unknown = (number for number, size in enumerate(sizes) if size is None)
+    read = map_rows(size_of, unknown, manifest, config)
     return [next(read) if size is None else size for size in sizes]
 
 
-def _size_of(pictures: ImageFiles, name: tuple[str, str]) -> Size | Fault:
-    image_file, where = name
+def _size_of(manifest: Manifest, images: ImageFiles, number: int) -> Size | Fault:
     try:
-        return pictures.size_px(image_file)
+        return images.size_px(manifest.rows[number].image_file)
     except ImageFault as error:
-        return fault_of(error, where)
+        return fault_of(error, manifest.where(number))

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,13 +15,11 @@ from ip_adapter_trainer.images.decode import DecodedImage, ImageFault, decode, r
 from ip_adapter_trainer.images.limits import Limits
 from ip_adapter_trainer.manifest.config import ReadConfig
 from ip_adapter_trainer.manifest.hashes import Hashes
+from ip_adapter_trainer.manifest.manifest import Manifest
+from ip_adapter_trainer.runtime.workers import Pool
 from ip_adapter_trainer.storage.files import safe_join, stat_plain
 
-In = TypeVar("In")
-Out = TypeVar("Out")
-
-_CHUNK_ROWS = 64
-_CHUNKS_AHEAD = 4  # per process, submitted before their results are wanted; no more items are held than these
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -106,21 +101,13 @@ def fault_of(error: ImageFault, where: str) -> Fault:
     return Fault(error.kind, error.what, where, error.remedy)
 
 
-def map_rows(function: Callable[[In], Out], items: Iterable[In], workers: int) -> Iterator[Out]:
-    """`function` of each item, in order; by `workers` processes, or by this one if 0."""
-    if workers == 0:
-        yield from map(function, items)
-        return
-    rest = iter(items)
-    with ProcessPoolExecutor(workers) as pool:
-        ahead: deque[Future[list[Out]]] = deque()
-        while True:
-            while len(ahead) < _CHUNKS_AHEAD * workers and (chunk := list(islice(rest, _CHUNK_ROWS))):
-                ahead.append(pool.submit(_each, function, chunk))
-            if not ahead:
-                return
-            yield from ahead.popleft().result()
+def map_rows(
+    function: Callable[[int], V], numbers: Iterable[int], manifest: Manifest, config: ReadConfig
+) -> Iterator[V]:
+    """Yield what a function makes of each row of a manifest, by its number; data workers call it.
 
-
-def _each(function: Callable[[In], Out], items: list[In]) -> list[Out]:
-    return [function(item) for item in items]
+    Raises:
+        DataProblem: workers are lost over one row again and again.
+    """
+    workers, timeout_s = config.dataloader_num_workers, config.data_timeout_s
+    return Pool(function, where=manifest.where, workers=workers, timeout_s=timeout_s, chunk=64).values(numbers)

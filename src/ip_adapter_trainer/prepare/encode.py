@@ -10,9 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ip_adapter_trainer.cache.index import PICTURES, Record, name_key
@@ -55,14 +53,14 @@ class Encoding:
     def __init__(self, root: Path, encode: Encode, batch_images: int) -> None:
         self._root, self._encode_with, self._batch_images = root, encode, batch_images
         self._writers: dict[TableKind, TableWriter] = {}
-        self._waiting: dict[tuple[Kinds, Size | None], list[tuple[Views, NDArray[np.float32]]]] = {}
+        self._waiting: dict[tuple[Kinds, Size | None], list[tuple[Views, Tensor]]] = {}
         self.encoded = 0
 
     def note(self, name: str, record: Record) -> None:
         """Writes down what is known of a picture."""
         self._writer(PICTURES).add(name_key(name), record.packed())
 
-    def take(self, views: Views, pixels: NDArray[np.float32]) -> None:
+    def take(self, views: Views, pixels: Tensor) -> None:
         """Encodes [3, H, W] once there are enough of its size; the views are what is wanted of these pixels."""
         kinds = tuple(view.kind for view in views)
         waiting = self._waiting.setdefault((kinds, views[0].target_px), [])
@@ -83,9 +81,9 @@ class Encoding:
         for writer in self._writers.values():
             writer.seal()
 
-    def _encode(self, kinds: Kinds, waiting: list[tuple[Views, NDArray[np.float32]]]) -> None:
+    def _encode(self, kinds: Kinds, waiting: list[tuple[Views, Tensor]]) -> None:
         filled = [pixels for _, pixels in waiting] + [waiting[0][1]] * (self._batch_images - len(waiting))
-        made = self._encode_with(torch.from_numpy(np.stack(filled)), [kind.name for kind in kinds])
+        made = self._encode_with(torch.stack(filled), [kind.name for kind in kinds])
         for number, kind in enumerate(kinds):
             self.keep(kind, [views[number].key for views, _ in waiting], made[kind.name][: len(waiting)])
         self.encoded += len(waiting)

@@ -27,7 +27,7 @@ from ip_adapter_trainer.prepare.config import PrepareConfig
 from ip_adapter_trainer.prepare.cut import warn_of_cut_captions
 from ip_adapter_trainer.prepare.encode import Encoding, encode_with
 from ip_adapter_trainer.prepare.frozen import cache_spec, load_family
-from ip_adapter_trainer.prepare.work import PrepareDataset, missing, read_all, share_of
+from ip_adapter_trainer.prepare.work import MissingReader, missing, read_all, share_of
 from ip_adapter_trainer.runtime.launch import Runtime, claim, start
 from ip_adapter_trainer.runtime.progress import Progress
 from ip_adapter_trainer.runtime.signals import StopSignal
@@ -144,12 +144,12 @@ class Job:
         try:
             self._begin()
             encoding = Encoding(self.folder, encode_with(family, encoder), batch_images)
-            reading = PrepareDataset(self.prepared, self.images, self.config, encoder.preprocess)
+            reader = MissingReader(self.prepared, self.images, self.config, encoder.preprocess)
 
             def fill(poll: Poll) -> None:
                 """This process's share."""
                 try:
-                    self._fill(encoding, reading, poll)
+                    self._fill(encoding, reader, poll)
                     encode_captions(self.captions, family, encoding, self.prepared, batch_images, poll)
                 finally:
                     encoding.seal()
@@ -186,12 +186,12 @@ class Job:
     def _log(self) -> FaultLog:
         return FaultLog(self.folder, self.manifest.entries, self.config.max_fault_rate)
 
-    def _fill(self, encoding: Encoding, reading: PrepareDataset, poll: Poll) -> None:
+    def _fill(self, encoding: Encoding, reader: MissingReader, poll: Poll) -> None:
         log, faulty = self._log(), dict[str, ImageFault]()
         if self.runtime.is_main:
             log.add(self.manifest.faults)
         with Progress(len(self.left), self._unit, shown=self.runtime.is_main) as progress:
-            for read in read_all(self.left, reading, self.config, self.manifest.where, poll):
+            for read in read_all(self.left, reader, self.config, self.manifest.where, poll):
                 poll()
                 if read.record is not None:
                     encoding.note(read.item.name, read.record)

@@ -6,25 +6,23 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL.Image import Image
-from torch.utils.data import Dataset
+from torch import Tensor
 
 from ip_adapter_trainer.cache.config import CutConfig
 from ip_adapter_trainer.cache.index import PICTURES, Record, name_key
 from ip_adapter_trainer.cache.prepared import PreparedSet
 from ip_adapter_trainer.cache.spec import CacheSpec, View, Views
 from ip_adapter_trainer.feed.readers import Preprocess, framed
-from ip_adapter_trainer.feed.workers import Pool, lost
 from ip_adapter_trainer.images import crop
 from ip_adapter_trainer.images.decode import ImageFault
 from ip_adapter_trainer.manifest.images import ImageFiles
 from ip_adapter_trainer.manifest.manifest import Manifest
 from ip_adapter_trainer.runtime.stopping import Poll
+from ip_adapter_trainer.runtime.workers import Pool
 from ip_adapter_trainer.storage.digests import digest
 
 _CHUNK = 65536
-_AHEAD = 2  # pictures that each data worker reads ahead
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class ReadImage:
 
     item: Item
     record: Record | None  # to be noted; None: what is known of it still holds
-    pixels: tuple[tuple[Views, NDArray[np.float32]], ...] = ()  # [3, H, W] each, and what is wanted of them
+    pixels: tuple[tuple[Views, Tensor], ...] = ()  # [3, H, W] each, and what is wanted of them
     fault: ImageFault | None = None
 
 
@@ -87,13 +85,14 @@ def _bytes_of(item: Item, record: Record | None, spec: CacheSpec) -> int:
     return sum(view.kind.row_bytes for view in spec.views(b"", size_px, item.use))
 
 
-class PrepareDataset(Dataset[ReadImage]):
-    """Items to what has to be encoded; runs in data workers."""
+class MissingReader:
+    """Reads, cuts and preprocesses images as far as the set lacks them; used in data workers."""
 
-    def __init__(self, prepared: PreparedSet, pictures: ImageFiles, config: CutConfig, preprocess: Preprocess) -> None:
-        self._prepared, self._images, self._config, self._preprocess = prepared, pictures, config, preprocess
+    def __init__(self, prepared: PreparedSet, images: ImageFiles, config: CutConfig, preprocess: Preprocess) -> None:
+        self._prepared, self._images, self._config, self._preprocess = prepared, images, config, preprocess
 
-    def __getitem__(self, item: Item) -> ReadImage:
+    def read(self, item: Item) -> ReadImage:
+        """Read one image; a fault is part of what is returned."""
         known = self._prepared.index.find([item.name])[0]
         try:
             return self._read(item, known)
@@ -104,11 +103,11 @@ class PrepareDataset(Dataset[ReadImage]):
 
     def _read(self, item: Item, known: Record | None) -> ReadImage:
         content, status = self._images.read_file(item.name)
-        key, picture = digest(content), self._images.decode(content).image
-        record = Record.of(status, (picture.height, picture.width), key)
+        key, image = digest(content), self._images.decode(content).image
+        record = Record.of(status, (image.height, image.width), key)
         views = self._prepared.spec.views(key, record.size_px, item.use)
         lacking = [v for v in views if self._prepared.tables[v.kind].find([v.key])[0] < 0]
-        sides = {mirrored: crop.mirror(picture) if mirrored else picture for mirrored in {v.mirrored for v in lacking}}
+        sides = {mirrored: crop.mirror(image) if mirrored else image for mirrored in {v.mirrored for v in lacking}}
         alike: dict[tuple[object, bool], list[View]] = {}
         for view in lacking:
             alike.setdefault((view.target_px, view.mirrored), []).append(view)
@@ -116,35 +115,32 @@ class PrepareDataset(Dataset[ReadImage]):
         still_holds = known is not None and known.content == key and known.fits(status)
         return ReadImage(item, None if still_holds else record, pixels)
 
-    def _pixels(self, view: View, picture: Image) -> NDArray[np.float32]:
-        """As numpy: arrays travel from worker to worker without an open file each."""
+    def _pixels(self, view: View, image: Image) -> Tensor:
         if view.target_px is not None:
-            return crop.to_tensor(crop.fit(picture, view.target_px)[0]).numpy()
-        return self._preprocess(framed(picture, self._config, self._images)).numpy()
+            return crop.to_tensor(crop.fit(image, view.target_px)[0])
+        return self._preprocess(framed(image, self._config, self._images))
 
 
 def read_all(
-    items: Sequence[Item], reading: PrepareDataset, config: CutConfig, where: Callable[[int], str], poll: Poll
+    items: Sequence[Item], reader: MissingReader, config: CutConfig, where: Callable[[int], str], poll: Poll
 ) -> Iterator[ReadImage]:
-    """Every item in order, read by data workers a few ahead, or by this process if there are none.
+    """Yield what is read of every item, in order, by data workers or by this process if there are none.
 
     Args:
-        items: to read.
-        reading: reads one.
-        config: how many workers, and how long to wait for one.
-        where: a row is.
-        poll: called while one is waited for.
+        items: what to read.
+        reader: reads one.
+        config: says how many workers there are, and how long each may take.
+        where: tells where a row stands.
+        poll: called every now and then while an item is waited for.
 
     Raises:
-        DataProblem: workers are lost over one picture again and again.
+        DataProblem: workers are lost over one image again and again.
     """
     pool = Pool(
-        dataset=reading,
-        keys=lambda place: iter(items[place:]),
-        problem=lambda item, reason: lost(f"picture, {item.name!r}", [where(item.row)], reason),
+        reader.read,
+        where=lambda item: f"{where(item.row)}: {item.name!r}",
         workers=config.dataloader_num_workers,
-        ahead=_AHEAD,
         timeout_s=config.data_timeout_s,
         poll=poll,
     )
-    return pool.values()
+    return pool.values(items)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ip_adapter_trainer.core.errors import Stopped
-from ip_adapter_trainer.runtime.launch import Runtime
-from ip_adapter_trainer.runtime.signals import StopSignal
+
+if TYPE_CHECKING:
+    from ip_adapter_trainer.runtime.launch import Runtime
+    from ip_adapter_trainer.runtime.signals import StopSignal
 
 Poll = Callable[[], None]  # called often in long work; raises `core.errors.Stopped` when the run is to stop
 
@@ -41,6 +41,8 @@ class Stopping:
     """
 
     def __init__(self, signal: StopSignal, runtime: Runtime) -> None:
+        import torch
+
         self._signal, self._runtime = signal, runtime
         self._store: Any = torch.distributed.distributed_c10d._get_default_store() if runtime.world > 1 else None
         self._told = False  # the others of what this process was asked
@@ -93,10 +95,6 @@ class Stopping:
             work(self.poll)
             self._meet()
         except Stopped:
-            stopped = True
-        except RuntimeError:  # data workers die of a signal that reached them too
-            if not self.asked:
-                raise
             stopped = True
         if self._runtime.total(int(stopped)):
             raise Stopped(self.exit_code)

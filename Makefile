@@ -5,16 +5,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test smoke slow coverage audit bench bench-gpu bench-gpu-techniques faults fuzz clean
+.PHONY: demo test house smoke slow coverage audit bench bench-gpu bench-gpu-techniques faults fuzz clean
 
 demo: $(STAMP)
 	$(BIN)/ip-adapter demo --output_dir demo
 
 test: $(STAMP)
-	$(BIN)/ruff check src tests benchmarks faults examples
-	$(BIN)/ruff format --check src tests benchmarks faults examples
+	$(BIN)/ruff check src tests benchmarks faults tools examples
+	$(BIN)/ruff format --check src tests benchmarks faults tools examples
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+# The package's parts and their imports, into docs/house.svg; a test asks for it when an import or a rank has changed.
+house:
+	$(PYTHON) -m tools.draw_house
 
 # Every command once on each Python found (3.11 to 3.14), each in an environment of its own under .smoke (gigabytes where
 # torch comes with CUDA); a table at the end. PYTHON only starts it.

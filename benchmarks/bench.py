@@ -28,7 +28,7 @@ COUNTED = (("sd15", 512), ("sdxl", 1024))  # whose operations are counted in eve
 # Techniques by default: on a CPU not what takes minutes to compile, on a GPU not what is for memory or CPUs' products.
 TRIED = {
     "cpu": [name for name in TECHNIQUES if name not in ("compile", "reduce-overhead")],
-    "cuda": ["lean_layers", "lean_attention", "channels_last", "fused_optimizer", "reduce-overhead", "compile"],
+    "cuda": ["lean_layers", "channels_last", "fused_optimizer", "reduce-overhead", "compile"],
 }
 
 

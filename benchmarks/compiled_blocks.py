@@ -20,7 +20,6 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from ip_adapter_trainer.nn.attention import ImagePrompt, lean_attention
 from ip_adapter_trainer.nn.compiled import compiled_blocks
 from ip_adapter_trainer.nn.lean import lean_layers
 
@@ -46,10 +45,11 @@ def _step(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
 
 
 def _ways(block: nn.Module) -> dict[str, AbstractContextManager[None]]:
-    lean = (
-        lean_layers(block, products=True) if isinstance(block, ResnetBlock2D) else lean_attention(block, ImagePrompt())
-    )
-    return {"as it is": nullcontext(), "lean": lean, "compiled": compiled_blocks(block, "on")}
+    return {
+        "as it is": nullcontext(),
+        "lean": lean_layers(block, products=True),
+        "compiled": compiled_blocks(block, "on"),
+    }
 
 
 def measure(make: Callable[[int], tuple[nn.Module, tuple[Any, ...]]], images: int, rounds: int) -> str:

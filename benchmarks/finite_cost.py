@@ -60,8 +60,7 @@ class Looks:
         optim.step_if_finite(self.optimizer, self.good)
 
     def look(self) -> None:
-        """The loss joins the gradients, the norm is judged, the host compares the loss with the last ones."""
-        self.gradients.average(world=1)
+        """Loss and norm are judged, the host compares the loss with the last ones."""
         self.gradients.report(self.norm)
         self.spikes.excess(1.5)
 

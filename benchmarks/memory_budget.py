@@ -138,7 +138,7 @@ def budget(
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
         _lay_channels_last(pipeline.unet)
-        plain = LeanConfig(lean_layers=lean_layers, lean_attention=False, channels_last="off")
+        plain = LeanConfig(lean_layers=lean_layers, channels_last="off")
         with model.attached(), lean(model, plain), LiveBytes() as live:
             step(model, size, side_px, images)
         draw = _drawing(model, size, side_px)

@@ -52,7 +52,6 @@ _NO_PRODUCTS: Settings = {"product_convolutions": False}
 TECHNIQUES: dict[str, tuple[Settings, Settings]] = {
     "lean_layers": (_NO_PRODUCTS | {"lean_layers": False}, _NO_PRODUCTS),
     "product_convolutions": (_NO_PRODUCTS, {}),
-    "lean_attention": ({"lean_attention": False}, {}),
     "channels_last": (_NO_PRODUCTS | {"channels_last": "off"}, _NO_PRODUCTS),
     "fused_optimizer": ({"fused_optimizer": False}, {}),
     "prepare_text": ({}, {"prepare_text": True}),

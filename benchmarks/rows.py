@@ -36,7 +36,7 @@ def make_batch(size: Size, side_px: int, images: int, device: torch.device | str
     return Batch(
         index=places,
         row=places,
-        inputs=Pixels(pixels, prompts),
+        inputs=Pixels(pixels, {"image": prompts}),
         text=tuple(CAPTIONS[i % len(CAPTIONS)] for i in range(images)),
         geometry=(Geometry(square, (0, 0), square),) * images,
         drop_text=torch.zeros(images, dtype=torch.bool),

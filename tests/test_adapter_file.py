@@ -19,6 +19,7 @@ from torch import Tensor
 from ip_adapter_trainer.adapter_files import AdapterCard, AdapterFile, read_adapter, weights_sha256, write_adapter
 from ip_adapter_trainer.card import card_of
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
+from ip_adapter_trainer.layouts import make_layout
 from ip_adapter_trainer.loading.adapter import load_model, read_adapter_into
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.storage.checkpoints import MANIFEST
@@ -26,6 +27,7 @@ from ip_adapter_trainer.train import checkpoint
 from tests.published import Trained
 from tests.test_model import build
 
+UNET = make_layout("unet")
 Tables = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -89,28 +91,28 @@ def test_what_is_written_is_what_is_read(suffix: str, tmp_path: Path) -> None:
     wide = torch.randn(8, 16)
     content["ip_adapter"]["1.to_k_ip.weight"] = wide[:, :8]  # a view: neither contiguous nor alone in its storage
     file = tmp_path / f"a{suffix}"
-    write_adapter(file, content, {"note": "x"})
+    write_adapter(file, content, {"note": "x"}, UNET)
     assert_same(read_adapter(file), content)
 
 
 def test_a_bin_depends_on_its_tensors_alone(tmp_path: Path) -> None:
     content = tables()
     for name in ("a.bin", "b.bin"):
-        write_adapter(tmp_path / name, content, {})
+        write_adapter(tmp_path / name, content, {}, UNET)
     for name in ("1.to_k_ip.weight", "1.to_v_ip.weight"):
         wide = torch.zeros(8, 2000) if "to_k" in name else torch.zeros(2000, 8)
         part = wide[:8, :8]  # the second is contiguous, in a storage far larger than itself
         content["ip_adapter"][name] = part.copy_(content["ip_adapter"][name])
-    write_adapter(tmp_path / "c.bin", content, {})
+    write_adapter(tmp_path / "c.bin", content, {}, UNET)
     assert len({(tmp_path / name).read_bytes() for name in ("a.bin", "b.bin", "c.bin")}) == 1
 
 
 def test_a_bin_is_two_plain_tables_in_order_and_a_safetensors_is_flat_with_metadata(tmp_path: Path) -> None:
-    write_adapter(tmp_path / "a.bin", tables(), {"note": "x"})
+    write_adapter(tmp_path / "a.bin", tables(), {"note": "x"}, UNET)
     loaded = torch.load(tmp_path / "a.bin", weights_only=True)
     assert type(loaded) is dict and list(loaded) == ["image_proj", "ip_adapter"]
     assert all(type(table) is dict and type(t) is Tensor for table in loaded.values() for t in table.values())
-    write_adapter(tmp_path / "a.safetensors", tables(), {"note": "x"})
+    write_adapter(tmp_path / "a.safetensors", tables(), {"note": "x"}, UNET)
     with safe_open(tmp_path / "a.safetensors", "pt") as opened:
         assert set(opened.keys()) == set(flat(tables()))
         assert opened.metadata() == {"format": "pt", "note": "x", "weights_sha256": weights_sha256(tables())}
@@ -118,10 +120,10 @@ def test_a_bin_is_two_plain_tables_in_order_and_a_safetensors_is_flat_with_metad
 
 def test_other_suffixes_and_unwritable_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Problem, match=r"not \.pt"):
-        write_adapter(tmp_path / "a.pt", tables(), {})
+        write_adapter(tmp_path / "a.pt", tables(), {}, UNET)
     for suffix in (".safetensors", ".bin"):
         with pytest.raises(StorageProblem, match="was not written"):
-            write_adapter(tmp_path / "missing" / f"a{suffix}", tables(), {})
+            write_adapter(tmp_path / "missing" / f"a{suffix}", tables(), {}, UNET)
 
 
 class Hostile:
@@ -259,18 +261,18 @@ def test_an_unknown_layout_is_refused_with_what_was_found(tmp_path: Path) -> Non
 
 def test_a_projector_of_no_variant_and_one_of_wrong_shapes_are_refused(tmp_path: Path) -> None:
     content = tables()
-    write_adapter(tmp_path / "a.bin", {**content, "image_proj": {"mlp.weight": torch.zeros(2, 2)}}, {})
+    write_adapter(tmp_path / "a.bin", {**content, "image_proj": {"mlp.weight": torch.zeros(2, 2)}}, {}, UNET)
     with pytest.raises(Problem, match="none of the variants base, full, plus"):
         _ = read_adapter(tmp_path / "a.bin").variant
     content["image_proj"]["proj.weight"] = torch.zeros(4)
-    write_adapter(tmp_path / "b.bin", content, {})
+    write_adapter(tmp_path / "b.bin", content, {}, UNET)
     with pytest.raises(Problem, match="names of the base variant and not its shapes"):
         _ = read_adapter(tmp_path / "b.bin").facts
 
 
 def test_a_flipped_bit_is_noticed_in_our_files(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
-    write_adapter(file, tables(), {})
+    write_adapter(file, tables(), {}, UNET)
     content = bytearray(file.read_bytes())
     content[-20] ^= 1
     file.write_bytes(content)
@@ -322,12 +324,12 @@ def test_a_card_that_was_changed_is_not_believed(model: Model, base_folder: Call
 def test_a_checkpoint_names_its_models_and_rebuilds_itself(model: Model, base_folder: Callable, tmp_path: Path) -> None:
     folder = save_checkpoint(model, base_folder("sd1"), tmp_path / "run", 3)
     again = load_model(folder)
-    assert again.variant is model.variant and again.config == model.config
+    assert again.variant is model.variant and again.architecture.config == model.architecture.config
     assert all(torch.equal(v, again.adapter.state_dict()[k]) for k, v in model.adapter.state_dict().items())
 
 
 def test_loading_draws_from_no_one(base_folder: Callable, encoder_folder: Path, model: Model, tmp_path: Path) -> None:
-    write_adapter(tmp_path / "a.bin", model.adapter.published(), {})
+    write_adapter(tmp_path / "a.bin", model.adapter.published(), {}, UNET)
     torch.manual_seed(5)
     expected = torch.randn(3)
     torch.manual_seed(5)
@@ -339,7 +341,7 @@ def test_files_that_do_not_name_their_models_ask_for_flags(
     model: Model, base_folder: Callable, encoder_folder: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "a.bin"
-    write_adapter(file, model.adapter.published(), {})
+    write_adapter(file, model.adapter.published(), {}, UNET)
     with pytest.raises(Problem, match="does not name its base model") as caught:
         load_model(file, None, str(encoder_folder))
     assert "--pretrained_model_name_or_path" in caught.value.remedy
@@ -359,7 +361,7 @@ def test_a_moved_base_model_is_told_with_who_named_it(model: Model, tmp_path: Pa
 def test_starting_from_a_file_of_another_variant_is_refused(
     model: Model, base_folder: Callable, encoder_folder: Path, tmp_path: Path
 ) -> None:
-    write_adapter(tmp_path / "a.bin", model.adapter.published(), {})
+    write_adapter(tmp_path / "a.bin", model.adapter.published(), {}, UNET)
     plus = build(base_folder("sd1"), encoder_folder, "plus")
     with pytest.raises(Problem, match="a base adapter, the model has a plus one"):
         read_adapter_into(plus, tmp_path / "a.bin")
@@ -398,7 +400,7 @@ def test_a_published_checkpoint_that_lost_nothing_is_read_as_it_is(model: Model,
 def test_rescued_layers_must_be_the_base_models_own(
     model: Model, base_folder: Callable, encoder_folder: Path, tmp_path: Path
 ) -> None:
-    unet = build(base_folder("sd1"), encoder_folder, "base").family.denoiser
+    unet = build(base_folder("sd1"), encoder_folder, "base").denoiser.net
     Trained(unet, model.adapter.image_proj_model).save(tmp_path / "model.safetensors")
     read_adapter_into(model, tmp_path)
     content = load_file(tmp_path / "model.safetensors")
@@ -414,11 +416,21 @@ def test_rescued_layers_must_be_the_base_models_own(
         read_adapter(tmp_path)
 
 
-@pytest.mark.parametrize("loaded_with", [{}, {"clip_skip": 2, "revision": "a"}])
-def test_a_card_comes_back_from_json_and_from_metadata(model: Model, loaded_with: dict) -> None:
-    card = card_of(model, base="b", step=3, images_seen=6, loaded_with=loaded_with)
+@pytest.mark.parametrize(
+    ("more", "version"),
+    [
+        ({}, 1),
+        ({"loaded_with": {"clip_skip": 2, "revision": "a"}}, 2),
+        ({"layout": "unet_lora", "layout_config": {"lora_rank": 8}}, 3),
+        ({"image_encoder": "siglip", "preprocessing": {"size": [8, 8]}, "loaded_with": {"revision": "a"}}, 3),
+        ({"no_image": {"penultimate": "black_image"}}, 3),
+    ],
+)
+def test_a_card_comes_back_from_json_and_from_metadata(model: Model, more: dict[str, Any], version: int) -> None:
+    plain = card_of(model, base="b", step=3, images_seen=6, loaded_with={})
+    card = plain.model_copy(update=more)
     assert AdapterCard.from_json(card.to_json(), "x") == card
-    assert json.loads(card.to_json())["format_version"] == (2 if loaded_with else 1), "older versions read those"
+    assert json.loads(card.to_json())["format_version"] == version, "older versions read those"
     assert AdapterCard.from_metadata(card.to_metadata(), "x") == card
     assert all(isinstance(value, str) for value in card.to_metadata().values())
     unknown = card.model_copy(update={"step": None, "images_seen": None})
@@ -430,9 +442,9 @@ def test_a_card_that_cannot_be_understood_is_refused(model: Model) -> None:
     content = json.loads(card_of(model, base="b", step=3, images_seen=6, loaded_with={}).to_json())
     for change, what in (
         ({"stepp": 1}, "unknown key 'stepp'"),
-        ({"format_version": 3}, "has format 3, this package knows 2"),
+        ({"format_version": 4}, "has format 4, this package knows 3"),
         ({"step": "many"}, "step: "),
-        ({"feature": "last"}, "feature: "),
+        ({"feature_dim": "wide"}, "feature_dim: "),
     ):
         with pytest.raises(Problem, match=what) as caught:
             AdapterCard.from_json(json.dumps(content | change), "adapter.json")
@@ -440,8 +452,8 @@ def test_a_card_that_cannot_be_understood_is_refused(model: Model) -> None:
     for text in ("{", "[]", "3"):
         with pytest.raises(Problem, match="cannot be read"):
             AdapterCard.from_json(text, "adapter.json")
-    metadata = {"package": "ip_adapter_trainer", "format_version": "3"}
-    with pytest.raises(Problem, match="has format 3"):
+    metadata = {"package": "ip_adapter_trainer", "format_version": "4"}
+    with pytest.raises(Problem, match="has format 4"):
         AdapterCard.from_metadata(metadata, "a")
 
 

@@ -24,6 +24,7 @@ from ip_adapter_trainer.adapter_files import read_adapter, write_adapter
 from ip_adapter_trainer.card import card_of
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.export import TOLERANCE, ExportConfig, Exported, export
+from ip_adapter_trainer.layouts import make_layout
 from ip_adapter_trainer.loading.adapter import load_model
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.train import checkpoint
@@ -70,11 +71,10 @@ def drawn(pipeline: Any, **image: Any) -> Tensor:
 
 
 def drawn_by_us(model: Model) -> Tensor:
-    features = model.features(model.encoder.preprocess(picture())[None])
+    features, nulls = model.features({"image": model.encoder.preprocess(picture())[None]}), model.null(1)
     with torch.no_grad(), model.attached():
-        both = torch.cat([model.encoder.null(model.variant.feature), features])
-        model.prompt.tokens, model.prompt.scale = model.project(both), 1.0
-        return drawn(model.family.pipeline)
+        model.show(model.project({need: torch.cat([nulls[need], features[need]]) for need in features}))
+        return drawn(model.denoiser.pipeline)
 
 
 def drawn_by_diffusers(base: Path, encoder: Path, file: Path) -> Tensor:
@@ -99,7 +99,7 @@ def test_a_file_draws_in_diffusers_what_the_live_adapter_draws(
     assert [path.name for path in file.parent.iterdir()] == [file.name]
     ours, theirs = drawn_by_us(model), drawn_by_diffusers(base, encoder_folder, file)
     assert float((ours - theirs).abs().max()) <= SAME
-    assert float((ours - drawn(model.family.pipeline)).abs().max()) > 0.01, "the adapter must matter"
+    assert float((ours - drawn(model.denoiser.pipeline)).abs().max()) > 0.01, "the adapter must matter"
     read_strictly(model, file)
 
 
@@ -121,7 +121,7 @@ def test_an_encoder_that_only_we_can_load_is_told(base_folder: Callable, encoder
 def read_strictly(model: Model, file: Path) -> None:
     """As the original classes read: a list of all processors, and every key of the file in its place."""
     content = read_adapter(file)
-    with_processors(model.family.denoiser).load_state_dict(content.ip_adapter, strict=True)
+    with_processors(model.denoiser.net).load_state_dict(content.ip_adapter, strict=True)
     model.adapter.image_proj_model.load_state_dict(content.image_proj, strict=True)
 
 
@@ -193,7 +193,7 @@ def test_half_precision_is_compared_with_the_same_rounded_weights(
 def test_a_checkpoint_that_the_published_script_spoiled_becomes_a_file(
     model: Model, base: Path, encoder_folder: Path, tmp_path: Path
 ) -> None:
-    module = Trained(build(base, encoder_folder, "base").family.denoiser, model.adapter.image_proj_model)
+    module = Trained(build(base, encoder_folder, "base").denoiser.net, model.adapter.image_proj_model)
     expected = module.save(tmp_path / "checkpoint-700" / "model.safetensors")
     flags = {"pretrained_model_name_or_path": str(base), "image_encoder_path": str(encoder_folder)}
     exported = run(model, base, tmp_path, source=tmp_path / "checkpoint-700", dtype="fp32", **flags)
@@ -238,7 +238,7 @@ def test_a_file_with_one_weight_changed_is_refused(
     name: str, model: Model, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        exporting, "write_adapter", lambda path, tables, metadata: write_adapter(path, spoil(tables, name), metadata)
+        exporting, "write_adapter", lambda path, tables, *told: write_adapter(path, spoil(tables, name), *told)
     )
     with pytest.raises(Problem, match="was not written as it is"):
         run(model, base, tmp_path)
@@ -252,9 +252,9 @@ def test_a_file_with_one_weight_changed_is_refused(
 def test_a_file_that_diffusers_does_not_load_is_refused(
     model: Model, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def without_a_layer(path: Path, tables: Any, metadata: Any) -> None:
+    def without_a_layer(path: Path, tables: Any, *told: Any) -> None:
         pairs = {name: tensor for name, tensor in tables["ip_adapter"].items() if not name.startswith("7.")}
-        write_adapter(path, {**tables, "ip_adapter": pairs}, metadata)
+        write_adapter(path, {**tables, "ip_adapter": pairs}, *told)
 
     monkeypatch.setattr(exporting, "write_adapter", without_a_layer)
     monkeypatch.setattr(exporting, "_reread", lambda stage, tables: read_adapter(stage))
@@ -317,15 +317,17 @@ def test_an_adapter_that_diffusers_would_compute_otherwise_is_refused(
 ) -> None:
     tables = trained(base, encoder_folder, "plus").adapter.published()
     deeper = {name.replace("layers.3.", "layers.4."): tensor for name, tensor in tables["image_proj"].items()}
-    write_adapter(tmp_path / "source.bin", {**tables, "image_proj": {**tables["image_proj"], **deeper}}, {})
+    write_adapter(
+        tmp_path / "source.bin", {**tables, "image_proj": {**tables["image_proj"], **deeper}}, {}, make_layout("unet")
+    )
     with pytest.raises(Problem, match="diffusers computes a resampler of depth 4, the file has 5"):
         export(ExportConfig(source=str(tmp_path / "source.bin"), output=str(tmp_path / "adapter.bin")))
     assert_nothing_new(tmp_path)
 
 
 def test_the_pipeline_is_given_back_as_it_was(model: Model, base: Path, tmp_path: Path) -> None:
-    before = drawn(model.family.pipeline)
-    write_adapter(tmp_path / "adapter.safetensors", model.adapter.published(), {})
+    before = drawn(model.denoiser.pipeline)
+    write_adapter(tmp_path / "adapter.safetensors", model.adapter.published(), {}, model.layout)
     assert exporting.verify(model, tmp_path / "adapter.safetensors") <= TOLERANCE
-    assert model.family.pipeline.image_encoder is None and not model.is_attached
-    assert torch.equal(drawn(model.family.pipeline), before)
+    assert model.denoiser.pipeline.image_encoder is None and not model.is_attached
+    assert torch.equal(drawn(model.denoiser.pipeline), before)

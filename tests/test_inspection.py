@@ -29,10 +29,13 @@ from ip_adapter_trainer.card import card_of
 from ip_adapter_trainer.config import parse
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.inspection import InspectConfig, examine, inspect
+from ip_adapter_trainer.layouts import make_layout
 from ip_adapter_trainer.loading.adapter import read_adapter_into
 from ip_adapter_trainer.train import checkpoint
 from tests.published import Trained
 from tests.test_model import build
+
+UNET = make_layout("unet")
 
 
 def pairs(context_dim: int, layers: int | None = None) -> dict[str, Tensor]:
@@ -52,9 +55,10 @@ def published(
     kind = VARIANTS[variant]
     settings = kind.Config(**config)
     with torch.device("meta"):
-        projector = kind.projector(settings, context_dim=context_dim, feature_dim=feature_dim, feature_length=257)
+        projector = kind.projector(settings, dict.fromkeys(kind.needs, (257, feature_dim)), context_dim)
     tables = dict(projector.state_dict()), pairs(context_dim, layers)
-    return AdapterFile(Path("a.safetensors"), "published", "safetensors", *tables, metadata={}, card=None, layers={})
+    named: dict[str, Any] = {"metadata": {}, "card": None, "layout": UNET, "layers": {}}
+    return AdapterFile(Path("a.safetensors"), "published", "safetensors", *tables, **named)
 
 
 def count(tensors: dict[str, Tensor]) -> int:
@@ -161,7 +165,7 @@ def test_a_real_file_is_told_with_what_its_readers_must_know(tmp_path: Path) -> 
         table: {n: torch.zeros(t.shape, dtype=torch.float16) for n, t in ts.items()}
         for table, ts in file.tables.items()
     }
-    write_adapter(tmp_path / "a.safetensors", tables, {"note": "line\x1b[2J\nbreak", "long": "x" * 999})
+    write_adapter(tmp_path / "a.safetensors", tables, {"note": "line\x1b[2J\nbreak", "long": "x" * 999}, UNET)
     report = examine(tmp_path / "a.safetensors")
     assert sum(report.parameters.values()) == 21_794_304 and report.dtypes == ["float16"] and report.tokens is None
     assert report.readers == {"diffusers": None, "original": None, "comfy": None}
@@ -172,7 +176,7 @@ def test_a_real_file_is_told_with_what_its_readers_must_know(tmp_path: Path) -> 
 
 def test_a_spoiled_checkpoint_is_told_as_one(base_folder: Callable, encoder_folder: Path, tmp_path: Path) -> None:
     model = build(base_folder("sd1"), encoder_folder, "base")
-    Trained(model.family.denoiser, model.adapter.image_proj_model).save(tmp_path / "model.safetensors")
+    Trained(model.denoiser.net, model.adapter.image_proj_model).save(tmp_path / "model.safetensors")
     report = examine(tmp_path)
     assert "lost its adapter_modules" in report.layout and report.layers == [1, 3, 5, 7]
 
@@ -257,11 +261,15 @@ def test_a_card_that_the_shapes_contradict_is_told_and_nothing_is_started_from_i
 ) -> None:
     model = build(base_folder("sd1"), encoder_folder, "plus")
     card = card_of(model, base=str(base_folder("sd1")), step=3, images_seen=9, loaded_with={})
-    metadata = card.to_metadata() | {"variant": "base", "feature_dim": "47"}
-    write_adapter(tmp_path / "a.safetensors", model.adapter.published(), metadata)
+    metadata = card.to_metadata() | {"variant": "base", "feature": "last", "feature_dim": "47"}
+    write_adapter(tmp_path / "a.safetensors", model.adapter.published(), metadata, UNET)
     report = examine(tmp_path / "a.safetensors")
-    for told in ("the card says variant 'base', the weights plus", "the card says feature_dim 47, the weights 48"):
-        assert any(told in remark for remark in report.remarks)
+    for told in (
+        "variant 'base', the weights plus",
+        "feature 'last', the weights pen",
+        "feature_dim 47, the weights 48",
+    ):
+        assert any(f"the card says {told}" in remark for remark in report.remarks)
     assert report.variant == "plus" and "the card says" in (report.start_refusal or "")
     with pytest.raises(Problem, match="the card says"):
         read_adapter_into(model, tmp_path / "a.safetensors")
@@ -272,7 +280,7 @@ def test_what_inspect_says_of_starting_is_what_training_does(
 ) -> None:
     file = tmp_path / "a.bin"
     wide = build(base_folder("sd1"), encoder_folder, "plus", num_tokens=32, resampler_heads=8)
-    write_adapter(file, wide.adapter.published(), {})
+    write_adapter(file, wide.adapter.published(), {}, UNET)
     flags = f"--pretrained_ip_adapter_path {file} --variant plus --num_tokens 32 --resampler_heads 8"
     assert examine(file).start_flags == flags
     read_adapter_into(wide, file)
@@ -281,7 +289,7 @@ def test_what_inspect_says_of_starting_is_what_training_does(
     assert caught.value.remedy == "take --num_tokens 32 --resampler_heads 8"
     tables = wide.adapter.published()
     tables["image_proj"]["pos_emb.weight"] = torch.zeros(5, 64)
-    write_adapter(file, tables, {})
+    write_adapter(file, tables, {}, UNET)
     assert "pos_emb.weight has the shape [5, 64], and none" in (examine(file).start_refusal or "")
     with pytest.raises(Problem, match="pos_emb"):
         read_adapter_into(wide, file)

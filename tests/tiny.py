@@ -15,18 +15,31 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from transformers import (
+    BitImageProcessorPil,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 
 from ip_adapter_trainer.pocket import models
 
 Base = Literal["sd1", "sd2v", "sdxl", "sdxlv"]
 BASES: tuple[Base, ...] = ("sd1", "sd2v", "sdxl", "sdxlv")
+Encoder = Literal["siglip", "siglip2", "dinov2", "dinov2_with_registers"]
+ENCODERS: tuple[Encoder, ...] = ("siglip", "siglip2", "dinov2", "dinov2_with_registers")
 UNETS: tuple[Base, ...] = BASES[:3]  # where only the denoiser matters
+FEATURES = ("image_embeds", "penultimate")  # of every image encoder
 CONTEXT_DIM = {"sd1": 64, "sd2v": 128, "sdxl": 128, "sdxlv": 160}
 
 
@@ -112,6 +125,31 @@ def make_encoder(folder: Path, *, hidden: int = 48, projection: int = 40, side_p
         num_attention_heads=4, image_size=side_px, patch_size=8,
     )  # fmt: skip
     CLIPVisionModelWithProjection(config).save_pretrained(folder)
+    return folder
+
+
+def make_other_encoder(folder: Path, kind: Encoder) -> Path:
+    """Writes an image encoder of another kind, 32 px and 8 px patches, with its preprocessing.
+
+    `siglip` is the half that sees alone; `siglip2` a whole model with text, as SigLIP 2 of fixed resolution is.
+    """
+    torch.manual_seed(4)
+    sizes: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3}
+    sizes |= {"num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+    if kind == "siglip":
+        SiglipVisionModel(SiglipVisionConfig(**sizes)).save_pretrained(folder)
+    elif kind == "siglip2":
+        text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        SiglipModel(SiglipConfig(vision_config=sizes, text_config=text | {"vocab_size": 64})).save_pretrained(folder)
+    elif kind == "dinov2":
+        Dinov2Model(Dinov2Config(**sizes, mlp_ratio=2)).save_pretrained(folder)
+    else:
+        Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**sizes, mlp_ratio=2)).save_pretrained(folder)
+    if kind.startswith("siglip"):
+        processor: Any = SiglipImageProcessorPil(size={"height": 32, "width": 32})
+    else:
+        processor = BitImageProcessorPil(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32})
+    processor.save_pretrained(folder)
     return folder
 
 

@@ -31,19 +31,26 @@ def card_of(
         images_seen: by them; None: not known.
         loaded_with: see `loading.config.loaded_with`.
     """
-    kind = model.variant.feature
+    need = model.variant.needs[0]
+    encoder, rules = model.encoder, {need.name: model.layout.null(need) for need in model.variant.needs}
+    is_published = model.layout.name == "unet" and encoder.kind == "clip"
     return AdapterCard(
         variant=VARIANTS.name_of(model.variant),
-        variant_config=model.config.model_dump(mode="json"),
-        family=model.family.name,
+        variant_config=model.architecture.config.model_dump(mode="json"),
+        family=model.base.family,
         num_tokens=model.num_tokens,
         pretrained_model_name_or_path=base,
-        image_encoder_path=model.encoder.name,
-        feature=kind,
-        feature_dim=model.encoder.width(kind),
-        context_dim=model.family.context_dim,
+        image_encoder_path=encoder.name,
+        feature=need.feature,
+        feature_dim=model.encoders[need.role].features[need.feature][-1],
+        context_dim=model.layout.token_dim(model.denoiser),
         step=step,
         images_seen=images_seen,
         package_version=package_version(),
         loaded_with=dict(loaded_with),
+        layout=model.layout.name,
+        layout_config=model.architecture.layout_config.model_dump(mode="json"),
+        image_encoder=encoder.kind,
+        preprocessing=encoder.preprocessing,
+        no_image={} if is_published else rules,
     )

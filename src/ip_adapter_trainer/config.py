@@ -20,6 +20,7 @@ from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.core.errors import Problem, did_you_mean
 from ip_adapter_trainer.core.settings import Alias, Part, as_flags
 from ip_adapter_trainer.families import FAMILIES
+from ip_adapter_trainer.layouts import LAYOUTS
 from ip_adapter_trainer.loading.base import family_of
 from ip_adapter_trainer.loading.config import BaseConfig
 from ip_adapter_trainer.runtime.launcher import accumulation_steps, demand_same_accumulation
@@ -33,8 +34,10 @@ RESOLVED = "config.yaml"
 _OF_BASE = ("base_config", "revision", "weights_variant", "pretrained_vae_model_name_or_path")
 
 
-def compose(variant: str, family: str) -> type[TrainConfig]:
-    """The settings class of a run with this variant and family; "auto" adds no family settings.
+def compose(variant: str, family: str, layout: str | None = None) -> type[TrainConfig]:
+    """Return the settings class of a run with this variant and family; "auto" adds no family settings.
+
+    The settings of a layout are there where it is asked for, or the only one that the variant goes with.
 
     Raises:
         Problem: an unknown name.
@@ -42,6 +45,8 @@ def compose(variant: str, family: str) -> type[TrainConfig]:
     parts: tuple[type[Part], ...] = (TrainConfig, VARIANTS[variant].Config)
     if family != "auto":
         parts += (FAMILIES[family].Config,)
+    if layout or len(VARIANTS[variant].layouts) == 1:
+        parts += (LAYOUTS[layout or VARIANTS[variant].layouts[0]].Config,)
     bases = tuple(p for p in dict.fromkeys(parts) if not any(q is not p and issubclass(q, p) for q in parts))
     name, doc = "TrainSettings", "Train an image-prompt adapter."
     return create_model(name, __base__=bases, __doc__=doc)  # type: ignore[arg-type]
@@ -100,7 +105,7 @@ def parse_train(
         defaults: values in place of the settings' own defaults, for scripts that do something of their own.
     """
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("config", "variant", "family", "low_memory", "pretrained_model_name_or_path", *_OF_BASE):
+    for name in ("config", "variant", "family", "layout", "low_memory", "pretrained_model_name_or_path", *_OF_BASE):
         peek.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name)
     known, flags = peek.parse_known_args(list(argv))
     beneath = read_yaml(known.config) if known.config else {}
@@ -112,7 +117,7 @@ def parse_train(
     _demand_variant(str(chosen["variant"]))  # before the hub is asked for anything
     where = BaseConfig(**{name: str(chosen[name]) for name in _OF_BASE if chosen.get(name) is not None})
     family = chosen["family"] if asks_help or not base else family_of(str(base), str(chosen["family"]), where)
-    kind = compose(str(chosen["variant"]), str(family))
+    kind = compose(str(chosen["variant"]), str(family), chosen.get("layout"))
     if known.config:
         check_keys(beneath, kind, known.config)
     card = _small_card(str(family), chosen.get("low_memory"))

@@ -109,15 +109,15 @@ def _export(folder: Path) -> Path:
 
 
 def _draw(model: Model, pairs: list[Pair], references: list[Image], config: DemoConfig, scale: float) -> list[Image]:
-    from ip_adapter_trainer.evaluate.sample import Sampling, image_tokens, sample
+    from ip_adapter_trainer.evaluate.sample import Sampling, image_features, sample
 
     how = Sampling(
         world.SIZE_PX, world.SIZE_PX, steps=config.steps, guidance_scale=config.guidance_scale, scale=scale,
         batch_images=50,
     )  # fmt: skip
-    tokens = image_tokens(model, [[r] for r in references])
+    features = image_features(model, [[r] for r in references])
     prompts = [_prompt(p) for p in pairs]
-    return sample(model, tokens, prompts, [config.seed + i for i in range(len(pairs))], how)
+    return sample(model, features, prompts, [config.seed + i for i in range(len(pairs))], how)
 
 
 def _load(adapter: Path, folder: Path) -> Model:

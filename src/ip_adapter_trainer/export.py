@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import tyro
@@ -12,22 +12,22 @@ from pydantic import Field
 from torch import Tensor
 
 from ip_adapter_trainer.adapter_files import READERS, AdapterFile, check_suffix, read_adapter, refusals, write_adapter
-from ip_adapter_trainer.adapters import VARIANTS, Reader
+from ip_adapter_trainer.adapters import IMAGE, VARIANTS
 from ip_adapter_trainer.card import card_of, package_version
 from ip_adapter_trainer.core.errors import Problem, StorageProblem, first_line
-from ip_adapter_trainer.core.log import silent_diffusers
 from ip_adapter_trainer.core.rng import stream
 from ip_adapter_trainer.core.settings import alias
-from ip_adapter_trainer.core.values import Geometry, TextCondition
+from ip_adapter_trainer.core.values import Geometry
 from ip_adapter_trainer.diffusion.schedulers import NoiseConfig
-from ip_adapter_trainer.loading.adapter import build_model, remembered_by
+from ip_adapter_trainer.layouts import Probe, Reader
+from ip_adapter_trainer.loading.adapter import build_model, load_into, remembered_by
 from ip_adapter_trainer.loading.config import BaseConfig, loaded_with
+from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.storage.disk import demand_folder
 from ip_adapter_trainer.storage.staging import staged_file, sweep_stages
 
 if TYPE_CHECKING:
     from ip_adapter_trainer.adapter_files import AdapterCard
-    from ip_adapter_trainer.model import Model
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 TOLERANCE = 1e-5  # largest difference over largest output, in fp32
@@ -60,6 +60,7 @@ class Exported:
     variant: str
     parameters: int
     dtype: str
+    reader: str  # that reloaded it
     difference: float  # of the denoiser's output, relative; see `verify`
     refusals: dict[Reader, str]  # why readers other than diffusers cannot take the file
     is_encoder_mended: bool  # then other programs need a mended copy of it
@@ -67,7 +68,7 @@ class Exported:
     def __str__(self) -> str:
         size = f"{self.path.stat().st_size / 1e6:.1f} MB"
         lines = [f"{self.path}: {self.variant}, {self.parameters:,} parameters in {self.dtype}, {size}"]
-        lines.append(f"reloaded by diffusers: differs from the live adapter by {self.difference:.1e} of the output")
+        lines.append(f"reloaded by {self.reader}: differs from the live adapter by {self.difference:.1e} of the output")
         lines += [f"notice: {READERS[reader]} {why}" for reader, why in self.refusals.items()]
         if self.is_encoder_mended:
             lines.append(
@@ -89,7 +90,7 @@ def export(config: ExportConfig) -> Exported:
     _check_output(out, config.overwrite)
     file = read_adapter(config.source)
     unreadable = file.variant.refusals(file.shapes).get("diffusers")
-    if unreadable:
+    if unreadable and file.layout.reader == READERS["diffusers"]:
         remedy = "such an adapter cannot be used or verified; train one with the default settings"
         raise Problem(f"diffusers {unreadable}", where=str(file.path), remedy=remedy)
     base, encoder = config.pretrained_model_name_or_path, config.image_encoder_path
@@ -101,7 +102,7 @@ def export(config: ExportConfig) -> Exported:
         out.parent.mkdir(parents=True, exist_ok=True)
         sweep_stages(out)
         with staged_file(out) as stage:
-            write_adapter(stage, tables, card.to_metadata())
+            write_adapter(stage, tables, card.to_metadata(), model.layout)
             written = _reread(stage, tables)
             difference = verify(model, stage)
     except OSError as error:
@@ -112,6 +113,7 @@ def export(config: ExportConfig) -> Exported:
         variant=VARIANTS.name_of(file.variant),
         parameters=sum(tensor.numel() for table in tables.values() for tensor in table.values()),
         dtype=config.dtype,
+        reader=model.layout.reader,
         difference=difference,
         refusals=refusals(written),
         is_encoder_mended=model.encoder.is_mended,
@@ -172,75 +174,62 @@ def _reread(stage: Path, tables: dict[str, dict[str, Tensor]]) -> AdapterFile:
 
 @torch.no_grad()
 def verify(model: Model, file: Path) -> float:
-    """Loads a file with diffusers' `load_ip_adapter` and compares the denoiser's output with the live adapter's.
+    """Load a file by its layout's reader and compare the denoiser's output with the live adapter's.
 
-    One picture is given and one is not, so what the loader feeds for "no picture" is compared as well. The model must
-    hold the file's weights; its pipeline is given back without an adapter.
+    One image is given and one is not, so what the loader feeds for "no image" is compared as well. The model must hold
+    the file's weights; its pipeline is given back without an adapter.
 
     Returns:
         The largest difference, over the largest output.
 
     Raises:
-        Problem: diffusers refuses the file, or computes something else with it.
+        Problem: the reader refuses the file, or computes something else with it.
     """
-    probe = _Probe.of(model)
-    live = probe.live(model)
+    probe, reader = probe_of(model), model.layout.reader
+    with model.attached():
+        image = model.project(probe.features, probe.time)
+        live = model.predict(probe.noisy, probe.time, probe.text, probe.geometry, image)
     try:
-        reloaded = probe.reloaded(model, file)
+        reloaded = model.layout.verify(model.denoiser, file, probe)
+        if reloaded is None:
+            reloaded = _reloaded_by_us(model, file, probe)
     except (RuntimeError, ValueError, KeyError, OSError) as error:
-        what = f"diffusers does not load what was written: {first_line(error)}"
+        if isinstance(error, Problem):
+            raise
+        what = f"{reader} does not load what was written: {first_line(error)}"
         raise Problem(what, where=str(file.parent), remedy="report this with --debug; no file was left") from error
     difference = float((reloaded - live).abs().max() / live.abs().max())
     if not difference <= TOLERANCE:
-        what = f"diffusers computes something else with the file: largest difference {difference:.1e} of the output"
+        what = f"{reader} computes something else with the file: largest difference {difference:.1e} of the output"
         raise Problem(what, where=str(file.parent), remedy="report this with --debug; no file was left")
     return difference
 
 
-@dataclass(frozen=True)
-class _Probe:
-    """Fixed inputs, for "no picture" first and a picture second, as guided pipelines order them."""
+def probe_of(model: Model) -> Probe:
+    """Return inputs of the model's own sizes, the same at every export."""
 
-    noisy: Tensor  # [2, C, h, w]
-    timesteps: Tensor  # [2]
-    text: TextCondition
-    pixels: Tensor  # [1, 3, S, S], preprocessed for the image encoder
+    def noise(purpose: str, *shape: int) -> Tensor:
+        """Unit normal [*shape], from a stream of its own."""
+        return torch.from_numpy(stream(0, f"export-{purpose}").standard_normal(shape, dtype="float32"))
 
-    @classmethod
-    def of(cls, model: Model) -> _Probe:
-        """Inputs of the model's own sizes, the same at every export."""
+    size, sides = (PROBE_PX, PROBE_PX), {role: encoder.side_px for role, encoder in model.encoders.items()}
+    prompts = {role: noise("pixels", 1, 3, side, side) for role, side in sides.items()}
+    images, nulls = model.features(prompts), model.null(1)
+    return Probe(
+        noisy=noise("latents", 2, *model.codec.latent_shape(*size)),
+        time=torch.tensor([100, 800]),
+        text=model.codec.text(["a picture", ""]),
+        geometry=[Geometry(size, (0, 0), size)] * 2,
+        pixels=prompts[IMAGE],
+        features={need: torch.cat([nulls[need], images[need]]) for need in model.variant.needs},
+        encoder=model.encoder,
+    )
 
-        def noise(purpose: str, *shape: int) -> Tensor:
-            """Unit normal, from a stream of its own."""
-            return torch.from_numpy(stream(0, f"export-{purpose}").standard_normal(shape, dtype="float32"))
 
-        side, size = model.encoder.side_px, (PROBE_PX, PROBE_PX)
-        return cls(
-            noise("latents", 2, *model.family.latent_shape(*size)),
-            torch.tensor([100, 800]),
-            model.family.encode_text(["a picture", ""], [Geometry(size, (0, 0), size)] * 2),
-            noise("pixels", 1, 3, side, side),
-        )
-
-    def live(self, model: Model) -> Tensor:
-        """The denoiser's output with our own layers."""
-        null = model.encoder.null(model.variant.feature)
-        features = torch.cat([null, model.features(self.pixels)])
-        with model.attached():
-            return model.predict(self.noisy, self.timesteps, self.text, model.project(features))
-
-    def reloaded(self, model: Model, file: Path) -> Tensor:
-        """The denoiser's output with diffusers' layers, its projector and its own "no picture"."""
-        pipeline = model.family.pipeline
-        pipeline.register_modules(image_encoder=model.encoder.model)
-        try:
-            with silent_diffusers():
-                pipeline.load_ip_adapter(
-                    str(file.parent), subfolder="", weight_name=file.name, image_encoder_folder=None
-                )
-            pipeline.set_ip_adapter_scale(1.0)
-            embeds = pipeline.prepare_ip_adapter_image_embeds(self.pixels, None, pipeline.device, 1, True)
-            condition: dict[str, Any] = {**self.text.extra, "image_embeds": embeds}
-            return model.family.predict(self.noisy, self.timesteps, TextCondition(self.text.context, condition))
-        finally:
-            pipeline.unload_ip_adapter()
+def _reloaded_by_us(model: Model, file: Path, probe: Probe) -> Tensor:
+    """The denoiser's output [2, C, h, w] with a second adapter that was built from the file."""
+    again = Model(model.base, model.encoders, model.architecture)
+    load_into(again, read_adapter(file))
+    with again.attached():
+        image = again.project(probe.features, probe.time)
+        return again.predict(probe.noisy, probe.time, probe.text, probe.geometry, image)

@@ -27,14 +27,15 @@ from ip_adapter_trainer.adapter_files.file import foreign_of, published_shapes
 from ip_adapter_trainer.adapter_files.guess import Foreign, base_guess, encoder_guess, tokens_guess
 from ip_adapter_trainer.adapter_files.raw import RawFile, read_raw
 from ip_adapter_trainer.adapter_files.readers import foreign_refusals
-from ip_adapter_trainer.adapters import VARIANTS, Reader
-from ip_adapter_trainer.adapters._variant import SDXL_CONTEXT
+from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.adapters.plus import KOLORS
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.redact import plain, redacted
-from ip_adapter_trainer.core.settings import Part, alias
+from ip_adapter_trainer.core.settings import Part, alias, as_flags
+from ip_adapter_trainer.layouts import Reader
+from ip_adapter_trainer.layouts.unet import SDXL_CONTEXT
 
-LAYOUTS = {
+FORMS = {
     "published": "published",
     "comfy": "ComfyUI's, pairs under adapter_modules",
     "checkpoint": "training checkpoint",
@@ -131,13 +132,14 @@ def examine(path: str | Path) -> AdapterReport:
 
 def _of_adapter(file: AdapterFile) -> AdapterReport:
     facts, card, why = file.facts, file.card, refusals(file)
-    context_dim, feature_dim, kind = facts["context_dim"], facts["feature_dim"], file.variant.feature
-    widths = [file.ip_adapter[f"{number}.to_k_ip.weight"].shape[0] for number in file.numbers]
+    context_dim = facts["context_dim"]
+    keys = [file.layer_shapes.get(f"{number}.to_k_ip.weight") for number in file.numbers]
+    widths = [shape[0] for shape in keys if shape]
     flags, refusal = _start(file)
     return AdapterReport(
         file=str(file.path),
         container=file.container,
-        layout=LAYOUTS[file.origin],
+        layout=FORMS[file.origin] + ("" if file.layout.name == "unet" else f", layout {file.layout.name}"),
         variant=VARIANTS.name_of(file.variant),
         base_model=base_guess(context_dim, widths)
         + (f"; the file names {_plain(card.pretrained_model_name_or_path)}" if card else ""),
@@ -145,8 +147,7 @@ def _of_adapter(file: AdapterFile) -> AdapterReport:
         layers=file.numbers,
         parameters={table: sum(t.numel() for t in tensors.values()) for table, tensors in file.tables.items()},
         dtypes=_dtypes([*file.image_proj.values(), *file.ip_adapter.values()]),
-        image_encoder=encoder_guess(kind, feature_dim)
-        + (f"; the file names {_plain(card.image_encoder_path)}" if card else ""),
+        image_encoder=_encoder(file) + (f"; the file names {_plain(card.image_encoder_path)}" if card else ""),
         steps=file.step,
         metadata=file.metadata or (card.to_metadata() if card else {}),
         readers={reader: why.get(reader) for reader in READERS},
@@ -154,6 +155,13 @@ def _of_adapter(file: AdapterFile) -> AdapterReport:
         start_refusal=refusal,
         remarks=_remarks(file, why),
     )
+
+
+def _encoder(file: AdapterFile) -> str:
+    need = file.variant.needs[0]
+    if file.card and file.card.image_encoder != "clip":
+        return f"{file.card.image_encoder} ({need.feature}, {file.feature_dim(need)} wide)"
+    return encoder_guess(need.feature, file.feature_dim(need))
 
 
 def _tokens(file: AdapterFile) -> int | None:
@@ -167,6 +175,8 @@ def _start(file: AdapterFile) -> tuple[str | None, str | None]:
     except Problem as problem:
         return None, _plain(problem.what)
     flags = [f"--variant {VARIANTS.name_of(file.variant)}", *flags_to_fit(file)]
+    if file.layout.name != "unet":
+        flags += [f"--layout {file.layout.name}", *as_flags(file.layout_config().model_dump())]
     return " ".join(["--pretrained_ip_adapter_path", shlex.quote(plain(str(file.path))), *flags]), None
 
 
@@ -174,6 +184,12 @@ def _remarks(file: AdapterFile, why: Mapping[Reader, str]) -> list[str]:
     """What a reader must be told that the file does not say."""
     facts, remarks = file.facts, [f"the file contradicts itself: {_plain(text)}" for text in file.contradictions]
     tokens = _tokens(file) or "the number of its image encoder's features (257 for ViT-H/14)"
+    if file.card and file.card.image_encoder != "clip":
+        how = ", ".join(f"{name}: {rule}" for name, rule in file.card.no_image.items())
+        remarks.append(
+            f"diffusers runs CLIP encoders alone: give it {file.card.image_encoder}'s features by "
+            f'ip_adapter_image_embeds, "no image" ({how}) first (docs/encoders.md)'
+        )
     if file.card and file.card.loaded_with:
         how = ", ".join(f"{name} {value}" for name, value in file.card.loaded_with.items())
         remarks.append(f"its frozen models were loaded with {_plain(how)}")

@@ -1,40 +1,47 @@
-"""The one place where a family meets a variant: build, attach, project, predict, detach; the adapter's state."""
+"""The one place where a base model, image encoders, a variant and a layout meet: attach, project, predict, detach."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ip_adapter_trainer.adapters import Variant
+from ip_adapter_trainer.adapters import IMAGE, Variant
 from ip_adapter_trainer.core.devices import to_device
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.settings import Part
-from ip_adapter_trainer.core.values import Batch, Encoded, Inputs, Site, TextCondition
-from ip_adapter_trainer.encoders import ClipImageEncoder
-from ip_adapter_trainer.families import Family
-from ip_adapter_trainer.nn.attention import DecoupledProcessor, ImageKV, ImagePrompt
+from ip_adapter_trainer.core.values import Batch, Encoded, Geometry, ImageTokens, Inputs, Need
+from ip_adapter_trainer.encoders import ImageEncoder
+from ip_adapter_trainer.families import BaseModel
+from ip_adapter_trainer.layouts import Layout, Tables, choose_layers
+from ip_adapter_trainer.nn.attention import ImagePrompt
+
+Features = Mapping[Need, Tensor]  # [B, E] or [B, T, E] each
+Text = dict[str, Tensor]  # a text condition: `context` [B, L, D] and the base model's own
 
 
 class Adapter(nn.Module):
     """Everything that is trained. Its state-dict keys are the published training checkpoint's.
 
-    `image_proj_model.*` is the projector, `adapter_modules.N.to_{k,v}_ip.weight` the pairs. Weights are fp32 masters.
+    `image_proj_model.*` is the projector, `adapter_modules.N.*` the layers. Weights are fp32 masters.
     """
 
-    def __init__(self, projector: nn.Module, sites: list[Site]) -> None:
+    def __init__(self, projector: nn.Module, layers: Mapping[int, nn.Module]) -> None:
         super().__init__()
         self.image_proj_model = projector
-        self.adapter_modules = nn.ModuleDict({str(s.number): ImageKV(s.context_dim, s.width) for s in sites})
+        self.adapter_modules = nn.ModuleDict({str(number): module for number, module in layers.items()})
 
     def published(self) -> dict[str, dict[str, Tensor]]:
-        """The two tables of a published adapter file."""
+        """Return the two tables of a published adapter file."""
         return {"image_proj": self.image_proj_model.state_dict(), "ip_adapter": self.adapter_modules.state_dict()}
 
-    def load_published(self, tables: Mapping[str, Mapping[str, Tensor]], where: str) -> None:
-        """Loads a published file's tables, every key and shape checked before any weight is changed.
+    def load_published(self, tables: Tables, where: str) -> None:
+        """Load a published file's tables, every key and shape checked before any weight is changed.
 
         Raises:
             Problem: missing, unexpected or wrongly shaped tensors, each named.
@@ -42,9 +49,9 @@ class Adapter(nn.Module):
         targets = {"image_proj": self.image_proj_model, "ip_adapter": self.adapter_modules}
         faults = [f for name, target in targets.items() for f in _differences(name, target.state_dict(), tables[name])]
         if faults:
-            shown = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
+            named = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
             remedy = "check --variant, --num_tokens, the base model and the image encoder against `ip-adapter inspect`"
-            raise Problem(f"the adapter file does not fit this model: {shown}", where=where, remedy=remedy)
+            raise Problem(f"the adapter file does not fit this model: {named}", where=where, remedy=remedy)
         for name, target in targets.items():
             target.load_state_dict(dict(tables[name]))
 
@@ -59,97 +66,110 @@ def _differences(table: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Te
             yield f"{table}.{key} is {list(theirs[key].shape)}, expected {list(mine[key].shape)}"
 
 
+@dataclass(frozen=True)
+class Architecture:
+    """What an adapter is, beside its weights.
+
+    Attributes:
+        variant: which features become which tokens.
+        config: the variant's settings.
+        layout: where it sits in the denoiser.
+        layout_config: the layout's settings.
+        layers: names of the layers that carry it; see `choose_layers`.
+    """
+
+    variant: type[Variant]
+    config: Part
+    layout: Layout
+    layout_config: Part = field(default_factory=Part)
+    layers: Sequence[str] = ("all",)
+
+
 class Model:
-    """A frozen base model, a frozen image encoder and an adapter between them.
+    """A frozen base model, frozen image encoders and an adapter between them.
 
     Usage::
 
-        model = Model(family, encoder, VARIANTS["plus"], config)
+        model = Model(base, {"image": encoder}, Architecture(VARIANTS["plus"], config, layout))
         with model.attached():
-            features = model.features(pixels, drop)
-            prediction = model.predict(noisy, timesteps, text, model.project(features))
+            features = model.features(prompts, drop)
+            prediction = model.predict(noisy, time, text, geometry, model.project(features))
     """
 
-    def __init__(
-        self,
-        family: Family,
-        encoder: ClipImageEncoder,
-        variant: type[Variant],
-        config: Part,
-        layers: Sequence[str] = ("all",),
-    ) -> None:
-        self.family, self.encoder, self.variant, self.config = family, encoder, variant, config
-        kind = variant.feature
-        projector = variant.projector(
-            config,
-            context_dim=family.context_dim,
-            feature_dim=encoder.width(kind),
-            feature_length=encoder.length(kind),
-        )
-        self.sites = family.sites()
-        self.adapter = Adapter(projector, self.sites)
-        self.adapted = family.chosen_sites(layers)
-        self._copy_frozen_pairs()
+    def __init__(self, base: BaseModel, encoders: Mapping[str, ImageEncoder], architecture: Architecture) -> None:
+        self.base, self.codec, self.denoiser = base, base.codec, base.denoiser
+        self.encoders, self.architecture = encoders, architecture
+        self.variant, self.layout = architecture.variant, architecture.layout
+        token_dim = self.layout.token_dim(self.denoiser)
+        shapes = {need: encoders[need.role].features[need.feature] for need in self.variant.needs}
+        projector = self.variant.projector(architecture.config, shapes, token_dim)
+        self.layers = self.layout.layers(self.denoiser)
+        self.adapted = choose_layers(self.layers, architecture.layers, self.denoiser.layer_groups)
+        make, own = self.layout.module, architecture.layout_config
+        modules = {layer.number: make(layer, token_dim, own) for layer in self.layers}
+        self.adapter = Adapter(projector, modules)
+        for layer in self.layers:
+            modules[layer.number].start_from(self.denoiser.net.get_submodule(layer.name))
         self.silence_others()
         self.prompt = ImagePrompt()
-        self._originals: dict[str, object] | None = None
+        self._originals: dict[str, Any] | None = None
+        self._hook: Any = None
 
-    @torch.no_grad()
-    def _copy_frozen_pairs(self) -> None:
-        """K' and V' start as the text's own K and V: "to speed up the convergence" (paper, section 3.2.2)."""
-        for site in self.sites:
-            pair = self.adapter.adapter_modules[str(site.number)]
-            assert isinstance(pair, ImageKV)
-            key, value = self.family.site_weights(site)
-            pair.to_k_ip.weight.copy_(key)
-            pair.to_v_ip.weight.copy_(value)
+    @property
+    def encoder(self) -> ImageEncoder:
+        """The encoder of the image prompt itself."""
+        return self.encoders[IMAGE]
 
-    @torch.no_grad()
     def silence_others(self) -> None:
-        """Layers that carry no adapter keep pairs of zeros, which loaders demand and which add exactly nothing."""
-        adapted = {str(site.number) for site in self.adapted}
-        for number, pair in self.adapter.adapter_modules.items():
+        """Let layers that carry no adapter compute what the base model does; loaders demand that files hold them."""
+        adapted = {str(layer.number) for layer in self.adapted}
+        for number, module in self.adapter.adapter_modules.items():
             if number not in adapted:
-                for weight in pair.requires_grad_(False).parameters():
-                    weight.zero_()
+                module.requires_grad_(False).silence()  # type: ignore[operator]
 
     @property
     def num_tokens(self) -> int:
-        """Image tokens of one picture."""
+        """Image tokens of one image."""
         with torch.no_grad():
-            return self.project(self.encoder.null(self.variant.feature)).shape[1]
+            return self.project(self.null(1), torch.zeros(1, device=self.denoiser.device)).tokens.shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
         """Compute dtype: that of the frozen denoiser."""
-        return next(self.family.denoiser.parameters()).dtype
+        return self.denoiser.dtype
 
     @property
     def is_attached(self) -> bool:
-        """Whether the adapter is in the denoiser's layers now."""
+        """True while the adapter is in the denoiser's layers."""
         return self._originals is not None
 
     def attach(self) -> None:
-        """Puts the adapter into the denoiser's cross-attention layers."""
+        """Put the adapter into the denoiser's attention layers."""
         assert self._originals is None, "attached twice"
-        own = self.family.processors()
-        pairs = self.adapter.adapter_modules
-        processors = {
-            s.name: DecoupledProcessor(pairs[str(s.number)], self.prompt, own[s.name])  # type: ignore[arg-type]
-            for s in self.adapted
-        }
-        self._originals = self.family.install(processors)
+        own, modules = self.denoiser.processors([layer.name for layer in self.adapted]), self.adapter.adapter_modules
+        self.denoiser.install(
+            {
+                layer.name: self.layout.processor(layer, modules[str(layer.number)], self.prompt, own[layer.name])
+                for layer in self.adapted
+            }
+        )
+        self._originals = own
+        if self.variant.reads_time:
+            self._hook = self.denoiser.net.register_forward_pre_hook(self._project_now, with_kwargs=True)
 
     def detach(self) -> None:
-        """Puts the denoiser's own processors back; the base model is what it was."""
+        """Put the denoiser's own processors back; the base model is what it was."""
         assert self._originals is not None, "not attached"
-        self.family.install(self._originals)
+        self.denoiser.install(self._originals)
         self._originals = None
-        self.prompt.tokens = None
+        self.prompt.clear()
+        if self._hook:
+            self._hook.remove()
+            self._hook = None
 
     @contextmanager
     def attached(self) -> Iterator[Model]:
-        """Attaches for the length of a `with` block."""
+        """Attach for the length of a `with` block."""
         self.attach()
         try:
             yield self
@@ -157,76 +177,133 @@ class Model:
             self.detach()
 
     def checkpoint_activations(self) -> None:
-        """Lets the denoiser recompute activations in the backward pass: less memory for a second forward.
+        """Let the denoiser recompute activations in the backward pass: less memory for a second forward.
 
         diffusers does so in training mode only; the frozen nets here have no dropout, so the mode changes nothing else.
         """
-        self.family.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-        self.family.denoiser.train()
+        self.denoiser.net.enable_gradient_checkpointing()
+        self.denoiser.net.train()
 
     def place_encoders(self, device: torch.device | str) -> None:
-        """Moves what encodes pictures and captions to a device, ahead of the rest."""
-        self.encoder.model.to(device)
-        self.family.place_encoders(device)
+        """Move what encodes images and captions to a device, ahead of the rest."""
+        for encoder in self.encoders.values():
+            encoder.model.to(device)
+        self.codec.place(device)
 
     def place(self, device: torch.device | str) -> None:
-        """Moves the denoiser and the adapter to a device."""
-        self.family.denoiser.to(device)
+        """Move the denoiser and the adapter to a device."""
+        self.denoiser.net.to(device)
         self.adapter.to(device)
 
     def release_encoders(self, texts: bool) -> None:
-        """Lets go of the weights that only turn pictures into features and moments, where all were encoded before.
+        """Let go of the weights that only turn images into features and moments, where all were encoded before.
 
         With `texts`, where captions were too, the text encoders rest on the host and come back for prompts of grids.
         """
-        self.encoder.release(self.variant.feature)
-        self.family.release_encoder()
+        self.null(1)
+        for encoder in self.encoders.values():
+            encoder.release()
+        self.codec.release_encoder()
         if texts:
-            self.family.rest_text_encoders()
+            self.codec.rest_text_encoders()
 
     @torch.no_grad()
-    def features(self, prompt_pixels: Tensor, drop: Tensor | None = None) -> Tensor:
-        """Image features of [B, 3, S, S]; where `drop` [B] is true, the loaders' own "no picture" feature."""
-        return self._dropped(self.encoder.encode(prompt_pixels, self.variant.feature), drop)
+    def features(self, prompts: Mapping[str, Tensor], drop: Tensor | None = None) -> dict[Need, Tensor]:
+        """Return features [B, ...] of prompts [B, 3, S, S] by role; those of "no image" where `drop` [B] is true."""
+        found: dict[Need, Tensor] = {}
+        for role, pixels in prompts.items():
+            wanted = {need.feature: need for need in self.variant.needs if need.role == role}
+            encoded = self.encoders[role].encode(pixels, tuple(wanted))
+            found |= {wanted[name]: feature for name, feature in encoded.items()}
+        return self._dropped(found, drop)
 
-    def features_of(self, image: Inputs, drop: Tensor | None = None) -> Tensor:
-        """The same of a batch's pictures, which may have been encoded before."""
-        if isinstance(image, Encoded):
-            return self._dropped(image.features, drop)
-        return self.features(image.prompt_pixels, drop)
+    def features_of(self, inputs: Inputs, drop: Tensor | None = None) -> dict[Need, Tensor]:
+        """Return the same of a batch's images, which may have been encoded before."""
+        if isinstance(inputs, Encoded):
+            return self._dropped({need: inputs.features[need] for need in self.variant.needs}, drop)
+        return self.features(inputs.prompts, drop)
 
-    def moments_of(self, image: Inputs) -> Tensor:
-        """Moments [B, 2C, h, w] of a batch's targets, which may have been encoded before.
+    def null(self, count: int) -> dict[Need, Tensor]:
+        """Return the features [B, ...] of "no image", as the layout's readers feed them, for so many samples."""
+        rules = {need: self.layout.null(need) for need in self.variant.needs}
+        nulls = {need: self.encoders[need.role].null(need.feature, rule) for need, rule in rules.items()}
+        return {need: null.expand(count, *null.shape[1:]) for need, null in nulls.items()}
+
+    def _dropped(self, features: dict[Need, Tensor], drop: Tensor | None) -> dict[Need, Tensor]:
+        if drop is None or not bool(drop.any()):
+            return features
+        nulls, kept = self.null(1), {}
+        for need, feature in features.items():
+            mask = to_device(drop, feature.device).view(-1, *[1] * (feature.ndim - 1))
+            kept[need] = torch.where(mask, nulls[need].to(feature.dtype), feature)
+        return kept
+
+    def moments_of(self, inputs: Inputs) -> Tensor:
+        """Return moments [B, 2C, h, w] of a batch's targets, which may have been encoded before.
 
         Contiguous either way: kernels choose by memory format, and so round otherwise for the same numbers.
         """
-        moments = image.moments if isinstance(image, Encoded) else self.family.encode_moments(image.pixels)
+        moments = inputs.moments if isinstance(inputs, Encoded) else self.codec.moments(inputs.pixels)
         return moments.contiguous()
 
-    def text_of(self, batch: Batch) -> TextCondition:
-        """Text condition of a batch's captions, which may have been encoded before."""
-        image = batch.inputs
-        if isinstance(image, Encoded) and image.text:
-            kept = {name: tensor.to(self.family.device) for name, tensor in image.text.items()}
-            return self.family.condition(kept, batch.geometry)
-        return self.family.encode_text(batch.text, batch.geometry)
+    def text_of(self, batch: Batch) -> Text:
+        """Return the text condition of a batch's captions, which may have been encoded before."""
+        inputs = batch.inputs
+        if isinstance(inputs, Encoded) and inputs.text:
+            return {name: tensor.to(self.denoiser.device) for name, tensor in inputs.text.items()}
+        return self.codec.text(batch.text)
 
-    def _dropped(self, features: Tensor, drop: Tensor | None) -> Tensor:
-        if drop is None or not bool(drop.any()):
-            return features
-        mask = to_device(drop, features.device).view(-1, *[1] * (features.ndim - 1))
-        return torch.where(mask, self.encoder.null(self.variant.feature).to(features.dtype), features)
+    def project(
+        self, features: Features, time: Tensor | None = None, dropped: Mapping[str, Tensor] | None = None
+    ) -> ImageTokens:
+        """Return tokens [B, N, D] of features, in the compute dtype; autocast around the small projector alone.
 
-    def project(self, features: Tensor) -> Tensor:
-        """Tokens [B, N, context_dim] of features, in the compute dtype; autocast around the small projector alone."""
+        Args:
+            features: of every need, [B, ...] each.
+            time: [B]; only variants whose tokens depend on it look at it.
+            dropped: see `Variant.tokens`.
+        """
+        projector, time = self.adapter.image_proj_model, time if self.variant.reads_time else None
         if self.dtype == torch.float32:
-            return self.adapter.image_proj_model(features.float())
-        with torch.autocast(features.device.type, dtype=self.dtype):
-            return self.adapter.image_proj_model(features).to(self.dtype)
+            features = {need: feature.float() for need, feature in features.items()}
+            return self.variant.tokens(projector, features, time, dropped)
+        with torch.autocast(self.denoiser.device.type, dtype=self.dtype):
+            found = self.variant.tokens(projector, features, time, dropped)
+        embedding = None if found.time_embedding is None else found.time_embedding.to(self.dtype)
+        return ImageTokens(found.tokens.to(self.dtype), embedding)
+
+    def show(self, image: ImageTokens | None, scale: float = 1.0) -> None:
+        """Set what the adapted layers attend to from now on; None: the base model runs."""
+        self.prompt.tokens, self.prompt.time_embedding = (image.tokens, image.time_embedding) if image else (None, None)
+        self.prompt.scale, self.prompt.features = scale, None
+
+    def show_features(self, features: Features, scale: float = 1.0) -> None:
+        """Set features [B, ...] from which tokens are made for the time of each forward pass, as a sampler goes on."""
+        self.prompt.scale, self.prompt.features = scale, features
+
+    def _project_now(self, net: nn.Module, args: Any, kwargs: Any) -> None:
+        """Before a forward pass of the denoiser: tokens for its time."""
+        features = self.prompt.features
+        if features is not None:
+            time = inspect.signature(net.forward).bind(*args, **kwargs).arguments["timestep"]
+            count = next(iter(features.values())).shape[0]
+            image = self.project(features, torch.as_tensor(time, device=self.denoiser.device).expand(count))
+            self.prompt.tokens, self.prompt.time_embedding = image.tokens, image.time_embedding
 
     def predict(
-        self, noisy: Tensor, timesteps: Tensor, text: TextCondition, tokens: Tensor | None, scale: float = 1.0
+        self,
+        noisy: Tensor,
+        time: Tensor,
+        text: Text,
+        geometry: Sequence[Geometry],
+        image: ImageTokens | None,
+        scale: float = 1.0,
     ) -> Tensor:
-        """The denoiser's output with image tokens [B, N, context_dim]; None or scale 0 is the base model."""
-        self.prompt.tokens, self.prompt.scale = tokens, scale
-        return self.family.predict(noisy, timesteps, text)
+        """Return the denoiser's output [B, C, h, w] for noisy latents [B, C, h, w], times [B] and image tokens.
+
+        Without image, or at scale 0 where the layout has no deltas, it is the base model's.
+        """
+        self.show(image, scale)
+        if image is not None and scale:
+            text = self.layout.condition(text, image.tokens)
+        return self.denoiser.predict(noisy, time, text, geometry)

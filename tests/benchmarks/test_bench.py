@@ -29,9 +29,10 @@ from benchmarks.rows import at_step, make_batch
 from benchmarks.sizes import SIZES, build, projector_weights
 from benchmarks.worker import Contender, Sampler, Worker
 from ip_adapter_trainer.core.values import Batch
-from ip_adapter_trainer.nn.lean import ProductConv2d
+from ip_adapter_trainer.nn.lean import product_convolution
 from ip_adapter_trainer.train.config import LeanConfig
 from ip_adapter_trainer.train.lean import lean
+from tests.nn.test_lean import lean_forwards
 
 TINY, CPU, SIDE_PX = SIZES["tiny"], torch.device("cpu"), 32
 Gradients = dict[str, Tensor]
@@ -122,7 +123,7 @@ def products_of(step: OurStep, settings: Settings) -> int:
     """Convolutions of the denoiser that are computed as products."""
     chosen = {name: value for name, value in settings.items() if name in LeanConfig.model_fields}
     with step.model.attached(), lean(step.model, LeanConfig(**chosen)):
-        return sum(isinstance(module, ProductConv2d) for module in step.model.family.denoiser.modules())
+        return lean_forwards(step.model.family.denoiser).count(product_convolution)
 
 
 def test_every_technique_is_tried_on_some_device() -> None:

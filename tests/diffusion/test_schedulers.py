@@ -123,7 +123,7 @@ def adapter_file(base_folder: Callable, encoder_folder: Path, tmp_path: Path) ->
     """An adapter that nothing was trained of."""
     model = build(base_folder("sd1"), encoder_folder, "base")
     card = card_of(model, base=str(base_folder("sd1")), step=0, images_seen=0, loaded_with={})
-    write_adapter(tmp_path / "adapter.safetensors", model.adapter.published(), card.to_metadata())
+    write_adapter(tmp_path / "adapter.safetensors", model.adapter.published(), card.to_metadata(), model.layout)
     return tmp_path / "adapter.safetensors"
 
 

@@ -9,8 +9,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from ip_adapter_trainer.encoders.clip import FEATURES, ClipImageEncoder
+from ip_adapter_trainer.encoders.clip import ClipEncoder
 from ip_adapter_trainer.loading.encoder import load_encoder
+from tests.tiny import FEATURES
 
 PIXELS = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -36,29 +37,27 @@ def test_half_precision_features_are_far_nearer_to_the_exact_ones_than_the_plain
 ) -> None:
     exact = plain(deep, kind)
     model = deep.to(torch.bfloat16)
-    classes = [type(m) for m in model.modules()]
-    ours = ClipImageEncoder(model, "deep").encode(PIXELS, kind)  # type: ignore[arg-type]
+    ours = ClipEncoder(model, Path("deep"), "deep").encode(PIXELS, (kind,))[kind]
     assert ours.dtype == torch.bfloat16
     assert (ours - exact).norm() < 0.5 * (plain(model, kind) - exact).norm()
-    assert [type(m) for m in model.modules()] == classes
+    assert not any("forward" in vars(module) for module in model.modules())
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 def test_full_precision_features_are_the_plain_model_s_bit_for_bit(encoder_folder: Path) -> None:
-    encoder = load_encoder(str(encoder_folder), kinds=FEATURES, dtype=torch.float32)
-    classes = [type(m) for m in encoder.model.modules()]
-    found = encoder.encode_each(PIXELS, FEATURES)
+    encoder = load_encoder(str(encoder_folder), features=FEATURES, dtype=torch.float32)
+    found = encoder.encode(PIXELS, FEATURES)
     for kind in FEATURES:
         assert torch.equal(found[kind], plain(encoder.model, kind)) and torch.equal(
-            found[kind], encoder.encode(PIXELS, kind)
+            found[kind], encoder.encode(PIXELS, (kind,))[kind]
         )
-    assert [type(m) for m in encoder.model.modules()] == classes
 
 
 def test_the_last_layer_is_left_out_where_it_is_not_read(deep: CLIPVisionModelWithProjection) -> None:
-    counted = {}
+    counted, own = {}, [set(vars(module)) for module in deep.modules()]
     for kind in FEATURES:
         with FlopCounterMode(display=False) as counter:
-            ClipImageEncoder(deep, "deep").encode(PIXELS, kind)
+            ClipEncoder(deep, Path("deep"), "deep").encode(PIXELS, (kind,))
         counted[kind] = counter.get_total_flops()
     assert counted["penultimate"] == pytest.approx(counted["image_embeds"] * 31 / 32, rel=2e-3)
+    assert [set(vars(module)) for module in deep.modules()] == own

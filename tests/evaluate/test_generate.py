@@ -16,7 +16,7 @@ from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.evaluate import start
 from ip_adapter_trainer.evaluate.config import GenerateConfig
 from ip_adapter_trainer.evaluate.generate import generate, output_files
-from ip_adapter_trainer.evaluate.sample import Sampling, image_tokens, sample
+from ip_adapter_trainer.evaluate.sample import Sampling, image_features, sample
 from ip_adapter_trainer.model import Model
 from tests import tiny
 from tests.evaluate.conftest import Make
@@ -53,8 +53,8 @@ def test_pictures_are_the_sampled_ones_and_tell_how_they_were_made(
     files = generate(config)
     assert asked == [("some/adapter.safetensors", None, "encoder", torch.float32, torch.device("cpu"), config)]
     assert [file.name for file in files] == ["0001-5.png", "0002-6.png", "0003-7.png"]
-    tokens = image_tokens(sd1, [[image(1), image(2)]])
-    expected = sample(sd1, tokens, ["a star, ☂"] * 2, [5, 6], Sampling(32, 32, steps=2))
+    features = image_features(sd1, [[image(1), image(2)]])
+    expected = sample(sd1, features, ["a star, ☂"] * 2, [5, 6], Sampling(32, 32, steps=2))
     with Image.open(files[1]) as drawn:
         assert np.array_equal(np.asarray(drawn), np.asarray(expected[1]))
         told = {key: str(value) for key, value in drawn.text.items()}  # type: ignore[attr-defined]
@@ -119,8 +119,8 @@ def test_an_adapter_file_is_loaded_and_draws_as_the_live_one(
     torch.save(live.adapter.published(), tmp_path / "adapter.bin")
     frozen = {"pretrained_model_name_or_path": str(base_folder("sdxl")), "image_encoder_path": str(encoder_folder)}
     (file,) = generate(config.model_copy(update={"adapter": str(tmp_path / "adapter.bin"), **frozen}))
-    tokens = image_tokens(live, [[image(1), image(2)]])
-    (expected,) = sample(live, tokens, [config.prompt], [config.seed], Sampling(32, 32, steps=2))
+    features = image_features(live, [[image(1), image(2)]])
+    (expected,) = sample(live, features, [config.prompt], [config.seed], Sampling(32, 32, steps=2))
     with Image.open(file) as drawn:
         assert np.array_equal(np.asarray(drawn), np.asarray(expected))
 

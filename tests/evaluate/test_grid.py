@@ -13,7 +13,7 @@ from PIL import Image
 from ip_adapter_trainer.evaluate import grid_layout
 from ip_adapter_trainer.evaluate.config import ValidationConfig
 from ip_adapter_trainer.evaluate.grid import HEADINGS, as_seen, grid, validation_grid
-from ip_adapter_trainer.evaluate.sample import Sampling, image_tokens, initial_latents, sample
+from ip_adapter_trainer.evaluate.sample import Sampling, image_features, initial_latents, sample
 from ip_adapter_trainer.model import Model
 from tests.evaluate.things import batch, image
 
@@ -34,9 +34,9 @@ def test_cells_are_the_pictures_of_their_scales_bit_for_bit(sd1: Model) -> None:
     drawn = grid(sd1, references, prompts, seeds, HOW)
     assert not sd1.is_attached
     latents = initial_latents(sd1, seeds, 32, 32)
-    base = sd1.family.pipeline(prompts, latents=latents, height=32, width=32, num_inference_steps=2).images
-    full = sample(sd1, image_tokens(sd1, [[r] for r in references]), prompts, seeds, HOW)
-    half = sample(sd1, image_tokens(sd1, [[r] for r in references]), prompts, seeds, replace(HOW, scale=0.5))
+    base = sd1.denoiser.pipeline(prompts, latents=latents, height=32, width=32, num_inference_steps=2).images
+    full = sample(sd1, image_features(sd1, [[r] for r in references]), prompts, seeds, HOW)
+    half = sample(sd1, image_features(sd1, [[r] for r in references]), prompts, seeds, replace(HOW, scale=0.5))
     for row in range(2):
         for column, expected in enumerate((references[row], base[row], half[row], full[row])):
             assert np.array_equal(cell(drawn, row, column, 2, captions=True), np.asarray(expected))

@@ -128,14 +128,15 @@ def colours(pixels: torch.Tensor) -> torch.Tensor:
 
 def overfit(model: Model, known: NoiseProcess, numbers: list[int], steps: int) -> None:
     """Teaches the adapter the latents of a few rows from their pictures, under noise that hides them."""
-    rows, shape = batch(model, numbers), model.family.latent_shape(32, 32)
-    features, text = model.features(rows.inputs.prompt_pixels), model.family.encode_text(rows.text, rows.geometry)
-    latents = model.family.sample_latents(model.moments_of(rows.inputs), torch.zeros(len(rows), *shape))
+    rows, shape = batch(model, numbers), model.codec.latent_shape(32, 32)
+    features, text = model.features_of(rows.inputs), model.text_of(rows)
+    latents = model.codec.latents(model.moments_of(rows.inputs), torch.zeros(len(rows), *shape))
     optimizer = torch.optim.AdamW(model.adapter.parameters(), lr=1e-2)
     with model.attached():
         for step in range(steps):
             noise, t = known.draw(0, range(step * len(rows), (step + 1) * len(rows)), shape)
-            prediction = model.predict(known.add_noise(latents, noise, t), t, text, model.project(features))
+            noisy = known.add_noise(latents, noise, t)
+            prediction = model.predict(noisy, t, text, rows.geometry, model.project(features))
             loss = (prediction - known.target(latents, noise, t)).square().mean()
             optimizer.zero_grad()
             loss.backward()
@@ -143,7 +144,7 @@ def overfit(model: Model, known: NoiseProcess, numbers: list[int], steps: int) -
 
 
 def test_an_adapter_that_knows_its_rows_shows_the_gap(sd1: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sd1.family, "encode_moments", colours)
+    monkeypatch.setattr(sd1.codec, "moments", colours)
     numbers = [*range(8)]
     known = NoiseProcess(DDIMScheduler(prediction_type="sample"), ObjectiveConfig())
     fresh = validation_losses(sd1, known, [batch(sd1, numbers)], seed=0)

@@ -16,17 +16,18 @@ from transformers import CLIPImageProcessorPil
 from ip_adapter_trainer.core.errors import Stopped
 from ip_adapter_trainer.evaluate.sample import (
     Sampling,
-    image_tokens,
+    image_features,
     initial_latents,
+    joined_tokens,
     native_size_px,
-    null_tokens,
     sample,
+    select,
 )
 from ip_adapter_trainer.model import Model
 from tests.evaluate.things import image
 
 HOW = Sampling(height_px=32, width_px=32, steps=3, scheduler="auto")
-PROMPTS, SEEDS = ["a red star", "a blue circle"], [11, 12]
+PROMPTS, SEEDS = ["a red star", ""], [11, 12]
 
 
 def pixels(pictures: Sequence[Image.Image]) -> np.ndarray:
@@ -36,7 +37,7 @@ def pixels(pictures: Sequence[Image.Image]) -> np.ndarray:
 def run_pipeline(model: Model, prompts: list[str], seeds: list[int], how: Sampling, **image: Any) -> np.ndarray:
     """The base pipeline as a user would call it."""
     latents = initial_latents(model, seeds, how.height_px, how.width_px)
-    drawn = model.family.pipeline(
+    drawn = model.denoiser.pipeline(
         prompts, latents=latents, height=how.height_px, width=how.width_px, num_inference_steps=how.steps,
         guidance_scale=how.guidance_scale, **image,
     )  # fmt: skip
@@ -55,8 +56,8 @@ def load_into_diffusers(model: Model, folder: Path) -> None:
     torch.save(model.adapter.published(), folder / "ip_adapter.bin")
     side = model.encoder.side_px
     extractor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=side)
-    model.family.pipeline.register_modules(image_encoder=model.encoder.model, feature_extractor=extractor)
-    model.family.pipeline.load_ip_adapter(str(folder), subfolder="", weight_name="ip_adapter.bin")
+    model.denoiser.pipeline.register_modules(image_encoder=model.encoder.model, feature_extractor=extractor)
+    model.denoiser.pipeline.load_ip_adapter(str(folder), subfolder="", weight_name="ip_adapter.bin")
 
 
 def test_draws_what_diffusers_draws_from_the_same_weights(model: Model, tmp_path: Path) -> None:
@@ -65,47 +66,48 @@ def test_draws_what_diffusers_draws_from_the_same_weights(model: Model, tmp_path
     prompts = {"one": ([[one]], one), "both": ([[one, two]], [[one, two]])}  # ours, diffusers'
     guided = replace(HOW, guidance_scale=4.0, scale=0.8)
     ways = {"guided": guided, "unguided": replace(guided, guidance_scale=1.0)}
-    ours = {
-        (way, name): pixels(sample(model, image_tokens(model, image), PROMPTS, SEEDS, how))
+    drawn = {
+        (way, name): pixels(sample(model, image_features(model, ours), PROMPTS, SEEDS, how))
         for way, how in ways.items()
-        for name, (image, _) in prompts.items()
+        for name, (ours, _) in prompts.items()
     }
     load_into_diffusers(model, tmp_path)
-    model.family.pipeline.set_ip_adapter_scale(0.8)
-    for (way, name), drawn in ours.items():
+    model.denoiser.pipeline.set_ip_adapter_scale(0.8)
+    for (way, name), ours in drawn.items():
         theirs = run_pipeline(model, PROMPTS, SEEDS, ways[way], ip_adapter_image=prompts[name][1])
-        assert abs(drawn - theirs).max() <= 1, (way, name)
-    assert abs(ours["guided", "one"] - ours["guided", "both"]).max() > 8, "the pictures tell prompts apart"
+        assert abs(ours - theirs).max() <= 1, (way, name)
+    assert abs(drawn["guided", "one"] - drawn["guided", "both"]).max() > 8, "the pictures tell prompts apart"
 
 
 def test_scale_zero_and_no_tokens_are_the_base_pipeline_bit_for_bit(model: Model) -> None:
     base = run_pipeline(model, PROMPTS, SEEDS, HOW)
-    tokens = image_tokens(model, [[image(1)], [image(2)]])
-    assert np.array_equal(pixels(sample(model, tokens, PROMPTS, SEEDS, replace(HOW, scale=0.0))), base)
+    features = image_features(model, [[image(1)], [image(2)]])
+    assert np.array_equal(pixels(sample(model, features, PROMPTS, SEEDS, replace(HOW, scale=0.0))), base)
     assert np.array_equal(pixels(sample(model, None, PROMPTS, SEEDS, HOW)), base)
     assert np.array_equal(run_pipeline(model, PROMPTS, SEEDS, HOW), base), "the pipeline is what it was"
 
 
 def test_a_picture_hangs_on_its_own_seed_and_prompt_alone(sd1: Model) -> None:
     strengthen(sd1)
-    tokens = image_tokens(sd1, [[image(n)] for n in range(3)])
+    features = image_features(sd1, [[image(n)] for n in range(3)])
+    last = select(features, slice(2, 3))
     prompts = ["a red star", "", "a pink heart"]
-    together = pixels(sample(sd1, tokens, prompts, [5, 6, 7], HOW))
-    alone = pixels(sample(sd1, tokens[2:], prompts[2:], [7], HOW))
-    in_parts = pixels(sample(sd1, tokens, prompts, [5, 6, 7], replace(HOW, batch_images=1)))
+    together = pixels(sample(sd1, features, prompts, [5, 6, 7], HOW))
+    alone = pixels(sample(sd1, last, prompts[2:], [7], HOW))
+    in_parts = pixels(sample(sd1, features, prompts, [5, 6, 7], replace(HOW, batch_images=1)))
     assert abs(together[2:] - alone).max() <= 1 and abs(together - in_parts).max() <= 1
-    assert abs(together[2:] - pixels(sample(sd1, tokens[2:], prompts[2:], [8], HOW))).max() > 8
+    assert abs(together[2:] - pixels(sample(sd1, last, prompts[2:], [8], HOW))).max() > 8
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "euler", "dpm++"])
 def test_every_scheduler_draws_and_the_pipelines_own_is_untouched(sd1: Model, scheduler: Any) -> None:
-    own = sd1.family.pipeline.scheduler
+    own = sd1.denoiser.pipeline.scheduler
     own.set_timesteps(7)
-    config, timesteps = dict(sd1.family.pipeline.config), own.timesteps.clone()
+    config, timesteps = dict(sd1.denoiser.pipeline.config), own.timesteps.clone()
     (drawn,) = sample(sd1, None, ["a red star"], [1], replace(HOW, scheduler=scheduler))
     assert drawn.size == (32, 32)
-    assert sd1.family.pipeline.scheduler is own and torch.equal(own.timesteps, timesteps)
-    assert dict(sd1.family.pipeline.config) == config
+    assert sd1.denoiser.pipeline.scheduler is own and torch.equal(own.timesteps, timesteps)
+    assert dict(sd1.denoiser.pipeline.config) == config
 
 
 def test_the_negative_prompt_counts(sd1: Model) -> None:
@@ -117,18 +119,21 @@ def test_the_negative_prompt_counts(sd1: Model) -> None:
 
 
 def test_half_precision_beside_a_full_precision_autoencoder(sd1: Model) -> None:
-    sd1.family.denoiser.to(torch.bfloat16)
-    sd1.family.pipeline.text_encoder.to(torch.bfloat16)
+    sd1.denoiser.net.to(torch.bfloat16)
+    sd1.denoiser.pipeline.text_encoder.to(torch.bfloat16)
     sd1.encoder.model.to(torch.bfloat16)
-    tokens = image_tokens(sd1, [[image(1)]])
-    assert tokens.dtype == torch.bfloat16
-    (drawn,) = sample(sd1, tokens, ["a red star"], [1], HOW)
+    features = image_features(sd1, [[image(1)]])
+    assert {f.dtype for f in features.values()} == {joined_tokens(sd1, features).tokens.dtype} == {torch.bfloat16}
+    (drawn,) = sample(sd1, features, ["a red star"], [1], HOW)
     assert np.asarray(drawn).std() > 0
 
 
-def test_no_picture_is_repeated_to_the_length_of_several(sd1: Model) -> None:
-    one = null_tokens(sd1, sd1.num_tokens)
-    assert torch.equal(null_tokens(sd1, 3 * sd1.num_tokens), torch.cat([one] * 3, 1))
+def test_tokens_of_several_images_stand_side_by_side(model: Model) -> None:
+    shown = [[image(1), image(2)], [image(3), image(4)]]
+    both = joined_tokens(model, image_features(model, shown)).tokens
+    for place, prompt in enumerate(shown):
+        apart = [joined_tokens(model, image_features(model, [[one]])).tokens for one in prompt]
+        torch.testing.assert_close(both[place : place + 1], torch.cat(apart, 1))
 
 
 def test_native_size_is_the_denoisers(some_model: Model) -> None:
@@ -147,9 +152,9 @@ def test_a_stop_passes_through_and_leaves_the_model_as_found(sd1: Model, attache
 
     if attached:
         sd1.attach()
-    own, processors = sd1.family.pipeline.scheduler, sd1.family.processors()
+    own, processors = sd1.denoiser.pipeline.scheduler, dict(sd1.denoiser.net.attn_processors)
     with pytest.raises(Stopped):
-        sample(sd1, image_tokens(sd1, [[image(1)]]), ["a red star"], [1], HOW, poll)
+        sample(sd1, image_features(sd1, [[image(1)]]), ["a red star"], [1], HOW, poll)
     assert calls == 3 and sd1.is_attached == attached
-    assert sd1.family.pipeline.scheduler is own and sd1.family.processors() == processors
+    assert sd1.denoiser.pipeline.scheduler is own and sd1.denoiser.net.attn_processors == processors
     assert sd1.prompt.tokens is None and sd1.prompt.scale == 1.0

@@ -19,7 +19,7 @@ from ip_adapter_trainer.evaluate.config import EvaluateConfig
 from ip_adapter_trainer.evaluate.report import Evaluation, Measure
 from ip_adapter_trainer.evaluate.sample import Sampling
 from ip_adapter_trainer.evaluate.scores import DrawPlan, evaluate, score
-from ip_adapter_trainer.model import Model
+from ip_adapter_trainer.model import Features, Model
 from tests import tiny
 from tests.evaluate.things import CAPTIONS, image
 
@@ -69,11 +69,12 @@ def test_captions_that_the_scorer_cuts_are_told(clip: ClipScorer) -> None:
     assert clip.cuts(texts).startswith("the CLIP model cuts 1 of 3 captions at 14 tokens")
 
 
-def copied(model: Model, tokens: torch.Tensor, prompts: Sequence[str], seeds: Sequence[int], how: Sampling, poll: object
+def copied(model: Model, features: Features, prompts: Sequence[str], seeds: Sequence[int], how: Sampling, poll: object
            ) -> list[Image.Image]:  # fmt: skip
-    """Sampling by a perfect adapter: the picture whose tokens these are."""
-    known = scores.image_tokens(model, [[image(n)] for n in (*range(6), 9)])
-    nearest = (tokens[:, None] - known[None]).abs().sum((2, 3)).argmin(1)
+    """Sampling by a perfect adapter: the picture whose features these are."""
+    known = scores.image_features(model, [[image(n)] for n in (*range(6), 9)])
+    (need,) = features
+    nearest = (features[need][:, None] - known[need][None]).abs().flatten(2).sum(2).argmin(1)
     return [image([*range(6), 9][int(n)] if how.scale else 77) for n in nearest]
 
 

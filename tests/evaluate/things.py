@@ -29,7 +29,7 @@ def batch(model: Model, numbers: list[int]) -> Batch:
         row=torch.tensor(numbers),
         inputs=Pixels(
             torch.from_numpy(np.stack(targets)).permute(0, 3, 1, 2).contiguous(),
-            torch.stack([model.encoder.preprocess(image(n)) for n in numbers]),
+            {"image": torch.stack([model.encoder.preprocess(image(n)) for n in numbers])},
         ),
         text=tuple(CAPTIONS[n % len(CAPTIONS)] for n in numbers),
         geometry=tuple(Geometry(size, (0, 0), size) for _ in numbers),
@@ -40,4 +40,4 @@ def batch(model: Model, numbers: list[int]) -> Batch:
 
 def process(model: Model) -> NoiseProcess:
     """The base model's own noise process."""
-    return NoiseProcess(model.family.pipeline.scheduler, ObjectiveConfig())
+    return NoiseProcess(model.denoiser.pipeline.scheduler, ObjectiveConfig())

@@ -31,13 +31,13 @@ from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.redact import redacted
 from ip_adapter_trainer.core.values import Fault
-from ip_adapter_trainer.encoders import FEATURES
 from ip_adapter_trainer.evaluate.clip import ClipScorer
 from ip_adapter_trainer.inspection import examine
 from ip_adapter_trainer.loading.base import load_base
 from ip_adapter_trainer.loading.encoder import load_encoder
 from ip_adapter_trainer.manifest.faults import FILE_NAME
 from ip_adapter_trainer.train import checkpoint, restored
+from tests import tiny
 
 TOKEN = "hf_" + "a1B2" * 9
 LARGE = ("a header of 900,000 tensors", "an archive that unpacks to 160 MB")  # the lab makes them
@@ -158,7 +158,7 @@ def test_no_encoder_of_a_stranger_is_loaded(encoder_folder: Path, tmp_path: Path
         shutil.copytree(encoder_folder, folder)
         damage(folder)
         loads: dict[str, Callable[[], object]] = {
-            "encoder": partial(load_encoder, str(folder), kinds=FEATURES, dtype=torch.float32),
+            "encoder": partial(load_encoder, str(folder), features=tiny.FEATURES, dtype=torch.float32),
             "scorer": partial(ClipScorer.load, str(folder), torch.device("cpu")),
         }
         taken += [f"{what}: {name}" for what, load in loads.items() if not refused(load)]

@@ -24,7 +24,7 @@ def manifest(tmp_path: Path) -> Path:
 
 def _same(one: Sample, other: Sample) -> bool:
     return torch.equal(one.inputs.pixels, other.inputs.pixels) and torch.equal(
-        one.inputs.prompt_pixels, other.inputs.prompt_pixels
+        one.inputs.prompts["image"], other.inputs.prompts["image"]
     )
 
 
@@ -36,7 +36,7 @@ def _faces_left(pixels: torch.Tensor) -> bool:
 def test_a_sample_is_cut_from_its_row(manifest: Path) -> None:
     sample = training_set(manifest)[7, 3]
     assert (sample.index, sample.row, sample.text) == (7, 3, "picture 3.png")
-    assert sample.inputs.pixels.shape == (3, 32, 32) and sample.inputs.prompt_pixels.shape == (3, 16, 16)
+    assert sample.inputs.pixels.shape == (3, 32, 32) and sample.inputs.prompts["image"].shape == (3, 16, 16)
     assert number_of(sample.inputs.pixels) == 3 and sample.geometry.original_px == (32, 48)
     assert sample.geometry.crop_px == (0, 8) and sample.geometry.target_px == (32, 32) and not sample.faults
 
@@ -68,7 +68,8 @@ def test_of_several_captions_each_index_draws_one(tmp_path: Path) -> None:
 def test_flips_take_target_and_prompt_along(manifest: Path) -> None:
     samples = training_set(manifest, random_flip=True)
     flips = [
-        (_faces_left(s.inputs.pixels), _faces_left(s.inputs.prompt_pixels)) for s in (samples[i, 0] for i in range(40))
+        (_faces_left(s.inputs.pixels), _faces_left(s.inputs.prompts["image"]))
+        for s in (samples[i, 0] for i in range(40))
     ]
     assert all(target == prompt for target, prompt in flips) and 8 < sum(target for target, _ in flips) < 32
 
@@ -76,7 +77,8 @@ def test_flips_take_target_and_prompt_along(manifest: Path) -> None:
 def test_prompts_may_flip_alone(manifest: Path) -> None:
     samples = training_set(manifest, prompt_flip=True)
     flips = [
-        (_faces_left(s.inputs.pixels), _faces_left(s.inputs.prompt_pixels)) for s in (samples[i, 0] for i in range(40))
+        (_faces_left(s.inputs.pixels), _faces_left(s.inputs.prompts["image"]))
+        for s in (samples[i, 0] for i in range(40))
     ]
     assert not any(target for target, _ in flips) and 8 < sum(prompt for _, prompt in flips) < 32
 
@@ -86,15 +88,15 @@ def test_another_prompt_picture_is_taken_and_not_flipped_with_the_target(tmp_pat
     samples = training_set(write_manifest(tmp_path, names, prompt_image_file=[names[2], None, ""]), random_flip=True)
     for index in range(12):
         sample = samples[index, 0]
-        assert number_of(sample.inputs.pixels) == 0 and number_of(sample.inputs.prompt_pixels / 127.5 - 1) == 2
-        assert not _faces_left(sample.inputs.prompt_pixels)
-        assert number_of(samples[index, 1].inputs.prompt_pixels / 127.5 - 1) == 1
+        assert number_of(sample.inputs.pixels) == 0 and number_of(sample.inputs.prompts["image"] / 127.5 - 1) == 2
+        assert not _faces_left(sample.inputs.prompts["image"])
+        assert number_of(samples[index, 1].inputs.prompts["image"] / 127.5 - 1) == 1
 
 
 def test_target_and_prompt_lie_on_the_same_ground(tmp_path: Path) -> None:
     Image.new("RGBA", (32, 32), (200, 0, 0, 0)).save(tmp_path / "clear.png")
     sample = training_set(write_manifest(tmp_path, ["clear.png"]), alpha_background="#00ff00")[0, 0]
-    for pixels in (sample.inputs.pixels, sample.inputs.prompt_pixels / 127.5 - 1):
+    for pixels in (sample.inputs.pixels, sample.inputs.prompts["image"] / 127.5 - 1):
         assert pixels.amax(dim=(1, 2)).tolist() == [-1, 1, -1]
 
 
@@ -102,12 +104,12 @@ def test_random_crops_move_and_random_parts_shrink(manifest: Path) -> None:
     lefts = Counter(training_set(manifest, center_crop=False)[index, 0].geometry.crop_px[1] for index in range(60))
     assert min(lefts) <= 1 and max(lefts) >= 15 and len(lefts) > 10
     whole, part = training_set(manifest), training_set(manifest, prompt_crop_min_share=0.2)
-    spans = [float(np.ptp(samples[5, 0].inputs.prompt_pixels[0].numpy())) for samples in (whole, part)]
+    spans = [float(np.ptp(samples[5, 0].inputs.prompts["image"][0].numpy())) for samples in (whole, part)]
     assert spans[1] < spans[0]
 
 
 def test_padding_shows_the_encoder_the_whole_picture(manifest: Path) -> None:
-    prompt = training_set(manifest, prompt_pad_square=True, alpha_background="black")[0, 5].inputs.prompt_pixels
+    prompt = training_set(manifest, prompt_pad_square=True, alpha_background="black")[0, 5].inputs.prompts["image"]
     assert prompt[:, 0].max() == 0 and prompt[:, -1].max() == 0 and prompt[0, 8].max() > 200
 
 
@@ -181,11 +183,11 @@ def test_a_batch_is_its_samples_stacked_and_empties_dropped_texts(manifest: Path
     for index in range(8):
         alone, stack = samples[index, index % 6].inputs, batch.inputs
         assert torch.equal(alone.pixels, stack.pixels[index])
-        assert torch.equal(alone.prompt_pixels, stack.prompt_pixels[index])
+        assert torch.equal(alone.prompts["image"], stack.prompts["image"][index])
     assert (
         len(batch) == 8
         and batch.inputs.pixels.shape == (8, 3, 32, 32)
-        and batch.inputs.prompt_pixels.shape == (8, 3, 16, 16)
+        and batch.inputs.prompts["image"].shape == (8, 3, 16, 16)
     )
     assert batch.index.tolist() == list(range(8)) and batch.index.dtype == torch.int64
     assert batch.drop_text.dtype == torch.bool and batch.drop_text.any() and not batch.drop_text.all()

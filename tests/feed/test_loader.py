@@ -67,7 +67,7 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
     alone, helped = (_take(_loader(tmp_path, dataloader_num_workers=n, **chance), 6) for n in (0, 2))
     for one, other in zip(alone, helped, strict=True):
         assert torch.equal(one.inputs.pixels, other.inputs.pixels) and torch.equal(
-            one.inputs.prompt_pixels, other.inputs.prompt_pixels
+            one.inputs.prompts["image"], other.inputs.prompts["image"]
         )
         assert (one.text, one.geometry) == (other.text, other.geometry)
 
@@ -81,7 +81,7 @@ def test_processes_share_a_step(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU to pin memory for")
 def test_batches_of_workers_are_pinned(tmp_path: Path) -> None:
     (batch,) = _take(_loader(tmp_path, pin=True, dataloader_num_workers=2), 1)
-    assert batch.inputs.pixels.is_pinned() and batch.inputs.prompt_pixels.is_pinned()
+    assert batch.inputs.pixels.is_pinned() and batch.inputs.prompts["image"].is_pinned()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -111,12 +111,12 @@ class _Trouble:
         self.mark, self.number, self.hang, self.always = folder / "trouble", number, hang, always
         self.parent = os.getpid()
 
-    def __call__(self, inputs: Image.Image) -> Tensor:
-        blue = inputs.getpixel((0, 0))[2]  # type: ignore[index]
+    def __call__(self, image: Image.Image) -> Tensor:
+        blue = image.getpixel((0, 0))[2]  # type: ignore[index]
         if blue == self.number and os.getpid() != self.parent and (self.always or not self.mark.exists()):
             self.mark.touch()
             time.sleep(600) if self.hang else os._exit(9)
-        return preprocess(inputs)
+        return preprocess(image)
 
 
 @pytest.mark.parametrize("hang", [False, True])
@@ -141,12 +141,12 @@ class _Stop:
     def __init__(self, folder: Path, number: int) -> None:
         self.mark, self.number, self.parent = folder / "stopped", number, os.getpid()
 
-    def __call__(self, inputs: Image.Image) -> Tensor:
-        blue = inputs.getpixel((0, 0))[2]  # type: ignore[index]
+    def __call__(self, image: Image.Image) -> Tensor:
+        blue = image.getpixel((0, 0))[2]  # type: ignore[index]
         if blue == self.number and os.getpid() != self.parent and not self.mark.exists():
             self.mark.write_text(str(os.getpid()))
             os.kill(os.getpid(), signal.SIGSTOP)
-        return preprocess(inputs)
+        return preprocess(image)
 
     def wait(self) -> None:
         """Until a process has been stopped for good."""
@@ -194,7 +194,7 @@ def test_no_worker_outlives_its_loader(tmp_path: Path) -> None:
     assert not alive
 
 
-def _bug(inputs: Image.Image) -> Tensor:
+def _bug(image: Image.Image) -> Tensor:
     raise RuntimeError("a bug")
 
 

@@ -222,7 +222,7 @@ def test_more_pixels_than_can_be_allowed_are_to_be_shrunk() -> None:
 
 MEASURE = """
 import pickle, resource, sys
-from ip_adapter_trainer.images.decode import PictureFault, decode
+from ip_adapter_trainer.images.decode import ImageFault, decode
 from ip_adapter_trainer.images.limits import Limits
 def peak_mb(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
 bombs = pickle.load(sys.stdin.buffer)
@@ -230,7 +230,7 @@ from PIL import Image; Image.init()
 base = peak_mb()
 for bomb in bombs:
     try: decode(bomb, Limits())
-    except PictureFault: pass
+    except ImageFault: pass
 print(peak_mb() - base)
 """
 

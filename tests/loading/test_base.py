@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ip_adapter_trainer.cli import RUN, guarded
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.core.values import Geometry
+from ip_adapter_trainer.families import FAMILIES
 from ip_adapter_trainer.families._text import run_text_encoder
 from ip_adapter_trainer.loading.base import family_of, load_base
 from ip_adapter_trainer.loading.config import BaseConfig
@@ -26,7 +26,6 @@ from tests.ldm import vae
 from tests.loading.conftest import change_json, change_weights, weights_of
 
 load = partial(load_base, dtype=torch.float32, device="cpu")
-SQUARE = Geometry((32, 32), (0, 0), (32, 32))
 SD = (
     "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline", "LatentConsistencyModelPipeline",
     "StableDiffusionPAGPipeline", "StableDiffusionControlNetPipeline", "StableDiffusionAdapterPipeline",
@@ -47,7 +46,7 @@ def test_pipelines_of_the_same_parts_are_the_same_family(base: Callable, kind: s
     index(folder, _class_name=name, controlnet=["diffusers", "ControlNetModel"], requires_aesthetics_score=True)
     assert family_of(str(folder)) == {"sd1": "sd", "sdxl": "sdxl"}[kind]
     found = load(str(folder))
-    assert type(found.pipeline).__name__ == found.pipeline_class
+    assert type(found.denoiser.pipeline).__name__ == FAMILIES[found.family].pipeline_class
 
 
 def test_what_training_never_reads_is_not_asked_for(base: Callable) -> None:
@@ -59,7 +58,7 @@ def test_what_training_never_reads_is_not_asked_for(base: Callable) -> None:
         image_encoder=["transformers", "CLIPVisionModelWithProjection"],
         requires_safety_checker=True,
     )
-    assert load(str(folder)).pipeline.safety_checker is None
+    assert load(str(folder)).denoiser.pipeline.safety_checker is None
     for part in ("unet", "text_encoder"):
         shutil.rmtree(folder / part)
     load(str(folder), parts=("autoencoder",))
@@ -146,7 +145,7 @@ def halved(folder: Path, variant: str, *parts: str) -> None:
 def test_a_folder_of_one_variant_is_taken(base: Callable, capsys: pytest.CaptureFixture[str]) -> None:
     folder = base("sd1")
     halved(folder, "fp16", "unet", "vae", "text_encoder")
-    found = load(str(folder)).denoiser
+    found = load(str(folder)).denoiser.net
     assert (
         "has no plain weights of these parts: taking vae as fp16, unet as fp16, text_encoder as fp16"
         in capsys.readouterr().err
@@ -166,9 +165,9 @@ def test_several_variants_are_chosen_from(base: Callable, capsys: pytest.Capture
     for variant in ("ema", "non_ema"):
         shutil.copy(plain, plain.with_suffix(f".{variant}.safetensors"))
     change_weights(plain.with_suffix(".ema.safetensors"), lambda tensors: {k: v + 1 for k, v in tensors.items()})
-    own = load(str(folder)).denoiser.conv_in.weight
+    own = load(str(folder)).denoiser.net.conv_in.weight
     assert capsys.readouterr().err == ""
-    other = load(str(folder), BaseConfig(weights_variant="ema")).denoiser.conv_in.weight
+    other = load(str(folder), BaseConfig(weights_variant="ema")).denoiser.net.conv_in.weight
     assert "has no ema weights of these parts: taking vae as plain, text_encoder as plain" in capsys.readouterr().err
     assert torch.equal(other, own + 1)
     plain.unlink()
@@ -178,7 +177,7 @@ def test_several_variants_are_chosen_from(base: Callable, capsys: pytest.Capture
 
 def test_an_encoder_of_one_variant_is_taken(encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     halved(encoder.parent, "fp16", encoder.name)
-    assert load_encoder(str(encoder), kinds=("image_embeds",), dtype=torch.float32).model.dtype == torch.float32
+    assert load_encoder(str(encoder), features=("image_embeds",), dtype=torch.float32).model.dtype == torch.float32
     assert "has no plain weights: taking the fp16 ones" in capsys.readouterr().err
 
 
@@ -199,7 +198,7 @@ def test_another_vae_is_taken(base: Callable, tmp_path: Path, capsys: pytest.Cap
     shutil.copy(weights_of(other / "vae"), plain)
     for name in (other, other / "vae", alone, plain):
         found = load(str(folder), BaseConfig(pretrained_vae_model_name_or_path=str(name)))
-        state = found.autoencoder.state_dict()
+        state = found.codec.autoencoder.state_dict()
         assert all(torch.equal(state[key], value) for key, value in wanted.items()), name
     assert "WARNING" not in capsys.readouterr().err
     change_json(other / "vae/config.json", scaling_factor=0.13025)
@@ -215,19 +214,19 @@ def test_clip_skip_counts_as_kohya_does(base_folder: Callable) -> None:
     """One is the last layer; prompts of grids and of `generate` are encoded the same way."""
     texts = ["a star", ""]
     for kind in ("sd1", "sd2v"):
-        plain = load(str(base_folder(kind)))
+        plain = load(str(base_folder(kind))).codec
         encoder = plain.pipeline.text_encoder
         states = run_text_encoder(plain.pipeline.tokenizer, encoder, texts).hidden_states
         for skip in (1, 2, 3):
             found = load(str(base_folder(kind)), BaseConfig(clip_skip=skip))
             expected = encoder.final_layer_norm(states[-skip])
-            torch.testing.assert_close(found.encode_text(texts, [SQUARE] * 2).context, expected)
-            drawn = found.embedded_prompts(texts, "", guided=False)["prompt_embeds"]
+            torch.testing.assert_close(found.codec.text(texts)["context"], expected)
+            drawn = found.denoiser.sampling(found.codec.prompts(texts), None)["prompt_embeds"]
             torch.testing.assert_close(drawn, expected)
-            assert found.text_rules != plain.text_rules
+            assert found.codec.text_rules != plain.text_rules
         torch.testing.assert_close(
-            load(str(base_folder(kind)), BaseConfig(clip_skip=1)).encode_text(texts, [SQUARE] * 2).context,
-            plain.encode_text(texts, [SQUARE] * 2).context,
+            load(str(base_folder(kind)), BaseConfig(clip_skip=1)).codec.text(texts)["context"],
+            plain.text(texts)["context"],
         )
     with pytest.raises(Problem, match="has 3 layers"):
         load(str(base_folder("sd1")), BaseConfig(clip_skip=4))

@@ -28,7 +28,7 @@ def adapter(base_folder: Callable, encoder_folder: Path, tmp_path: Path) -> Call
     def of(**remembered: Any) -> Any:
         model = build(base_folder("sd1"), encoder_folder, "base")
         card = card_of(model, base=str(base_folder("sd1")), step=0, images_seen=0, loaded_with=remembered)
-        write_adapter(tmp_path / "a.safetensors", model.adapter.published(), card.to_metadata())
+        write_adapter(tmp_path / "a.safetensors", model.adapter.published(), card.to_metadata(), model.layout)
         return read_adapter(tmp_path / "a.safetensors")
 
     return of
@@ -36,7 +36,7 @@ def adapter(base_folder: Callable, encoder_folder: Path, tmp_path: Path) -> Call
 
 def load(file: Any, base: str | None = None, **flags: Any) -> Any:
     how = GenerateConfig(adapter="a", image=("i",), **flags)
-    return build_model(file, base, None, torch.float32, "cpu", how).family
+    return build_model(file, base, None, torch.float32, "cpu", how).codec
 
 
 def test_only_what_is_not_the_default_is_remembered() -> None:

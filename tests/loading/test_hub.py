@@ -17,11 +17,11 @@ import torch
 from huggingface_hub import constants
 
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.encoders import FEATURES
 from ip_adapter_trainer.loading import hub as loading_hub
 from ip_adapter_trainer.loading.base import family_of, load_base, load_tokenizers
 from ip_adapter_trainer.loading.config import BaseConfig
 from ip_adapter_trainer.loading.encoder import load_encoder
+from tests import tiny
 from tests.hub import Hub
 from tests.ldm import one_file
 from tests.loading.conftest import forget, weights_of
@@ -71,8 +71,8 @@ def test_a_base_model_on_the_hub_brings_what_is_needed_of_it(hub: Hub, base: Cal
     hub.add("owner/base", folder)
     assert family_of("owner/base") == "sd" and len(load_tokenizers("owner/base", BaseConfig())) == 1
     assert not [name for name in hub.asked if name.endswith(".safetensors")]
-    found = load("owner/base/").denoiser.state_dict()  # the published command lines end names with a slash
-    own = load(str(base_folder("sd1"))).denoiser.state_dict()
+    found = load("owner/base/").denoiser.net.state_dict()  # the published command lines end names with a slash
+    own = load(str(base_folder("sd1"))).denoiser.net.state_dict()
     assert all(torch.equal(value, own[key]) for key, value in found.items())
     brought = sorted(name.removeprefix("owner/base/") for name in hub.asked if name.endswith(".safetensors"))
     assert brought == ["text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors",
@@ -90,7 +90,7 @@ def test_one_variant_and_one_revision_are_brought(hub: Hub, base: Callable) -> N
     hub.add("owner/base", base("sd2v"))
     hub.add("owner/base", folder, revision="v2")
     found = load("owner/base", BaseConfig(revision="v2", weights_variant="fp16"))
-    assert found.context_dim == 64, "that of the other revision is 128"
+    assert found.denoiser.context_dim == 64, "that of the other revision is 128"
     weights = [name for name in hub.asked if name.endswith(".safetensors")]
     assert len(weights) == 3 and all(name.endswith(".fp16.safetensors") for name in weights)
     with pytest.raises(Problem, match="owner/base has no revision 'v3'"):
@@ -103,7 +103,7 @@ def test_an_encoder_lies_in_a_folder_of_a_repository(hub: Hub, encoder: Path, tm
     place.parent.mkdir(parents=True, exist_ok=True)
     encoder.rename(place)
     hub.add("h94/IP-Adapter", tmp_path / "repository")
-    get = partial(load_encoder, kinds=FEATURES, dtype=torch.float32)
+    get = partial(load_encoder, features=tiny.FEATURES, dtype=torch.float32)
     name = f"h94/IP-Adapter/{inner}".rstrip("/")
     assert get(name).name == name
     get("h94/IP-Adapter", BaseConfig(image_encoder_subfolder=inner or None))

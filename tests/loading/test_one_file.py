@@ -42,19 +42,20 @@ def checkpoint(base: Callable, tmp_path: Path) -> Callable[..., tuple[Path, Base
 def test_one_file_is_its_folder(checkpoint: Callable, base_folder: Callable, kind: str) -> None:
     file, config = checkpoint(kind)
     assert family_of(str(file), config=config) == ("sdxl" if kind == "sdxlv" else "sd")
-    found, expected = load(str(file), config), load(str(base_folder(kind)))
-    for name, module in expected.pipeline.components.items():
+    base, folder = load(str(file), config), load(str(base_folder(kind)))
+    found, expected = base.denoiser.pipeline, folder.denoiser.pipeline
+    for name, module in expected.components.items():
         if isinstance(module, torch.nn.Module):
-            state = getattr(found.pipeline, name).state_dict()
+            state = getattr(found, name).state_dict()
             assert all(torch.equal(state[key], value) for key, value in module.state_dict().items()), name
-    theirs = type(found.pipeline).from_single_file(str(file), config=str(config.base_config), local_files_only=True)
+    theirs = type(found).from_single_file(str(file), config=str(config.base_config), local_files_only=True)
     for name in ("unet", "vae", "text_encoder"):
-        own = getattr(found.pipeline, name).state_dict()
+        own = getattr(found, name).state_dict()
         assert all(torch.equal(own[key], value) for key, value in getattr(theirs, name).state_dict().items()), name
-    assert found.pipeline.scheduler.config == expected.pipeline.scheduler.config
-    assert load(str(file), config, parts=("autoencoder",)).denoiser is None
+    assert found.scheduler.config == expected.scheduler.config
+    assert load(str(file), config, parts=("autoencoder",)).denoiser.net is None
     tokenizers = load_tokenizers(str(file), config)
-    assert [t.get_vocab() for t in tokenizers] == [t.get_vocab() for t in expected.tokenizers]
+    assert [t.get_vocab() for t in tokenizers] == [t.get_vocab() for t in folder.codec.tokenizers]
 
 
 def test_what_is_no_whole_checkpoint_is_told(checkpoint: Callable, base: Callable, tmp_path: Path) -> None:
@@ -120,7 +121,7 @@ def test_a_vae_may_lie_beside_the_file(checkpoint: Callable, base_folder: Callab
     file, config = checkpoint("sd1")
     change_weights(file, lambda t: {k: v for k, v in t.items() if not k.startswith("first_stage_model.")})
     vae = {"pretrained_vae_model_name_or_path": str(base_folder("sd1") / "vae")}
-    assert load(str(file), config.model_copy(update=vae)).autoencoder is not None
+    assert load(str(file), config.model_copy(update=vae)).codec.autoencoder is not None
     flags = {"pretrained_model_name_or_path": file, "base_config": config.base_config, "data_json_file": "d"} | vae
     asked = [f"--{name}={value}" for name, value in flags.items()]
     assert parse_train([*asked, "--image_encoder_path=e"]).base_config == config.base_config
@@ -140,12 +141,12 @@ def test_a_checkpoint_is_believed_what_it_says_of_its_noise(
     checkpoint: Callable, more: dict, metadata: dict, prediction: str, is_rescaled: bool, capsys: pytest.CaptureFixture
 ) -> None:
     file, config = checkpoint("sd1", metadata=metadata, **more)
-    found = load(str(file), config, noise={}).pipeline.scheduler.config
+    found = load(str(file), config, noise={}).denoiser.pipeline.scheduler.config
     assert (found.prediction_type, bool(found.rescale_betas_zero_snr)) == (prediction, is_rescaled)
     assert found.timestep_spacing == ("trailing" if is_rescaled else "leading")
     assert ("says of itself" in capsys.readouterr().err) == bool(more or metadata)
     if not is_rescaled:
-        found = load(str(file), config, noise={"prediction_type": "sample"}).pipeline.scheduler.config
+        found = load(str(file), config, noise={"prediction_type": "sample"}).denoiser.pipeline.scheduler.config
         assert found.prediction_type == "sample", "a flag has the last word"
 
 
@@ -162,7 +163,7 @@ def test_noise_that_is_not_known_is_refused(checkpoint: Callable, hub: Hub) -> N
         load(str(file), noise={})
     change_weights(file, lambda tensors: {key: value for key, value in tensors.items() if key != "ztsnr"})
     found = load(str(file), noise={"prediction_type": "epsilon"})
-    assert found.pipeline.scheduler.config.prediction_type == "epsilon"
+    assert found.denoiser.pipeline.scheduler.config.prediction_type == "epsilon"
     load(str(file), config, noise={})  # settings that the user named tell
 
 
@@ -173,7 +174,7 @@ def test_settings_come_from_the_hub_where_none_are_named(checkpoint: Callable, h
     assert "--base_config" in refused.value.remedy
     hub.add("stable-diffusion-v1-5/stable-diffusion-v1-5", Path(str(config.base_config)))
     forget()
-    assert load(str(file)).name == "sd"
+    assert load(str(file)).family == "sd"
 
 
 def test_flags_that_would_do_nothing_are_refused(checkpoint: Callable, base_folder: Callable) -> None:

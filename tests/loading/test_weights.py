@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model, SiglipVisionConfig, SiglipVisionModel
+from transformers import BertConfig, BertModel, Siglip2VisionConfig, Siglip2VisionModel, ViTConfig, ViTModel
 
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.encoders import FEATURES
 from ip_adapter_trainer.loading.base import load_base
 from ip_adapter_trainer.loading.config import BaseConfig
 from ip_adapter_trainer.loading.encoder import load_encoder, load_scorer
 from ip_adapter_trainer.pocket import models
+from tests import tiny
 from tests.loading.conftest import Change, change_json, change_weights, weights_of
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "encoder", "scorer")
@@ -39,12 +39,12 @@ def loads(base: Callable[[str], Path], encoder: Path, scorer: Path) -> Callable[
 
     def of(part: str) -> tuple[Path, Load]:
         if part == "encoder":
-            return encoder, lambda: load_encoder(str(encoder), kinds=FEATURES, dtype=torch.float32).model
+            return encoder, lambda: load_encoder(str(encoder), features=tiny.FEATURES, dtype=torch.float32).model
         if part == "scorer":
             return scorer, lambda: load_scorer(str(scorer))[0]
         folder = base("sdxl")
         load = partial(load_base, str(folder), dtype=torch.float32, device="cpu")
-        return folder / part, lambda: load().pipeline.components[part]
+        return folder / part, lambda: load().denoiser.pipeline.components[part]
 
     return of
 
@@ -148,68 +148,69 @@ def test_what_penultimate_features_do_not_read_need_not_be_there(
 ) -> None:
     load = partial(load_encoder, str(encoder), dtype=torch.float32)
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    whole = load(kinds=FEATURES).encode(pixels, "penultimate")
+    whole = load(features=tiny.FEATURES).encode(pixels, PATCHES)["penultimate"]
     with_layer_too_many = encoder / "config.json"
     good = with_layer_too_many.read_text()
     change_json(with_layer_too_many, num_hidden_layers=4)
     with pytest.raises(Problem, match="lacks 16 of"):
-        load(kinds=("penultimate",))
+        load(features=PATCHES)
     with_layer_too_many.write_text(good)
     for name in ("visual_projection.weight", "post_layernorm.weight", "post_layernorm.bias", "layers.2.mlp.fc1.weight"):
         change_weights(weights_of(encoder), without(name))
-        found = load(kinds=("penultimate",))
-        assert torch.equal(found.encode(pixels, "penultimate"), whole)
-        again = load(kinds=("penultimate",)).model.state_dict()
+        found = load(features=PATCHES)
+        assert torch.equal(found.encode(pixels, PATCHES)["penultimate"], whole)
+        again = load(features=PATCHES).model.state_dict()
         assert all(torch.equal(value, again[key]) for key, value in found.model.state_dict().items()), "made up anew"
     assert "which nothing reads here" in capsys.readouterr().err
     with pytest.raises(Problem, match="lacks 4 of"):
-        load(kinds=FEATURES)
+        load(features=tiny.FEATURES)
     change_weights(weights_of(encoder), without("layers.1.mlp.fc1.weight"))
     with pytest.raises(Problem, match="lacks 1 of"):
-        load(kinds=("penultimate",))
+        load(features=PATCHES)
 
 
 def test_both_halves_of_clip_serve_as_the_one_that_sees(scorer: Path, encoder: Path) -> None:
-    found = load_encoder(str(scorer), kinds=FEATURES, dtype=torch.float32).model.state_dict()
+    found = load_encoder(str(scorer), features=tiny.FEATURES, dtype=torch.float32).model.state_dict()
     both = load_file(weights_of(scorer))
     assert all(torch.equal(value, both[key]) for key, value in found.items())
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+PATCHES = ("penultimate",)
 SEES = SMALL | {"image_size": 32, "patch_size": 8}
 
 
 @pytest.mark.parametrize(
     ("model", "told"),
     [
-        (lambda: Dinov2Model(Dinov2Config(**SEES)), "Dinov2Model"),
-        (lambda: SiglipVisionModel(SiglipVisionConfig(**SEES)), "SiglipVisionModel"),
+        (lambda: ViTModel(ViTConfig(**SEES)), "ViTModel"),
+        (lambda: Siglip2VisionModel(Siglip2VisionConfig(**SMALL, patch_size=8)), "Siglip2VisionModel"),
         (lambda: BertModel(BertConfig(**SMALL, vocab_size=20)), "BertModel"),
     ],
-    ids=["dinov2", "siglip", "bert"],
+    ids=["vit", "siglip2_of_any_size", "bert"],
 )
 def test_an_encoder_of_another_kind_is_named(tmp_path: Path, model: Callable[[], Any], told: str) -> None:
     model().save_pretrained(tmp_path)
     with pytest.raises(Problem, match=f"the image encoder is a {told}"):
-        load_encoder(str(tmp_path), kinds=FEATURES, dtype=torch.float32)
+        load_encoder(str(tmp_path), features=tiny.FEATURES, dtype=torch.float32)
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 48, "num_hidden_layers": 1}))
     with pytest.raises(Problem, match="the image encoder"):
-        load_encoder(str(tmp_path), kinds=FEATURES, dtype=torch.float32)
+        load_encoder(str(tmp_path), features=tiny.FEATURES, dtype=torch.float32)
 
 
 def test_open_clips_layout_and_bare_files_are_named(tmp_path: Path, encoder: Path) -> None:
     save_file({"visual.conv1.weight": torch.ones(1)}, tmp_path / "open_clip_model.safetensors")
     (tmp_path / "open_clip_config.json").write_text("{}")
     with pytest.raises(Problem, match="open_clip's own layout"):
-        load_encoder(str(tmp_path), kinds=FEATURES, dtype=torch.float32)
+        load_encoder(str(tmp_path), features=tiny.FEATURES, dtype=torch.float32)
     with pytest.raises(Problem, match="is a folder, and this is a file"):
-        load_encoder(str(weights_of(encoder)), kinds=FEATURES, dtype=torch.float32)
+        load_encoder(str(weights_of(encoder)), features=tiny.FEATURES, dtype=torch.float32)
 
 
 def test_an_encoder_within_a_folder_is_found(encoder: Path, tmp_path: Path) -> None:
     (tmp_path / "repository" / "models").mkdir(parents=True)
     encoder.rename(tmp_path / "repository" / "models" / "image_encoder")
-    load = partial(load_encoder, kinds=FEATURES, dtype=torch.float32)
+    load = partial(load_encoder, features=tiny.FEATURES, dtype=torch.float32)
     with pytest.raises(Problem, match="--image_encoder_subfolder: models/image_encoder"):
         load(str(tmp_path / "repository"))
     load(str(tmp_path / "repository" / "models"))

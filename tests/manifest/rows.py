@@ -79,7 +79,7 @@ def training_set(manifest: Path, *, seed: int = 0, preprocess: Preprocess = prep
     """The samples of a manifest, 32 px unless told."""
     config = DataConfig(data_json_file=str(manifest), **{"resolution": 32, "bucket_step_px": 8, **settings})
     rows = read_manifest(config)
-    return Singly(rows, config, assign_buckets(rows, config), seed=seed, preprocess=preprocess)
+    return Singly(rows, config, assign_buckets(rows, config), seed=seed, preprocess={"image": preprocess})
 
 
 def number_of(pixels: Tensor) -> int:

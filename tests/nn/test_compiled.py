@@ -15,10 +15,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from ip_adapter_trainer.nn.attention import lean_attention
 from ip_adapter_trainer.nn.compiled import compiled_blocks
 from tests.nn.test_lean import gradients
-from tests.test_model import build, inputs
+from tests.test_model import build, inputs, tokens
 
 
 @pytest.fixture(autouse=True)
@@ -46,17 +45,17 @@ def test_gradients_are_the_stock_ones_recomputed_too_and_a_second_step_compiles_
     base_folder: Callable, encoder_folder: Path
 ) -> None:
     model = build(base_folder("sdxl"), encoder_folder, "base")
-    keys = list(model.family.denoiser.state_dict())
-    with model.attached(), lean_attention(model.family.denoiser, model.prompt):
+    keys = list(model.denoiser.net.state_dict())
+    with model.attached():
         prediction, expected, _ = gradients(model)
         model.checkpoint_activations()
-        with compiled(model.family.denoiser):
+        with compiled(model.denoiser.net):
             made, found, _ = gradients(model)
             assert off(made, prediction) < 1e-5 and off(found, expected) < 1e-5
             first = graphs()
             assert off(gradients(model)[1], expected) < 1e-5
             assert graphs() == first > 5
-            assert list(model.family.denoiser.state_dict()) == keys
+            assert list(model.denoiser.net.state_dict()) == keys
 
 
 def block_and_step(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Callable[[int, int], Tensor]]:
@@ -96,13 +95,13 @@ def test_without_gradients_blocks_run_as_they_are_and_no_trace_is_left(
     base_folder: Callable, encoder_folder: Path
 ) -> None:
     model = build(base_folder("sd1"), encoder_folder, "base")
-    noisy, t, text, pixels = inputs(model)
-    own = [dict(vars(module)) for module in model.family.denoiser.modules()]
+    given, pixels = inputs(model)
+    own = [dict(vars(module)) for module in model.denoiser.net.modules()]
     with model.attached(), torch.no_grad():
-        tokens = model.project(model.features(pixels))
-        expected = [model.predict(noisy, t, text, tokens, scale) for scale in (0.0, 0.5, 1.0)]
-        with compiled(model.family.denoiser):
+        image = tokens(model, pixels)
+        expected = [model.predict(*given, image, scale) for scale in (0.0, 0.5, 1.0)]
+        with compiled(model.denoiser.net):
             for scale, true in zip((0.0, 0.5, 1.0), expected, strict=True):
-                assert torch.equal(model.predict(noisy, t, text, tokens, scale), true)
+                assert torch.equal(model.predict(*given, image, scale), true)
         assert graphs() == 0
-    assert [set(vars(module)) for module in model.family.denoiser.modules()] == [set(names) for names in own]
+    assert [set(vars(module)) for module in model.denoiser.net.modules()] == [set(names) for names in own]

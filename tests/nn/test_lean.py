@@ -9,21 +9,25 @@ import pytest
 import torch
 
 from ip_adapter_trainer.model import Model
-from ip_adapter_trainer.nn.attention import ImagePrompt, LeanSelfProcessor, attend, attend_lean, lean_attention
-from ip_adapter_trainer.nn.lean import LeanConv2d, LeanGEGLU, LeanResnetBlock2D, ProductConv2d, lean_layers
+from ip_adapter_trainer.nn.lean import lean_convolution, lean_geglu, lean_layers, lean_residual, product_convolution
 from ip_adapter_trainer.train.config import LeanConfig
 from ip_adapter_trainer.train.lean import lean
 from tests import tiny
-from tests.test_model import build, inputs
+from tests.test_model import build, inputs, tokens
 
 PARITY = 1e-5  # of the gradients' norm, in fp32
 
 
+def lean_forwards(net: torch.nn.Module) -> list[object]:
+    """What computes in place of layers' own `forward`."""
+    return [module.forward.func for module in net.modules() if "forward" in vars(module)]
+
+
 def gradients(model: Model) -> tuple[torch.Tensor, torch.Tensor, int]:
     """The prediction, the adapter's gradients, and how many bytes besides weights the backward pass was given."""
-    noisy, t, text, pixels = inputs(model)
+    given, pixels = inputs(model)
     kept: dict[int, int] = {}
-    weights = [*model.family.denoiser.parameters(), *model.adapter.parameters()]
+    weights = [*model.denoiser.net.parameters(), *model.adapter.parameters()]
     own = {weight.untyped_storage().data_ptr() for weight in weights}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -34,7 +38,7 @@ def gradients(model: Model) -> tuple[torch.Tensor, torch.Tensor, int]:
 
     model.adapter.zero_grad()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        prediction = model.predict(noisy, t, text, model.project(model.features(pixels)))
+        prediction = model.predict(*given, tokens(model, pixels))
         prediction.square().mean().backward()
     grads = [p.grad.flatten() for p in model.adapter.parameters() if p.grad is not None]
     return prediction.detach(), torch.cat(grads), sum(kept.values())
@@ -47,7 +51,7 @@ def test_gradients_are_the_stock_ones(
     base: tiny.Base, layout: str, recompute: bool, base_folder: Callable, encoder_folder: Path
 ) -> None:
     model = build(base_folder(base), encoder_folder, "plus")
-    stock, expected, _ = _run(model, LeanConfig(lean_layers=False, lean_attention=False, channels_last="off"))
+    stock, expected, _ = _run(model, LeanConfig(lean_layers=False, channels_last="off"))
     if recompute:
         model.checkpoint_activations()
     made, found, _ = _run(model, LeanConfig(channels_last=layout))  # type: ignore[arg-type]
@@ -62,7 +66,7 @@ def _run(model: Model, config: LeanConfig) -> tuple[torch.Tensor, torch.Tensor, 
 
 def test_lean_layers_keep_less(base_folder: Callable, encoder_folder: Path) -> None:
     model = build(base_folder("sdxl"), encoder_folder, "base")
-    off = LeanConfig(lean_layers=False, lean_attention=False, channels_last="off")
+    off = LeanConfig(lean_layers=False, channels_last="off")
     kept = _run(model, off)[2], _run(model, off.model_copy(update={"lean_layers": True}))[2]
     assert kept[1] < 0.9 * kept[0]
 
@@ -71,88 +75,48 @@ def test_a_lean_denoiser_without_gradients_is_the_base_bit_for_bit_and_leaves_no
     base_folder: Callable, encoder_folder: Path
 ) -> None:
     model = build(base_folder("sdxl"), encoder_folder, "base")
-    denoiser, (noisy, t, text, _) = model.family.denoiser, inputs(model)
-    base, classes = model.family.predict(noisy, t, text), [type(m) for m in denoiser.modules()]
-    processors, keys = dict(denoiser.attn_processors), list(denoiser.state_dict())
+    denoiser, (given, _) = model.denoiser.net, inputs(model)
+    base, keys = model.denoiser.predict(*given), list(denoiser.state_dict())
     with lean(model, LeanConfig(channels_last="off")):
-        found = {type(m) for m in denoiser.modules()}
-        assert {LeanConv2d, LeanGEGLU, LeanResnetBlock2D} <= found and ProductConv2d not in found
-        assert any(isinstance(p, LeanSelfProcessor) for p in denoiser.attn_processors.values())
-        assert torch.equal(model.family.predict(noisy, t, text), base)
+        assert set(lean_forwards(denoiser)) == {lean_convolution, lean_geglu, lean_residual}
+        assert torch.equal(model.denoiser.predict(*given), base)
         assert list(denoiser.state_dict()) == keys
     with lean(model, LeanConfig(channels_last="on")):
-        assert {type(m) for m in denoiser.modules()} >= {ProductConv2d, LeanGEGLU, LeanResnetBlock2D}
-    assert [type(m) for m in denoiser.modules()] == classes
-    assert all(p is processors[name] for name, p in denoiser.attn_processors.items())
+        assert set(lean_forwards(denoiser)) == {product_convolution, lean_geglu, lean_residual}
+    assert not lean_forwards(denoiser)
     assert all(p.is_contiguous() for p in denoiser.parameters())
-    assert torch.equal(model.family.predict(noisy, t, text), base)
+    assert torch.equal(model.denoiser.predict(*given), base)
 
 
 def test_trained_or_unusual_layers_stay_what_they_are() -> None:
     trained, padded = torch.nn.Conv2d(2, 2, 1), torch.nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect")
     padded.requires_grad_(False)
-    with lean_layers(torch.nn.Sequential(trained, padded), products=True):
-        assert type(trained) is type(padded) is torch.nn.Conv2d
+    net = torch.nn.Sequential(trained, padded)
+    with lean_layers(net, products=True):
+        assert not lean_forwards(net)
 
 
 def test_half_precision_takes_channels_last_by_itself(base_folder: Callable, encoder_folder: Path) -> None:
     model = build(base_folder("sd1"), encoder_folder, "base")
-    weight = model.family.denoiser.conv_in.weight
+    weight = model.denoiser.net.conv_in.weight
     with lean(model, LeanConfig()):
         assert weight.is_contiguous()
-    model.family.denoiser.to(torch.bfloat16)
+    model.denoiser.net.to(torch.bfloat16)
     with lean(model, LeanConfig()):
-        assert model.family.denoiser.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("keys", "frozen"), [(7, True), (7, False), (300, False)])
-def test_explicit_attention_agrees_with_the_fused_kernel(dtype: torch.dtype, keys: int, frozen: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(2, 5, 16, generator=generator).to(dtype).requires_grad_()
-    key, value = (torch.randn(2, keys, 16, generator=generator).to(dtype) for _ in range(2))
-    wanted = [query] if frozen else [query, key.requires_grad_(), value.requires_grad_()]
-    mask = torch.where(torch.arange(keys) % 3 == 0, -1e4, 0.0).to(dtype).expand(2, 4, 1, keys)
-    outs = [how(query, key, value, 4, mask) for how in (attend, attend_lean)]
-    is_explicit = "ScaledDotProduct" not in _names(outs[1])
-    assert is_explicit == (keys <= 256 and (frozen or dtype != torch.float32))
-    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 2e-2}
-    torch.testing.assert_close(outs[1], outs[0], **tolerance)
-    first, second = (torch.autograd.grad(out.float().square().sum(), wanted) for out in outs)
-    torch.testing.assert_close(second, first, **{name: 4 * value for name, value in tolerance.items()})
-
-
-def _names(out: torch.Tensor) -> str:
-    """The names of the graph's nodes behind a tensor."""
-    seen, waiting = [], [out.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None:
-            seen.append(node.name())
-            waiting += [following for following, _ in node.next_functions]
-    return " ".join(seen)
-
-
-def test_a_prompt_outside_training_attends_by_the_fused_kernel() -> None:
-    prompt = ImagePrompt()
-    with lean_attention(torch.nn.Module(), prompt):
-        assert prompt.attend is attend_lean
-    assert prompt.attend is attend
+        assert model.denoiser.net.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_picture_is_encoded_bit_for_bit_as_by_the_stock_autoencoder(
     dtype: torch.dtype, base_folder: Callable, encoder_folder: Path
 ) -> None:
-    family = build(base_folder("sd1"), encoder_folder, "base").family
-    vae = family.autoencoder.to(dtype)
+    codec = build(base_folder("sd1"), encoder_folder, "base").codec
+    vae = codec.autoencoder.to(dtype)
     pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
     before = pixels.clone()
     with torch.no_grad():
         stock = vae.encode(pixels).latent_dist.parameters
-    lean_blocks: list[torch.nn.Module] = []
-    vae.encoder.mid_block.register_forward_hook(
-        lambda *_: lean_blocks.extend(m for m in vae.encoder.modules() if type(m) is LeanResnetBlock2D)
-    )
+    lean: list[object] = []
+    vae.encoder.mid_block.register_forward_hook(lambda *_: lean.extend(lean_forwards(vae.encoder)))
     assert torch.equal(family.encode_moments(pixels), stock) and torch.equal(pixels, before)
-    assert lean_blocks and not any(type(m) is LeanResnetBlock2D for m in vae.modules())
+    assert lean_residual in lean and not lean_forwards(vae)

@@ -11,12 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.encoders import FEATURES
-from ip_adapter_trainer.families import Family
+from ip_adapter_trainer.families import BaseModel
 from ip_adapter_trainer.loading.base import load_base
-from ip_adapter_trainer.loading.encoder import load_encoder
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.nn.packed import PackedConv2d, PackedLinear, Storage, expanded, pack, packed_weights
 from ip_adapter_trainer.train.config import LeanConfig
@@ -24,22 +21,20 @@ from ip_adapter_trainer.train.lean import lean
 from ip_adapter_trainer.train.run_plan import parameters
 from tests import tiny
 from tests.nn.test_lean import gradients
-from tests.test_model import inputs
+from tests.test_model import assemble, inputs
 
 NEEDS_BNB = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="the extra bnb is missing")
 NF4 = pytest.param("nf4", marks=NEEDS_BNB)
-PLAIN = LeanConfig(lean_layers=False, lean_attention=False, channels_last="off")
+PLAIN = LeanConfig(lean_layers=False, channels_last="off")
 
 
-def load(folder: Path, storage: Storage, dtype: torch.dtype = torch.float32) -> Family:
+def load(folder: Path, storage: Storage, dtype: torch.dtype = torch.float32) -> BaseModel:
     return load_base(str(folder), dtype=dtype, device="cpu", storage=storage)
 
 
 def build(folder: Path, encoder: Path, storage: Storage) -> Model:
-    kind = VARIANTS["base"]
     torch.manual_seed(0)
-    family = load(folder, storage)
-    return Model(family, load_encoder(str(encoder), kinds=FEATURES, dtype=torch.float32), kind, kind.Config())
+    return assemble(load(folder, storage), encoder, "base")
 
 
 def found(model: Model, config: LeanConfig = PLAIN) -> tuple[Tensor, Tensor]:
@@ -74,9 +69,9 @@ def test_gradients_are_those_of_a_net_with_the_expanded_weights(
     storage: Storage, base_folder: Callable, encoder_folder: Path
 ) -> None:
     packed, plain = (build(base_folder("sd1"), encoder_folder, s) for s in (storage, "none"))
-    names = dict(plain.family.denoiser.named_modules())
+    names = dict(plain.denoiser.net.named_modules())
     with torch.no_grad():
-        for name, layer in packed.family.denoiser.named_modules():
+        for name, layer in packed.denoiser.net.named_modules():
             if isinstance(layer, PackedLinear | PackedConv2d):
                 weight = expanded(layer.codes, layer.scales, layer.shape, torch.float32)
                 names[name].weight.copy_(weight if weight.ndim == 2 else weight.permute(0, 3, 1, 2))
@@ -98,7 +93,7 @@ def test_lean_layers_layout_and_recomputation_change_nothing(
     for made, true in zip(found(model, config), expected, strict=True):
         assert off(made, true) < 1e-5
     with model.attached(), lean(model, config):
-        assert all(layer.codes.is_contiguous() for layer in layers(model.family.denoiser))
+        assert all(layer.codes.is_contiguous() for layer in layers(model.denoiser.net))
 
 
 @pytest.mark.parametrize(("storage", "bits"), [("int8", 8), pytest.param("nf4", 4.5, marks=NEEDS_BNB)])
@@ -106,7 +101,7 @@ def test_lean_layers_layout_and_recomputation_change_nothing(
 def test_codes_take_the_bytes_that_they_should(
     base: tiny.Base, storage: Storage, bits: float, base_folder: Callable
 ) -> None:
-    net, stock = (load(base_folder(base), s, torch.bfloat16).denoiser for s in (storage, "none"))
+    net, stock = (load(base_folder(base), s, torch.bfloat16).denoiser.net for s in (storage, "none"))
     for layer in layers(net):
         each = (bits if isinstance(layer, PackedLinear) else 8) / 8
         held, scales = sum(b.nbytes for b in layer.buffers()), 2 * layer.shape[0] * (each == 1)  # in bf16
@@ -134,10 +129,10 @@ def test_pairs_start_from_the_unpacked_text_weights_and_without_tokens_attaching
     packed, stock = (build(base_folder("sd1"), encoder_folder, s) for s in (storage, "none"))
     for mine, theirs in zip(packed.adapter.parameters(), stock.adapter.parameters(), strict=True):
         assert torch.equal(mine, theirs)
-    noisy, t, text, _ = inputs(packed)
-    base = packed.family.predict(noisy, t, text)
+    given, _ = inputs(packed)
+    base = packed.denoiser.predict(*given)
     with packed.attached():
-        assert torch.equal(packed.predict(noisy, t, text, None), base)
+        assert torch.equal(packed.predict(*given, None), base)
 
 
 def test_nf4_without_its_library_is_refused_with_what_to_do(

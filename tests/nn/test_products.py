@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ip_adapter_trainer.nn.lean import ProductConv2d, lean_layers
+from ip_adapter_trainer.nn.lean import lean_layers
 from ip_adapter_trainer.nn.products import product_backward, product_forward, product_pays
 
 LAST = torch.channels_last
@@ -57,7 +57,6 @@ def test_a_layer_takes_the_product_over_few_positions_only(channels: int, side: 
     x = torch.randn(1, channels, side, side).to(memory_format=LAST).requires_grad_()
     expected = net(x)
     with lean_layers(net, products=True):
-        assert type(net) is ProductConv2d
         made = net(x)
     assert (type(made.grad_fn).__name__ == "_ProductBackward") == taken
     torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-5)

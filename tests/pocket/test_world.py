@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ip_adapter_trainer.pocket import gates, models, oracle, world, write
+from ip_adapter_trainer.pocket import models, oracle, world, write
 from ip_adapter_trainer.pocket.world import ATTRIBUTES, Scene
+from tools.pocket import gates
 
 built = pytest.mark.skipif(
     not (models.weights_dir() / "build.json").exists(), reason="the pocket weights are built by their own command"

@@ -11,18 +11,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
+from torch.distributed import TCPStore
 
 from ip_adapter_trainer.core.errors import Stopped
 from ip_adapter_trainer.runtime.stopping import Stopping
 
 
 class Group:
-    """Processes of a run as threads, over a real store."""
+    """Processes of a run as threads, over a store as launchers serve it."""
 
-    def __init__(self, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        store = torch.distributed.HashStore()
-        monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
+    def __init__(self, world: int, monkeypatch: pytest.MonkeyPatch, server: TCPStore | None = None) -> None:
+        self.server = server or TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(self.server.port))
         self._sums, self._meeting = list[int](), threading.Barrier(world)
         runtime: Any = SimpleNamespace(world=world, total=self._total)
         self.signals: list[Any] = [SimpleNamespace(asked=None) for _ in range(world)]
@@ -80,13 +81,14 @@ def test_without_a_stop_all_wait_for_the_slowest(monkeypatch: pytest.MonkeyPatch
 
 def test_a_store_that_is_gone_means_a_launcher_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     group = Group(2, monkeypatch)
-
-    class Gone:
-        """As the client of a server that ended."""
-
-        def check(self, keys: list[str]) -> bool:
-            raise RuntimeError("Connection reset by peer")
-
-    group.members[0]._store = Gone()
+    del group.server
     with pytest.raises(Stopped, match="143"):
         group.members[0].poll()
+
+
+def test_a_run_that_is_started_again_hears_nothing_of_the_stop_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = Group(2, monkeypatch)
+    group.signals[0].asked = signal.SIGTERM
+    assert group.work(_endless, _endless) == [143, 143]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert Group(2, monkeypatch, group.server).work(lambda poll: None, lambda poll: poll()) == [None, None]

@@ -136,17 +136,17 @@ def test_marks_tell_models_apart(base_folder: Callable, encoder_folder: Path) ->
     assert set(model_hashes) == {"unet", "vae", "text_encoder", "image_encoder", "scheduler"}
     assert hash_models(build(base_folder("sd1"), encoder_folder, "base")) == model_hashes
     with torch.no_grad():
-        weight = model.family.denoiser.conv_in.weight  # type: ignore[attr-defined]
+        weight = model.denoiser.net.conv_in.weight  # type: ignore[attr-defined]
         assert weight.numel() > SAMPLES
         weight.mul_(1.001)
-    model.family.pipeline.scheduler.register_to_config(beta_end=0.5)
+    model.denoiser.pipeline.scheduler.register_to_config(beta_end=0.5)
     assert compared(model_hashes, hash_models(model)) == (["unet", "scheduler"], [])
-    model.family.denoiser.half()
+    model.denoiser.net.half()
     assert compared(model_hashes, hash_models(model)) == (["scheduler"], ["unet"])
 
 
 def test_the_order_in_memory_does_not_matter(base_folder: Callable, encoder_folder: Path) -> None:
     model = build(base_folder("sd1"), encoder_folder, "base")
     model_hashes = hash_models(model)
-    model.family.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.denoiser.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     assert hash_models(model) == model_hashes

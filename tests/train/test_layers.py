@@ -24,7 +24,7 @@ def pairs(output: Path, step: int = 4) -> dict[str, Tensor]:
 
 def adapted(output: Path) -> set[str]:
     """Names of the layers whose pairs are not zero."""
-    layers = {site.number: site.name for site in load_model(output).sites}
+    layers = {layer.number: layer.name for layer in load_model(output).layers}
     return {layers[int(name.split(".")[1])] for name, tensor in pairs(output).items() if bool(tensor.any())}
 
 
@@ -40,7 +40,7 @@ def test_only_the_named_layers_are_trained(
     run: Callable, tmp_path: Path, base: str, names: tuple[str, ...], beginning: str
 ) -> None:
     output = run(tmp_path / "out", base=base, adapter_layers=" ".join(names))
-    found, every = adapted(output), [site.name for site in load_model(output).sites]
+    found, every = adapted(output), [layer.name for layer in load_model(output).layers]
     assert found == {name for name in every if name.startswith(beginning)} and found != set(every)
     exported = export(ExportConfig(source=str(output), output=str(tmp_path / "adapter.safetensors"), dtype="fp32"))
     assert exported.difference <= 1e-5, "diffusers computes the same with the zeros as the run without those layers"
@@ -51,9 +51,9 @@ def test_the_optimizer_knows_only_what_is_trained(run: Callable, tmp_path: Path)
     moments = checkpoint.read(output / "checkpoint-1").state["optimizer"]
     model = load_model(output)
     trained = [*model.adapter.image_proj_model.parameters()]
-    for site in model.sites:
-        if site.name.startswith("mid_block"):
-            trained += model.adapter.adapter_modules[str(site.number)].parameters()
+    for layer in model.layers:
+        if layer.name.startswith("mid_block"):
+            trained += model.adapter.adapter_modules[str(layer.number)].parameters()
     assert [tuple(m["exp_avg"].shape) for m in moments.values()] == [tuple(p.shape) for p in trained]
 
 

@@ -48,17 +48,17 @@ class Waits(TorchDispatchMode):
 
 
 def batch_of(model: Any, encoded: str) -> Batch:
-    features = (model.encoder.length(model.variant.feature), model.encoder.width(model.variant.feature))
-    image: Pixels | Encoded = Pixels(torch.zeros(2, 3, 32, 32), torch.zeros(2, 3, *[model.encoder.side_px] * 2))
+    prompts = {"image": torch.zeros(2, 3, *[model.encoder.side_px] * 2)}
+    inputs: Pixels | Encoded = Pixels(torch.zeros(2, 3, 32, 32), prompts)
     if encoded != "pixels":
-        shape = features[1:] if model.variant.feature == "image_embeds" else features
-        channels, height, width = model.family.latent_shape(32, 32)
-        captions = model.family.encode_captions(["a dog", ""]) if encoded == "prepared_text" else {}
+        features = {need: torch.zeros(2, *model.encoder.features[need.feature]) for need in model.variant.needs}
+        channels, height, width = model.codec.latent_shape(32, 32)
+        captions = model.codec.text(["a dog", ""]) if encoded == "prepared_text" else {}
         text = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in captions.items()}
-        image = Encoded(torch.zeros(2, 2 * channels, height, width), torch.zeros(2, *shape), text)
+        inputs = Encoded(torch.zeros(2, 2 * channels, height, width), features, text)
     places, drops = torch.arange(2), torch.tensor([True, False])
     geometry = (Geometry((32, 32), (0, 0), (32, 32)),) * 2
-    return Batch(places, places, image, ("a dog", ""), geometry, drops, drops)
+    return Batch(places, places, inputs, ("a dog", ""), geometry, drops, drops)
 
 
 @pytest.mark.parametrize("encoded", ["pixels", "prepared", "prepared_text"])
@@ -68,10 +68,10 @@ def test_a_step_reads_nothing_from_the_device(
     base: tiny.Base, variant: str, encoded: str, base_folder: Callable, encoder_folder: Path
 ) -> None:
     model = build(base_folder(base), encoder_folder, variant)
-    model.family.pipeline.to(META)
+    model.denoiser.pipeline.to(META)
     model.encoder.model.to(META)
     model.adapter.to(META)
-    step = Step(model, NoiseProcess(model.family.pipeline.scheduler, ObjectiveConfig(snr_gamma=5.0)), 0, META)
+    step = Step(model, NoiseProcess(model.denoiser.pipeline.scheduler, ObjectiveConfig(snr_gamma=5.0)), 0, META)
     gradients = Gradients([p for p in model.adapter.parameters() if p.requires_grad])
     batch = batch_of(model, encoded)
     with model.attached(), lean(model, LeanConfig()):

@@ -14,8 +14,8 @@ from PIL import Image
 
 from ip_adapter_trainer.config import parse
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.families.sd import StableDiffusion
-from ip_adapter_trainer.families.sdxl import StableDiffusionXL
+from ip_adapter_trainer.families.sd import SDCodec
+from ip_adapter_trainer.families.sdxl import SDXLCodec
 from ip_adapter_trainer.prepare.config import PrepareConfig
 from ip_adapter_trainer.prepare.run import PrepareReport, prepare
 from ip_adapter_trainer.train import checkpoint
@@ -64,7 +64,7 @@ def test_losses_and_adapter_are_those_of_the_raw_rows(
     run: Callable, flags: Callable, tmp_path: Path, extra: dict[str, object]
 ) -> None:
     report = prepared(flags, tmp_path / "raw", tmp_path / "set", **extra)
-    assert report.images == 24 and report.encoded == 24 and not report.faulty_rows
+    assert report.pictures == 24 and report.encoded == 24 and not report.faulty_rows
     assert_same_training(
         run(tmp_path / "raw", **extra), run(tmp_path / "encoded", prepared_dir=tmp_path / "set", **extra)
     )
@@ -97,16 +97,16 @@ def test_flips_and_buckets_fall_as_they_do_on_raw_rows(
 def test_nothing_is_encoded_in_a_step(
     run: Callable, flags: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ip_adapter_trainer.encoders import ClipImageEncoder
-    from ip_adapter_trainer.families._unet import UNetFamily
+    from ip_adapter_trainer.encoders import ImageEncoder
+    from ip_adapter_trainer.families._kl import KLCodec
 
     prepared(flags, tmp_path / "raw", tmp_path / "set")
 
     def refuse(*args: object) -> None:
         raise AssertionError("encoded")
 
-    monkeypatch.setattr(ClipImageEncoder, "encode", refuse)
-    monkeypatch.setattr(UNetFamily, "encode_moments", refuse)
+    monkeypatch.setattr(ImageEncoder, "encode", refuse)
+    monkeypatch.setattr(KLCodec, "moments", refuse)
     run(tmp_path / "encoded", prepared_dir=tmp_path / "set", grid_rows=2, grid_steps=1)
 
 
@@ -127,7 +127,7 @@ def test_a_prepared_run_holds_no_encoders_and_draws_the_same_grid(
     held, go = [], Trainer.run
 
     def look(self: Trainer, *args: object) -> None:
-        vae = self.model.family.pipeline.vae
+        vae = self.model.codec.autoencoder
         held.append((held_bytes(self.model.encoder.model), held_bytes(vae.encoder, vae.quant_conv)))
         go(self, *args)  # type: ignore[arg-type]
 
@@ -151,14 +151,14 @@ def test_text_that_was_kept_trains_the_same_and_is_not_encoded_again(
     extra = {"base": base, "text_drop_rate": 0.4, "data_json_file": manifest}
     prepared(flags, tmp_path / "raw", tmp_path / "set", prepare_text=True, **extra)
     raw = run(tmp_path / "raw", **extra)
-    kind = StableDiffusionXL if base == "sdxl" else StableDiffusion
-    honest = kind.encode_captions
+    kind = SDXLCodec if base == "sdxl" else SDCodec
+    honest = kind.encode
 
     def probe_only(self: object, texts: list[str]) -> dict[str, torch.Tensor]:
         assert texts == [""], "only what the tables look like is asked"
         return honest(self, texts)
 
-    monkeypatch.setattr(kind, "encode_captions", probe_only)
+    monkeypatch.setattr(kind, "encode", probe_only)
     encoded = {"prepared_dir": tmp_path / "set", "prepare_text": True}
     assert_same_training(raw, run(tmp_path / "encoded", **encoded, **extra))
     rows[4]["text"].append("a third one")

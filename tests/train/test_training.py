@@ -187,11 +187,14 @@ def test_the_norm_of_many_gradients_is_right_to_a_hundred_thousandth() -> None:
     assert float(gradients.clip(None)) == pytest.approx(exact, rel=1e-6)
 
 
-def test_a_loss_that_is_not_finite_shows_in_the_norm() -> None:
-    gradients = Gradients(torch.nn.Linear(3, 2).parameters())
-    gradients.add_loss(torch.tensor(float("inf")))
+@pytest.mark.parametrize("is_loss", [True, False], ids=["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_not_finite_shows_in_the_report(is_loss: bool) -> None:
+    layer = torch.nn.Linear(3, 2)
+    gradients = Gradients(layer.parameters())
+    assert gradients.report(gradients.clip(1.0)).tolist() == [0, 0, 0]
+    gradients.add_loss(torch.tensor(float("inf"))) if is_loss else gradients.flat[1].fill_(float("nan"))
     gradients.average(world=1)
-    assert not torch.isfinite(gradients.clip(1.0))
+    assert gradients.report(gradients.clip(1.0))[2] == 1
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "fp16_scaler"])

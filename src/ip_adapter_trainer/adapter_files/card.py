@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, ValidationError
 
@@ -13,10 +13,11 @@ from ip_adapter_trainer.core.errors import Problem, did_you_mean
 from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.storage.documents import json_of, read_text
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CARD = "adapter.json"
 PACKAGE = "ip_adapter_trainer"
 _MAX_BYTES = 2**20  # ours have 600
+_TABLES = ("variant_config", "loaded_with", "layout_config", "preprocessing", "no_image")  # JSON in a file's metadata
 
 
 class AdapterCard(Part):
@@ -28,21 +29,30 @@ class AdapterCard(Part):
     num_tokens: int
     pretrained_model_name_or_path: str
     image_encoder_path: str
-    feature: Literal["image_embeds", "penultimate"]
+    feature: str  # the first that the variant reads
     feature_dim: int
     context_dim: int
     step: int | None  # None: converted from a file that does not say
     images_seen: int | None
     package_version: str
     loaded_with: dict[str, Any] = Field(default_factory=dict)  # how its frozen models are, but for the defaults
+    layout: str = "unet"
+    layout_config: dict[str, Any] = Field(default_factory=dict)
+    image_encoder: str = "clip"  # its kind
+    preprocessing: dict[str, Any] = Field(default_factory=dict)  # of images for it; empty: as its kind always does
+    no_image: dict[str, str] = Field(default_factory=dict)  # by feature, how "no image" is made; empty: as published
 
     def _content(self) -> dict[str, Any]:
-        """Everything that is written; cards that need no `loaded_with` are of the first version, which has none."""
+        """Everything that is written; what stands at its default is left out, as in the first versions of cards."""
         content = self.model_dump()
-        if self.loaded_with:
-            return {"format_version": FORMAT_VERSION, **content}
-        del content["loaded_with"]
-        return {"format_version": 1, **content}
+        added = {name: content.pop(name) for name, field in type(self).model_fields.items() if not field.is_required()}
+        told = {
+            name: value
+            for name, value in added.items()
+            if value != type(self).model_fields[name].get_default(call_default_factory=True)
+        }
+        version = 1 if not told else 2 if told.keys() == {"loaded_with"} else FORMAT_VERSION
+        return {"format_version": version, **content, **told}
 
     def to_json(self) -> str:
         """The card as text for `adapter.json`."""
@@ -97,7 +107,7 @@ class AdapterCard(Part):
         numbers = {"step": None, "images_seen": None}
         content = numbers | {key: metadata[key] for key in cls.model_fields if key in metadata}
         _check_version(metadata.get("format_version", "1"), where)
-        for name in ("variant_config", "loaded_with"):
+        for name in _TABLES:
             try:
                 content[name] = json_of(content.get(name) or "{}")
             except ValueError as error:

@@ -21,12 +21,12 @@ from ip_adapter_trainer.adapter_files.card import CARD, AdapterCard
 from ip_adapter_trainer.adapter_files.guess import Foreign, foreign_kind, published_name
 from ip_adapter_trainer.adapter_files.raw import Container, RawFile, read_raw
 from ip_adapter_trainer.adapter_files.tables import Origin, tables_of
-from ip_adapter_trainer.adapters._variant import VARIANTS, Shapes, Variant, shapes_of
+from ip_adapter_trainer.adapters import VARIANTS, Shapes, Variant, shapes_of
 from ip_adapter_trainer.core.errors import Problem, StorageProblem, first_line
 from ip_adapter_trainer.core.settings import Part
+from ip_adapter_trainer.core.values import Need
+from ip_adapter_trainer.layouts import Layout, Tables
 from ip_adapter_trainer.storage.checkpoints import MANIFEST, newest, step_of, verified
-
-AdapterTables = Mapping[str, Mapping[str, Tensor]]  # "image_proj" and "ip_adapter"
 
 WEIGHTS = ("pytorch_model.bin", "model.safetensors")  # of a checkpoint: ours, and the published script's
 SUFFIXES = (".safetensors", ".bin")
@@ -44,6 +44,7 @@ class AdapterFile:
     ip_adapter: dict[str, Tensor]
     metadata: dict[str, str]
     card: AdapterCard | None  # None: the file does not say what it was trained with
+    layout: Layout
     layers: dict[int, str]  # N to the UNet's layer, where the file names layers
 
     @property
@@ -55,6 +56,11 @@ class AdapterFile:
     def shapes(self) -> Shapes:
         """The projector's shapes, by which variants are told apart."""
         return shapes_of(self.image_proj)
+
+    @cached_property
+    def layer_shapes(self) -> Shapes:
+        """The layers' shapes, by which layouts are told apart."""
+        return shapes_of(self.ip_adapter)
 
     @cached_property
     def numbers(self) -> list[int]:
@@ -112,12 +118,20 @@ class AdapterFile:
             what = f"the variant's settings are not valid: {first_line(error)}"
             raise Problem(what, where=str(self.path), remedy="copy or download the file again") from error
 
+    def feature_dim(self, need: Need) -> int:
+        """Return the width of a feature that the projector reads."""
+        return self.facts.get(f"feature_dim_{need.name}", self.facts["feature_dim"])
+
+    def layout_config(self) -> Part:
+        """Return the layout's settings, as the shapes of its layers tell them."""
+        return self.layout.Config(**self.layout.settings(self.layer_shapes))
+
     @cached_property
     def contradictions(self) -> list[str]:
         """Everything that the card says of the weights and that their names and shapes contradict."""
         if self.card is None:
             return []
-        facts = {"variant": VARIANTS.name_of(self.variant), "feature": self.variant.feature, **self.facts}
+        facts = {"variant": VARIANTS.name_of(self.variant), "feature": self.variant.needs[0].feature, **self.facts}
         return [
             f"the card says {name} {said[name]!r}, the weights {value}"
             for said in (self.card.model_dump(), self.card.variant_config)
@@ -137,7 +151,8 @@ def read_adapter(path: str | Path) -> AdapterFile:
         what = f"this is an adapter of another kind ({foreign.name}), which this trainer does not train"
         remedy = f"take one of the variants {', '.join(VARIANTS)}; of one trained here, the checkpoint or .safetensors"
         raise Problem(what, where=str(raw.path), remedy=remedy)
-    tables = tables_of(raw)
+    card = _card(raw)
+    tables = tables_of(raw, card.layout if card else None)
     adapter = AdapterFile(
         path=raw.path,
         origin=tables.origin,
@@ -145,7 +160,8 @@ def read_adapter(path: str | Path) -> AdapterFile:
         image_proj=tables.image_proj,
         ip_adapter=tables.ip_adapter,
         metadata=raw.metadata,
-        card=_card(raw),
+        card=card,
+        layout=tables.layout,
         layers=tables.layers,
     )
     written = raw.metadata.get(SHA256)
@@ -205,7 +221,7 @@ def _whole(file: Path) -> bool:
     return not is_ours or verified(file.parent, [file.name, CARD])
 
 
-def weights_sha256(tables: AdapterTables) -> str:
+def weights_sha256(tables: Tables) -> str:
     """SHA-256 over the names, dtypes, shapes and bytes of an adapter's tensors, whatever file they are in."""
     digest = hashlib.sha256()
     for table, tensors in sorted(tables.items()):
@@ -215,8 +231,8 @@ def weights_sha256(tables: AdapterTables) -> str:
     return digest.hexdigest()
 
 
-def write_adapter(path: Path, tables: AdapterTables, metadata: Mapping[str, str]) -> None:
-    """Writes an adapter in the published layout; the suffix decides the container. A .bin holds no metadata.
+def write_adapter(path: Path, tables: Tables, metadata: Mapping[str, str], layout: Layout) -> None:
+    """Write an adapter in its layout; the suffix decides the container. A .bin holds no metadata.
 
     Write to a `staged_file`, which gets its name after it was checked.
 
@@ -228,8 +244,7 @@ def write_adapter(path: Path, tables: AdapterTables, metadata: Mapping[str, str]
     plain = {t: {name: _alone(tensor) for name, tensor in tables[t].items()} for t in ("image_proj", "ip_adapter")}
     try:
         if path.suffix == ".safetensors":
-            flat = {f"{table}.{name}": tensor for table, tensors in plain.items() for name, tensor in tensors.items()}
-            save_file(flat, path, metadata={"format": "pt", **metadata, SHA256: weights_sha256(plain)})
+            save_file(layout.to_file(plain), path, metadata={"format": "pt", **metadata, SHA256: weights_sha256(plain)})
         else:
             with path.open("wb") as opened:  # given a path, torch would write the file's name into the file
                 torch.save(plain, opened)

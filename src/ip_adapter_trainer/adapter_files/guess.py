@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ip_adapter_trainer.adapters._variant import SDXL_CONTEXT, Reader, Shapes
+from ip_adapter_trainer.adapters import Shapes
+from ip_adapter_trainer.layouts import Reader
+from ip_adapter_trainer.layouts.unet import SDXL_CONTEXT
 
 _SD_WIDTHS = [320] * 2 + [640] * 2 + [1280] * 2 + [1280] * 3 + [640] * 3 + [320] * 3 + [1280]
 _SDXL_WIDTHS = [640] * 4 + [1280] * 20 + [1280] * 30 + [640] * 6 + [1280] * 10

@@ -11,23 +11,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from ip_adapter_trainer.adapter_files.card import AdapterCard
 from ip_adapter_trainer.adapter_files.file import AdapterFile
 from ip_adapter_trainer.adapter_files.guess import Foreign
 from ip_adapter_trainer.adapter_files.tables import Origin
-from ip_adapter_trainer.adapters._variant import SDXL_CONTEXT, Reader
+from ip_adapter_trainer.layouts import Reader
 
 READERS: dict[Reader, str] = {
     "diffusers": "diffusers",
     "original": "the original code",
     "comfy": "ComfyUI_IPAdapter_plus",
 }
-_LAYERS = {True: 70, False: 16}  # of SDXL, and of SD1.x and SD2.x
 
 
 def refusals(file: AdapterFile) -> dict[Reader, str]:
     """For each reader that cannot take the file, the first reason."""
-    sdxl = file.facts["context_dim"] == SDXL_CONTEXT
-    reasons = [_of_layout(file.origin), _of_layers(file.numbers, sdxl), file.variant.refusals(file.shapes)]
+    layout = file.layout.refusals(file.layer_shapes, file.facts["context_dim"])
+    reasons = [_of_origin(file.origin), _of_encoder(file.card), layout, file.variant.refusals(file.shapes)]
     return _first([*reasons, _of_path(file.path, is_unnorm=False)])
 
 
@@ -53,7 +53,7 @@ def _of_path(path: Path, is_unnorm: bool) -> dict[Reader, str]:
     return {}
 
 
-def _of_layout(origin: Origin) -> dict[Reader, str]:
+def _of_origin(origin: Origin) -> dict[Reader, str]:
     if origin == "published":
         return {}
     if origin == "comfy":
@@ -62,11 +62,9 @@ def _of_layout(origin: Origin) -> dict[Reader, str]:
     return dict.fromkeys(get_args(Reader), "takes no training checkpoint; export it")
 
 
-def _of_layers(numbers: Sequence[int], sdxl: bool) -> dict[Reader, str]:
-    missing = sorted(set(range(1, numbers[-1] + 1, 2)) - set(numbers))
-    if missing:
-        return dict.fromkeys(get_args(Reader), f"looks for {missing[0]}.to_k_ip.weight, which is not there")
-    if len(numbers) != _LAYERS[sdxl]:
-        model = "SDXL" if sdxl else "SD1.x and SD2.x"
-        return {"comfy": f"knows {model} with {_LAYERS[sdxl]} layers, the file has {len(numbers)}"}
-    return {}
+def _of_encoder(card: AdapterCard | None) -> dict[Reader, str]:
+    """diffusers takes features of any encoder as `ip_adapter_image_embeds`."""
+    if card is None or card.image_encoder == "clip":
+        return {}
+    why = f"runs CLIP image encoders, and the adapter reads features of a {card.image_encoder} encoder"
+    return {"original": why, "comfy": why}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ip_adapter_trainer.adapter_files.file import AdapterFile
-from ip_adapter_trainer.adapters._variant import Shapes, Variant, shapes_of
+from ip_adapter_trainer.adapters import Shapes, Variant, shapes_of
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.settings import Part
 
@@ -48,13 +48,10 @@ def flags_to_fit(file: AdapterFile, built: Shapes | None = None) -> list[str]:
 
 def _built(variant: type[Variant], config: Part, file: AdapterFile) -> Shapes:
     """Shapes of a projector for the file's widths, without memory."""
+    length = file.card.num_tokens if file.card else _LENGTH
+    shapes = {need: (length, file.feature_dim(need)) for need in variant.needs}
     with torch.device("meta"):
-        projector = variant.projector(
-            config,
-            context_dim=file.facts["context_dim"],
-            feature_dim=file.facts["feature_dim"],
-            feature_length=file.card.num_tokens if file.card else _LENGTH,
-        )
+        projector = variant.projector(config, shapes, file.facts["context_dim"])
     return shapes_of(projector.state_dict())
 
 

@@ -1,4 +1,4 @@
-"""The layouts in which an adapter's two tables are found, and what their pairs must be."""
+"""The forms of files in which an adapter's two tables are found."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ip_adapter_trainer.adapter_files.raw import RawFile
 from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.layouts import LAYOUTS, Layout, make_layout
 
 Origin = Literal["published", "comfy", "checkpoint", "rescued"]
 
-# Where the projector and the pairs stand in each layout, by prefix.
+# Where the projector and the layers stand in each form, by prefix.
 _PREFIXES: dict[Origin, tuple[str, str]] = {
     "published": ("image_proj.", "ip_adapter."),
     "comfy": ("image_proj.", "adapter_modules."),
@@ -23,7 +24,6 @@ _PREFIXES: dict[Origin, tuple[str, str]] = {
     # Saved by the published script: its pairs were dropped as duplicates of the ones registered in the UNet.
     "rescued": ("image_proj_model.", "unet."),
 }
-_PAIR = re.compile(r"(0|[1-9][0-9]{0,3})\.to_[kv]_ip\.weight")  # SDXL has numbers up to 139
 _PROCESSOR = re.compile(r"(?P<layer>.+)\.processor\.(?P<weight>.+)")
 _LAYER = re.compile(
     r"(down_blocks|up_blocks|mid_block)\.(?:([0-9]{1,3})\.)?attentions\.([0-9]{1,3})"
@@ -39,27 +39,39 @@ class Tables:
     origin: Origin
     image_proj: dict[str, Tensor]
     ip_adapter: dict[str, Tensor]
+    layout: Layout
     layers: dict[int, str] = field(default_factory=dict)  # N to the UNet's layer, where the file names layers
 
 
-def tables_of(raw: RawFile) -> Tables:
-    """Finds the two tables, whatever the layout, and checks the pairs' numbering.
+def tables_of(raw: RawFile, named: str | None) -> Tables:
+    """Find the two tables, whatever the file's form, and the layout whose layer weights these are, which checks them.
+
+    Args:
+        raw: the file.
+        named: the layout that a card names; None: it is told by the names.
 
     Raises:
-        Problem: no known layout, with what was found; or pairs that no reader could place.
+        Problem: no known form, with what was found; or weights that no reader could place.
     """
     for origin, (projector, pairs) in _PREFIXES.items():
         image_proj, ip_adapter = (_under(prefix, raw.tensors) for prefix in (projector, pairs))
-        if not image_proj or not ip_adapter:
+        if not image_proj or not (ip_adapter or named):
             continue
         layers: dict[int, str] = {}
         if origin == "rescued":
             ip_adapter, layers = _renumber(ip_adapter, raw.path)
-        _check_pairs(ip_adapter, raw.path)
+        layout = make_layout(named or _layout_of(ip_adapter))
+        layout.demand(ip_adapter, str(raw.path))
         _check_weights({**image_proj, **ip_adapter}, raw.path)
-        return Tables(origin, image_proj, ip_adapter, layers)
+        return Tables(origin, image_proj, ip_adapter, layout, layers)
     what = f"this is no adapter file that this trainer knows: it holds {_found(raw)}"
     raise Problem(what, where=str(raw.path), remedy="give an adapter file, a checkpoint-N folder or a run's folder")
+
+
+def _layout_of(layers: Mapping[str, Tensor]) -> str:
+    """The layout that owns layer weights; the published one, which says what is wrong, if none does."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in layers.items()}
+    return next((name for name, entry in LAYOUTS.items() if entry().owns(shapes)), "unet")
 
 
 def _found(raw: RawFile) -> str:
@@ -103,25 +115,6 @@ def _place(layer: str, path: Path) -> tuple[int, ...]:
         raise Problem(what, where=str(path), remedy="only adapters of diffusers' UNet2DConditionModel can be rescued")
     part, *numbers = match.groups()
     return (_ORDER[part], *(int(n or 0) for n in numbers))
-
-
-def _check_pairs(pairs: Mapping[str, Tensor], path: Path) -> None:
-    """Every name a pair's, every N odd, every pair whole and its two shapes equal."""
-    where, remedy = str(path), "`ip-adapter inspect` tells what kind of file it is"
-    for name, tensor in pairs.items():
-        match = _PAIR.fullmatch(name)
-        if match is None:
-            what = f"ip_adapter.{name} is no part of an adapter that this trainer trains"
-            raise Problem(what, where=where, remedy=remedy)
-        if int(match[1]) % 2 == 0:
-            what = f"ip_adapter.{name}: cross-attention layers have odd numbers in a UNet's adapter"
-            raise Problem(what, where=where, remedy=remedy)
-        other = name.replace("to_k_ip", "to_?_ip").replace("to_v_ip", "to_k_ip").replace("to_?_ip", "to_v_ip")
-        if other not in pairs:
-            raise Problem(f"ip_adapter.{other} is missing", where=where, remedy="copy or download the file again")
-        if tensor.ndim != 2 or tensor.shape != pairs[other].shape:
-            shapes = f"{list(tensor.shape)} and {list(pairs[other].shape)}"
-            raise Problem(f"ip_adapter.{name} and its other half have shapes {shapes}", where=where, remedy=remedy)
 
 
 def _check_weights(tensors: Mapping[str, Tensor], path: Path) -> None:

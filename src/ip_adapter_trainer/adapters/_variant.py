@@ -4,37 +4,66 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from ip_adapter_trainer.core.registry import Registry
 from ip_adapter_trainer.core.settings import Part
+from ip_adapter_trainer.core.values import ImageTokens, Need
+from ip_adapter_trainer.layouts import Reader
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-Reader = Literal["diffusers", "original", "comfy"]
 Shapes = Mapping[str, tuple[int, ...]]
-SDXL_CONTEXT = 2048  # by this width of the tokens the readers tell SDXL from all else
+IMAGE = "image"  # the role of the image prompt itself
 
 
 class Variant(ABC):
     """One adapter architecture.
 
-    A subclass lives in a file of its own, registers a name and gives its settings, the encoder feature it takes and
-    its projector, whose state-dict keys are the published ones.
+    A subclass lives in a file of its own, registers a name and gives its settings, what it reads of a sample and its
+    projector, whose state-dict keys are the published ones.
+
+    Attributes:
+        needs: features that it reads; the encoder of a role other than `image` is at the setting `ROLE_encoder_path`.
+        layouts: names of the layouts that it goes with.
+        drops: names of what is dropped in training beside image and text, with the share of images.
+        reads_time: True if tokens depend on the time.
     """
 
     Config: ClassVar[type[Part]]
-    feature: ClassVar[Literal["image_embeds", "penultimate"]]
+    needs: ClassVar[tuple[Need, ...]]
+    layouts: ClassVar[tuple[str, ...]] = ("unet", "unet_lora", "own")
+    drops: ClassVar[Mapping[str, float]] = {}
+    reads_time: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
-    def projector(cls, config: Part, *, context_dim: int, feature_dim: int, feature_length: int) -> nn.Module:
-        """The module from features ([B, E], or [B, T, E] with T = `feature_length`) to tokens [B, N, context_dim].
+    def projector(cls, config: Part, shapes: Mapping[Need, tuple[int, ...]], token_dim: int) -> nn.Module:
+        """Return the module that makes tokens of a width of features of these shapes, (E) or (T, E) each.
 
         Raises:
             Problem: a setting with which a reader would refuse the file, or load it and compute something else.
         """
+
+    @classmethod
+    def tokens(
+        cls,
+        projector: nn.Module,
+        features: Mapping[Need, Tensor],
+        time: Tensor | None = None,
+        dropped: Mapping[str, Tensor] | None = None,
+    ) -> ImageTokens:
+        """Return tokens [B, N, D] of features, [B, E] or [B, T, E] each.
+
+        Args:
+            projector: what `projector` gave.
+            features: all of `needs`; those of "no image" where it is dropped.
+            time: [B], where `reads_time`.
+            dropped: by the names of `drops`, whether each image's is, [B]; None: nothing is.
+        """
+        (need,) = cls.needs
+        return ImageTokens(projector(features[need]))
 
     @classmethod
     @abstractmethod
@@ -44,7 +73,10 @@ class Variant(ABC):
     @classmethod
     @abstractmethod
     def facts(cls, shapes: Shapes) -> dict[str, int]:
-        """What a file's `image_proj` shapes tell: `num_tokens`, `feature_dim`, `context_dim` and the variant's own."""
+        """What a file's `image_proj` shapes tell: `num_tokens`, `context_dim` and the variant's own settings.
+
+        `feature_dim` is the last dimension of the first of `needs`; that of others is `feature_dim_NAME`.
+        """
 
     @classmethod
     @abstractmethod

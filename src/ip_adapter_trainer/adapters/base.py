@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from ip_adapter_trainer.adapters._variant import VARIANTS, Reader, Shapes, Variant
+from ip_adapter_trainer.adapters._variant import IMAGE, VARIANTS, Shapes, Variant
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.settings import Part, Resume
+from ip_adapter_trainer.core.values import Need
+from ip_adapter_trainer.layouts import Reader
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,10 +32,10 @@ class Base(Variant):
     """Pooled CLIP embedding to four tokens."""
 
     Config = BaseConfig
-    feature = "image_embeds"
+    needs = (Need(IMAGE, "image_embeds"),)
 
     @classmethod
-    def projector(cls, config: Part, *, context_dim: int, feature_dim: int, feature_length: int) -> nn.Module:
+    def projector(cls, config: Part, shapes: Mapping[Need, tuple[int, ...]], token_dim: int) -> nn.Module:
         """See `Variant.projector`."""
         from ip_adapter_trainer.nn.projections import ImageProjection
 
@@ -43,7 +46,7 @@ class Base(Variant):
                 where="--num_tokens",
                 remedy="leave it at 4, or take --variant plus for another number of tokens",
             )
-        return ImageProjection(feature_dim, context_dim, config.num_tokens)
+        return ImageProjection(shapes[cls.needs[0]][-1], token_dim, config.num_tokens)
 
     @classmethod
     def owns(cls, shapes: Shapes) -> bool:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from ip_adapter_trainer.adapters._variant import SDXL_CONTEXT, VARIANTS, Reader, Shapes, Variant
+from ip_adapter_trainer.adapters._variant import IMAGE, VARIANTS, Shapes, Variant
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.settings import Part, Resume
+from ip_adapter_trainer.core.values import Need
+from ip_adapter_trainer.layouts import Reader
+from ip_adapter_trainer.layouts.unet import SDXL_CONTEXT
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,21 +31,22 @@ class Full(Variant):
     """Penultimate CLIP features, one token a patch."""
 
     Config = FullConfig
-    feature = "penultimate"
+    needs = (Need(IMAGE, "penultimate"),)
 
     @classmethod
-    def projector(cls, config: Part, *, context_dim: int, feature_dim: int, feature_length: int) -> nn.Module:
+    def projector(cls, config: Part, shapes: Mapping[Need, tuple[int, ...]], token_dim: int) -> nn.Module:
         """See `Variant.projector`."""
         from ip_adapter_trainer.nn.projections import FullProjection
 
         assert isinstance(config, FullConfig)
+        feature_length, feature_dim = shapes[cls.needs[0]]
         if config.num_tokens not in (None, feature_length):
             raise Problem(
                 f"the full variant makes one token a feature: {feature_length}, not {config.num_tokens}",
                 where="--num_tokens",
                 remedy="leave it out, or take --variant plus to choose the number of tokens",
             )
-        return FullProjection(feature_dim, context_dim)
+        return FullProjection(feature_dim, token_dim)
 
     @classmethod
     def owns(cls, shapes: Shapes) -> bool:

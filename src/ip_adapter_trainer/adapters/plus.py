@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from ip_adapter_trainer.adapters._variant import SDXL_CONTEXT, VARIANTS, Reader, Shapes, Variant
+from ip_adapter_trainer.adapters._variant import IMAGE, VARIANTS, Shapes, Variant
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.settings import Part, Resume
+from ip_adapter_trainer.core.values import Need
+from ip_adapter_trainer.layouts import Reader
+from ip_adapter_trainer.layouts.unet import SDXL_CONTEXT
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,10 +52,10 @@ class Plus(Variant):
     """Penultimate CLIP features through a resampler to 16 (or any number of) tokens."""
 
     Config = PlusConfig
-    feature = "penultimate"
+    needs = (Need(IMAGE, "penultimate"),)
 
     @classmethod
-    def projector(cls, config: Part, *, context_dim: int, feature_dim: int, feature_length: int) -> nn.Module:
+    def projector(cls, config: Part, shapes: Mapping[Need, tuple[int, ...]], token_dim: int) -> nn.Module:
         """See `Variant.projector`."""
         from ip_adapter_trainer.nn.projections import Resampler
 
@@ -64,10 +68,10 @@ class Plus(Variant):
                     where=f"--resampler_{name}",
                     remedy=f"leave it at {fixed}",
                 )
-        width, heads = _built(context_dim)
+        width, heads = _built(token_dim)
         return Resampler(
-            feature_dim,
-            context_dim,
+            shapes[cls.needs[0]][-1],
+            token_dim,
             num_tokens=config.num_tokens,
             width=config.resampler_dim or width,
             heads=config.resampler_heads or heads,

@@ -1,4 +1,4 @@
-"""What a prepared set knows of picture files: under each name, which content was read and how the file looked then.
+"""Records of image files in a prepared set: under each name, the content that was read and the file's status then.
 
 As git does, a file whose size and time have not changed is taken for the same without being read. Records are rows of
 a table like any other; of several under one name the newest counts, so nothing is ever rewritten.
@@ -37,7 +37,7 @@ _SETTLED_NS = 2_000_000_000  # a file younger than this when it was read may hav
 
 
 def name_key(name: str) -> bytes:
-    """The address of what is known of a picture, by its name as rows give it."""
+    """Return the key under which an image is recorded, from its name as rows give it."""
     return _NAMES(name.encode("utf-8", "surrogatepass"))
 
 
@@ -53,26 +53,26 @@ class Record:
 
     @classmethod
     def of(cls, status: os.stat_result, size_px: tuple[int, int], content: bytes) -> Record:
-        """A picture that was read now."""
+        """Record an image that was read now."""
         return cls(status.st_size, status.st_mtime_ns, time.time_ns(), size_px, content)
 
     @classmethod
     def unreadable(cls) -> Record:
-        """A name under which no picture can be had now."""
+        """Record that no image can be read under a name now."""
         return cls(0, 0, time.time_ns(), (0, 0), _UNREADABLE)
 
     @property
     def is_sound(self) -> bool:
-        """Whether a picture was read."""
+        """True where an image was read."""
         return self.content != _UNREADABLE
 
     def fits(self, status: os.stat_result) -> bool:
-        """Whether a file that looks like this surely holds what was read then."""
+        """Return whether a file of this status surely holds what was read then."""
         same = (status.st_size, status.st_mtime_ns) == (self.file_bytes, self.mtime_ns)
         return same and self.mtime_ns < self.noted_ns - _SETTLED_NS
 
     def packed(self) -> Tensor:
-        """The record as a row of the table, [48] uint8."""
+        """Return the record as a row of the table, [48] uint8."""
         row = np.zeros(1, _LAYOUT)
         row[0] = (self.file_bytes, self.mtime_ns, self.noted_ns, *self.size_px, self.content)
         return torch.from_numpy(row.view(np.uint8))
@@ -103,15 +103,15 @@ class ImageIndex:
         return len(self._keys)
 
     def places(self, names: Sequence[str]) -> NDArray[np.int64]:
-        """The place of each name's record, -1 for one that nothing is known of."""
+        """Return the place of each name's record, [names]; -1 for a name of which nothing is known."""
         return places_of(_NAMES.of([name.encode("utf-8", "surrogatepass") for name in names]), self._keys)
 
     def find(self, names: Sequence[str]) -> list[Record | None]:
-        """What is known of each name."""
+        """Return the record of each name, None where nothing is known of it."""
         return self.records(self.places(names))
 
     def records(self, places: NDArray[np.int64]) -> list[Record | None]:
-        """The record at each place, None at -1."""
+        """Return the records at places [N] that `places` gave, None at -1."""
         records: list[Record | None] = [None] * len(places)
         known = np.flatnonzero(places >= 0)
         found = zip(known.tolist(), self._records[places[known]].tolist(), strict=True)

@@ -25,7 +25,7 @@ _MAX_MAPS = 512  # shards mapped at a time over all tables, half the usual limit
 
 
 class Asked(NamedTuple):
-    """What is wanted of a row."""
+    """A row, and the values that are wanted of it."""
 
     row: Row
     mirrored: bool
@@ -33,7 +33,7 @@ class Asked(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """Where a row's values are and how its target was cut."""
+    """The keys of a row's values, and the cut of its target."""
 
     keys: tuple[bytes, ...]  # one for each table that a batch is filled from
     geometry: Geometry
@@ -44,7 +44,7 @@ class PreparedSet:
 
     Usage::
 
-        prepared = PreparedSet(folder, recipe, Pictures.of(manifest.root, config))
+        prepared = PreparedSet(folder, spec, ImageFiles.of(manifest.root, config))
         encoded = prepared.room(len(rows), target_px)
         asked = [Asked(row, mirrored=False, text=row.captions[0]) for row in rows]
         geometry = prepared.read(asked, target_px, encoded, range(len(rows)))
@@ -60,7 +60,7 @@ class PreparedSet:
         self.tables = {kind: Table(root, kind, max(1, _MAX_MAPS // len(kinds))) for kind in kinds}
 
     def sizes_px(self, rows: Sequence[Row]) -> list[Size | None]:
-        """Height and width of each row's target, None where its file must be asked."""
+        """Return height and width of each row's target, None where its file must be asked."""
         found: list[Size | None] = []
         for start in range(0, len(rows), _CHUNK_ROWS):
             chunk = rows[start : start + _CHUNK_ROWS]
@@ -69,7 +69,9 @@ class PreparedSet:
         return found
 
     def lacking(self, rows: Sequence[Row], among: range) -> Iterator[int]:
-        """Numbers of the rows that cannot be served: not all there, and neither known to be faulty nor gone since.
+        """Yield the numbers of the rows for which the set lacks some value.
+
+        Rows that are known to be faulty, or whose files are gone since they were encoded, are not among them.
 
         Args:
             rows: of the manifest.
@@ -91,7 +93,7 @@ class PreparedSet:
             yield from (first + number for number in sorted(missing))
 
     def captions_there(self, captions: Sequence[str]) -> NDArray[np.bool_]:
-        """Whether what was made of each caption is in the set, [captions]; nothing is wanted if text is not kept."""
+        """Return whether the set holds the encoding of each caption, [captions]; all True where it keeps no text."""
         there = np.ones(len(captions), np.bool_)
         if self.spec.text is not None:
             contents = [caption.encode() for caption in captions]
@@ -100,11 +102,11 @@ class PreparedSet:
         return there
 
     def all_there(self, places: NDArray[np.int64], uses: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Whether everything wanted of each picture, used so, is in the set; a known fault wants nothing.
+        """Return whether the set holds all that each use of an image needs, [images]; a known fault needs nothing.
 
         Args:
-            places: of the pictures in the index, -1 for one that is not there, [pictures].
-            uses: what each is used as, [pictures].
+            places: of the images in the index, -1 for one that is not there, [images].
+            uses: what each is used as, [images].
         """
         there = places >= 0
         known = np.flatnonzero(there)
@@ -128,27 +130,28 @@ class PreparedSet:
         return np.array(numbers, np.int64)[which]
 
     def room(self, count: int, target_px: Size) -> Encoded:
-        """Tensors for so many rows of one size, of which nothing is set."""
-        moments, features, *text = (self.tables[kind].room(count) for kind in self._kinds(target_px))
-        names = [kind.name for kind in self._text_kinds]
-        return Encoded(moments, features, dict(zip(names, text, strict=True)))
+        """Return tensors for `count` rows of one size, with nothing in them yet."""
+        moments, *others = (self.tables[kind].room(count) for kind in self._kinds(target_px))
+        needs, names = list(self.spec.features), [kind.name for kind in self._text_kinds]
+        features, text = others[: len(needs)], others[len(needs) :]
+        return Encoded(moments, dict(zip(needs, features, strict=True)), dict(zip(names, text, strict=True)))
 
     @property
     def _text_kinds(self) -> tuple[TableKind, ...]:
         return self.spec.text.tables if self.spec.text else ()
 
     def _kinds(self, target_px: Size) -> tuple[TableKind, ...]:
-        return self.spec.moments[target_px], self.spec.features[0], *self._text_kinds
+        return self.spec.moments[target_px], *self.spec.features.values(), *self._text_kinds
 
     def read(
         self, asked: Sequence[Asked], target_px: Size, into: Encoded, slots: Sequence[int]
     ) -> list[Geometry | ImageFault]:
-        """Copies what the encoders said of rows into slots of a batch, and says how each row's target was cut.
+        """Copy the encoded values of rows into slots of a batch, and return how each row's target was cut.
 
-        A row has a fault in place of its geometry, and nothing in its slot, if one of its pictures could not be read,
+        A row has a fault in place of its geometry, and nothing in its slot, if one of its images could not be read,
         changed since, or is not in the set.
         """
-        found, stacks = self._found(asked, target_px), (into.moments, into.features, *into.text.values())
+        found, stacks = self._found(asked, target_px), (into.moments, *into.features.values(), *into.text.values())
         for column, (kind, stack) in enumerate(zip(self._kinds(target_px), stacks, strict=True)):
             self._fill(self.tables[kind], column, found, stack, slots)
         return [one if isinstance(one, ImageFault) else one.geometry for one in found]
@@ -165,9 +168,9 @@ class PreparedSet:
                 found.append(target if isinstance(target, ImageFault) else prompt)  # type: ignore[arg-type]
                 continue
             moments = self.spec.targets[target_px, side].keys(target.content)
-            features = self.spec.prompts[self.spec.features[0], prompt_side].keys(prompt.content)
+            features = [self.spec.prompts[need, prompt_side].keys(prompt.content) for need in self.spec.features]
             captions = [keys(text.encode()) for keys in text_keys]
-            found.append(_Found((moments, features, *captions), crop.plan(target.size_px, target_px)[1]))
+            found.append(_Found((moments, *features, *captions), crop.plan(target.size_px, target_px)[1]))
         return found
 
     def _fill(

@@ -38,7 +38,7 @@ _SEAL_BYTES, _SEAL_S = 256 * 2**20, 60.0  # a kill loses at most so much
 
 @dataclass(frozen=True)
 class TableKind:
-    """What every row of a table is."""
+    """The name of a table, and the shape and dtype of its rows."""
 
     name: str
     shape: tuple[int, ...]  # of one row
@@ -46,7 +46,7 @@ class TableKind:
 
     @property
     def folder(self) -> str:
-        """Where its shards are, under the set's folder."""
+        """The folder of its shards, under the set's folder."""
         shape = "x".join(map(str, self.shape))
         return f"{self.name}/{shape}-{str(self.dtype).removeprefix('torch.')}"
 
@@ -74,7 +74,7 @@ class Table:
     Usage::
 
         table = Table(folder, TableKind("moments", (8, 64, 64), torch.bfloat16))
-        places = table.find([address("a"), address("b")])
+        places = table.find([digest("a"), digest("b")])
         rows = table.room(2)  # [2, 8, 64, 64]
         table.fill(rows, [0, 1], places.tolist())
 
@@ -108,22 +108,22 @@ class Table:
 
     @property
     def keys(self) -> NDArray[np.bytes_]:
-        """All addresses, sorted; one that two writers wrote is there twice."""
+        """All keys [rows], sorted; one that two writers wrote is there twice."""
         return self._keys
 
     def find(self, keys: Sequence[bytes]) -> NDArray[np.int64]:
-        """The place of each address, -1 for one that is not there; of several rows of one address, the first."""
+        """Return the place of each key, [keys]: the first of several rows under it, -1 where there is none."""
         return places_of(keys, self._keys)
 
     def room(self, count: int) -> Tensor:
-        """A tensor for so many rows, [count, ...], of which nothing is set."""
+        """Return a tensor for `count` rows, [count, ...], with nothing in it yet."""
         return torch.empty((count, *self.kind.shape), dtype=self.kind.dtype)
 
     def fill(self, rows: Tensor, slots: Sequence[int], places: Sequence[int]) -> list[int]:
-        """Copies the rows at places that `find` gave into slots of a tensor [B, ...] that `room` made.
+        """Copy the rows at places that `find` gave into slots of a tensor [B, ...] that `room` made.
 
         Returns:
-            The places of those that are damaged on the disk, as far as they are read for the first time.
+            The places of rows that are damaged on the disk; each row is checked when it is read for the first time.
         """
         into, length = rows.view(len(rows), -1).view(torch.uint8).numpy(), self.kind.value_bytes
         found = [self._located(place) for place in places]
@@ -147,7 +147,7 @@ class Table:
         return numbers[~sound].tolist()
 
     def file_of(self, place: int) -> Path:
-        """The shard that holds the row at a place."""
+        """Return the shard that holds the row at a place."""
         return self._shards[int(self._shard[place])].path
 
     def _located(self, place: int) -> tuple[mmap.mmap, int]:
@@ -157,7 +157,7 @@ class Table:
         ) * self.kind.value_bytes
 
     def values(self) -> NDArray[np.uint8]:
-        """The bytes of all rows in the order of `keys`, [rows, bytes], in memory; for tables of small rows.
+        """Return the bytes of all rows in the order of `keys`, [rows, bytes], in memory; for tables of small rows.
 
         Raises:
             Problem: some of them are damaged.
@@ -197,10 +197,10 @@ def _fetch(mapped: mmap.mmap, at: int, length: int) -> None:
 
 
 def checksums_of(keys: NDArray[np.bytes_], rows: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """The checksum of each row of bytes [R, n] under its address: the sum of the row's words and the address's first.
+    """Return the checksum of each row of bytes [R, n]: the sum of the row's words and the first word of its key.
 
     Words are of 64 bits where the length allows it, sums modulo 2^64. Any one bit that flips changes it, and so does a
-    row of another address or a hole; a sum keeps up with copying from memory, which no hash does.
+    row of another key or a hole; a sum keeps up with copying from memory, which no hash does.
     """
     word_bytes = math.gcd(rows.shape[1], 8)
     return rows.view(f"<u{word_bytes}").sum(axis=1, dtype=np.uint64) + keys.view("<u8")[::2]
@@ -213,7 +213,7 @@ def _read(shard: _Shard, tensor: str, row_bytes: int) -> bytes:
 
 
 def _open_shard(path: Path, kind: TableKind) -> _Shard:
-    """Where a shard's tensors are, once its header and size are what they must be; nothing is allocated before."""
+    """Return the places of a shard's tensors once its header and size are right; allocate nothing before."""
     what = f"this file is no whole shard of {kind.folder}"
     try:
         size = path.stat().st_size
@@ -245,7 +245,7 @@ def _no_shard(path: Path, what: str) -> Problem:
 
 
 def _fill(spans: dict[str, tuple[int, int]], rows: int, kind: TableKind) -> bool:
-    """Whether the tensors fill a file in some order, without gap or overlap."""
+    """Return whether the tensors fill a file in some order, without gap or overlap."""
     lengths = {"key": rows * KEY_BYTES, "sum": rows * SUM_BYTES, "value": rows * kind.value_bytes}
     at = 0
     for name in sorted(spans, key=lambda name: spans[name]):
@@ -271,7 +271,7 @@ class TableWriter:
         self._began_s = 0.0
 
     def add(self, key: bytes, value: Tensor) -> None:
-        """Takes a row of the kind's shape and dtype; one of the same address replaces it.
+        """Add a row, [...] of the kind's shape and dtype; it replaces a row of the same key that is not yet written.
 
         Raises:
             StorageProblem: a full shard could not be written.
@@ -284,7 +284,7 @@ class TableWriter:
             self.seal()
 
     def seal(self) -> None:
-        """Writes what there is as a shard.
+        """Write the rows that were added as a shard.
 
         Raises:
             StorageProblem: the disk refused; the rows are kept for another try.

@@ -1,8 +1,8 @@
-"""What prepared sets hold: which encodings of which pictures, and the address of each.
+"""Contents of prepared sets: the encodings of each image, and the key of each.
 
-Nothing here is found by a row's number. The address of a row of latents is a hash of the picture's content, the cut,
-the autoencoder and the dtype, so another crop, another encoder or a changed picture is another address: what is served
-is right or is not there.
+Nothing here is found by a row's number. The key of a row of latents is a hash of the image's content, the cut, the
+autoencoder and the dtype, so another crop, another encoder or a changed image has another key: what is served is right
+or is not there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import cached_property
 
 from ip_adapter_trainer.cache.config import CutConfig
 from ip_adapter_trainer.cache.shards import TableKind
-from ip_adapter_trainer.core.values import Row
+from ip_adapter_trainer.core.values import Need, Row
 from ip_adapter_trainer.images.background import Colour
 from ip_adapter_trainer.images.buckets import Buckets
 from ip_adapter_trainer.storage.digests import Digests, framed
@@ -30,8 +30,9 @@ class View:
 
     kind: TableKind
     key: bytes
-    target_px: Size | None  # cut to this size for the autoencoder; None: preprocessed for the image encoder
+    target_px: Size | None  # cut to this size for the autoencoder; None: preprocessed for an image encoder
     mirrored: bool
+    role: str = ""  # of the image encoder; empty: it is for the autoencoder
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,11 @@ class Way:
     keys: Digests  # by the hash of the picture's file
     target_px: Size | None
     mirrored: bool
+    role: str = ""
 
     def view(self, content: bytes) -> View:
-        """The view of a picture of this content."""
-        return View(self.kind, self.keys(content), self.target_px, self.mirrored)
+        """Return the view of an image of this content."""
+        return View(self.kind, self.keys(content), self.target_px, self.mirrored, self.role)
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,9 @@ class CacheSpec:
         pad_square: whether prompts are padded to a square.
         mirrors: whether mirrored pictures are wanted too.
         autoencoder: identity of the latents' encoder, config and weights.
-        encoder: identity of the image encoder.
+        encoders: digests of the image encoders, by role.
         moments: the table of each size.
-        features: the tables of the kinds of feature wanted.
+        features: the tables of the features wanted.
         text: how captions are encoded, if they are.
     """
 
@@ -92,52 +94,53 @@ class CacheSpec:
     pad_square: bool
     mirrors: bool
     autoencoder: str
-    encoder: str
+    encoders: dict[str, str]
     moments: dict[Size, TableKind]
-    features: tuple[TableKind, ...]
+    features: dict[Need, TableKind]
     text: TextSpec | None = None
 
     @property
     def tables(self) -> list[TableKind]:
         """All tables, each once; sizes whose latents have one shape share theirs."""
         text = self.text.tables if self.text else ()
-        return list(dict.fromkeys([*self.moments.values(), *self.features, *text]))
+        return list(dict.fromkeys([*self.moments.values(), *self.features.values(), *text]))
 
     @cached_property
     def targets(self) -> dict[tuple[Size, bool], Way]:
-        """How moments are made, by the size cut to and whether mirrored."""
+        """The ways of making moments, by the size cut to and whether mirrored."""
         return {(size, side): self._target(size, side) for size in self.moments for side in (False, True)}
 
     @cached_property
-    def prompts(self) -> dict[tuple[TableKind, bool], Way]:
-        """How features are made, by their table and whether mirrored."""
-        return {(kind, side): self._prompt(kind, side) for kind in self.features for side in (False, True)}
+    def prompts(self) -> dict[tuple[Need, bool], Way]:
+        """The ways of making features, by their table and whether mirrored."""
+        return {(need, side): self._prompt(need, side) for need in self.features for side in (False, True)}
 
     def _target(self, target_px: Size, mirrored: bool) -> Way:
         kind = self.moments[target_px]
         after = framed(FORMAT, *self.background, *target_px, int(mirrored), self.autoencoder, str(kind.dtype))
         return Way(kind, Digests(framed(kind.name), after), target_px, mirrored)
 
-    def _prompt(self, kind: TableKind, mirrored: bool) -> Way:
-        after = framed(FORMAT, *self.background, int(self.pad_square), int(mirrored), self.encoder, str(kind.dtype))
-        return Way(kind, Digests(framed(kind.name), after), None, mirrored)
+    def _prompt(self, need: Need, mirrored: bool) -> Way:
+        kind, encoder = self.features[need], self.encoders[need.role]
+        after = framed(FORMAT, *self.background, int(self.pad_square), int(mirrored), encoder, str(kind.dtype))
+        return Way(kind, Digests(framed(kind.name), after), None, mirrored, need.role)
 
     def ways(self, target_px: Size, use: int) -> list[Way]:
-        """All that is wanted of a picture whose bucket is this, used so."""
+        """Return all the ways in which an image of this bucket is encoded for this use."""
         found: list[Way] = []
         if use & TARGET:
             found += [self.targets[target_px, mirrored] for mirrored in _sides(self.mirrors)]
         if use & PROMPT:
             sides = _sides(bool(use & MIRRORED_PROMPT))
-            found += [self.prompts[kind, mirrored] for kind in self.features for mirrored in sides]
+            found += [self.prompts[need, mirrored] for need in self.features for mirrored in sides]
         return found
 
     def views(self, content: bytes, size_px: Size, use: int) -> list[View]:
-        """All that is wanted of a picture of this content and size, used so."""
+        """Return all the views of an image of this content and size that this use needs."""
         return [way.view(content) for way in self.ways(self.buckets.sizes_px[self.buckets.nearest(size_px)], use)]
 
     def uses(self, row: Row) -> list[tuple[str, int]]:
-        """The pictures that a row names and what it uses each as; its own prompt image is never mirrored."""
+        """Return the images that a row names and what it uses each as; its own prompt image is never mirrored."""
         own = row.prompt_image_file
         if own is None:
             return [(row.image_file, TARGET | PROMPT | (MIRRORED_PROMPT if self.mirrors else 0))]
@@ -149,7 +152,7 @@ def _sides(both: bool) -> tuple[bool, ...]:
 
 
 def random_cuts(config: CutConfig) -> list[str]:
-    """The flags by which each image is drawn otherwise every time, so that nothing could be encoded beforehand."""
+    """Return the flags by which each image is cut at random every time, so that nothing can be encoded beforehand."""
     anew = {
         "--no_center_crop": not config.center_crop,
         "--prompt_crop_min_share": config.prompt_crop_min_share < 1,

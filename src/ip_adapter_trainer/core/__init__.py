@@ -1,0 +1,1 @@
+"""The base of every part: errors, settings, registries, random streams, log."""

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on a device, in the order of the device's work.
+    """Copy a host tensor [...] to a device without making the host wait for the device's earlier work.
 
     An ordinary copy from pageable memory waits until the device has done all that was asked of it before; from pinned
     memory it takes its place behind that, and the host goes on. Pinned blocks are kept and used again by PyTorch.

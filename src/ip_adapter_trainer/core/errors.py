@@ -1,4 +1,4 @@
-"""What went wrong, where, and what to do: every error a user can meet, with its exit code."""
+"""Every error that a user can meet: what went wrong, where, what to do, and its exit code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ip_adapter_trainer.core.redact import plain
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says in its first line; its kind where it says nothing."""
+    """Return the first line of an error's message, or the error's class name where it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -37,7 +37,7 @@ class Problem(ValueError):
 
 @contextmanager
 def as_load_problem(name: str, where: str, remedy: str) -> Iterator[None]:
-    """What a library says against somebody's model, by whatever error, is a problem of the model.
+    """Turn whatever error a library raises while it loads a user's model into a Problem of that model.
 
     Raises:
         Problem: in place of what the library raised.
@@ -81,7 +81,7 @@ class Stopped(Exception):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A remedy for an unknown name: the closest known one, else all of them.
+    """Return a remedy for an unknown name: the closest known one, or else all of them.
 
     >>> did_you_mean("pluss", ["base", "plus"])
     "did you mean 'plus'?"

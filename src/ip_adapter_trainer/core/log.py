@@ -1,4 +1,4 @@
-"""What the program says to people: short lines on standard error, once per group of processes."""
+"""Messages to people: short lines on standard error, once per group of processes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def say(line: str) -> None:
-    """Prints a line from the first process only."""
+    """Print a line to standard error, from the first process only."""
     if os.environ.get("RANK", "0") == "0":
         print(redacted(line), file=sys.stderr, flush=True)
 
 
 @contextmanager
 def say_after(seconds: float, line: str) -> Iterator[None]:
-    """Says a line, from the first process of each machine, if this block takes longer than so many seconds."""
+    """Print a line, from the first process of each machine, if this block takes longer than `seconds`."""
     timer = threading.Timer(seconds, lambda: print(redacted(line), file=sys.stderr, flush=True))
     timer.daemon = True
     if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -38,7 +38,7 @@ def say_after(seconds: float, line: str) -> Iterator[None]:
 
 class _Patient(io.FileIO):
     def write(self, data: Any) -> int:
-        """Drops what is refused."""
+        """Drop what is refused."""
         with suppress(OSError):
             super().write(data)
         return len(data)
@@ -46,8 +46,11 @@ class _Patient(io.FileIO):
 
 @contextmanager
 def patient_stderr() -> Iterator[None]:
-    """In this block, what standard error does not take is dropped: a log on a full disk, the pipe of a launcher that
-    is gone. Otherwise a progress bar would end the run, and what is left in a buffer would change the exit code."""
+    """Drop what standard error does not take in this block.
+
+    A log lies on a full disk, say, or the launcher that read the pipe is gone. Otherwise a progress bar would end the
+    run, and what is left in a buffer would change the exit code.
+    """
     if sys.stderr is not sys.__stderr__:  # someone else's, not the system's
         yield
         return
@@ -57,8 +60,10 @@ def patient_stderr() -> Iterator[None]:
 
 
 def quiet_loading() -> None:
-    """Turns off the loading bars of diffusers and transformers, which would tear ours, and advice to install what is
-    not needed."""
+    """Turn off the loading bars of diffusers and transformers, and their advice to install what is not needed.
+
+    Their bars would tear ours.
+    """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -70,7 +75,7 @@ def quiet_loading() -> None:
 
 @contextmanager
 def silent_diffusers() -> Iterator[None]:
-    """Lets diffusers tell of errors only, for a while: its warnings about weights and casts are judged elsewhere."""
+    """Let diffusers log errors only in this block: its warnings on weights and casts are judged elsewhere."""
     from diffusers.utils import logging as diffusers_logging
 
     own = diffusers_logging.get_verbosity()

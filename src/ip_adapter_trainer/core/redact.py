@@ -1,4 +1,4 @@
-"""What may be shown or kept of texts that hold secrets, or that strangers wrote."""
+"""Texts that hold secrets or that strangers wrote, made fit to be shown and kept."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LEAST = 8  # letters of a variable's value; shorter ones stand in ordinary text
 
 
 def redacted(text: str) -> str:
-    """The text with `***` in place of whatever looks like a token or a password, or is one of the environment's.
+    """Return the text with `***` for each token or password: whatever looks like one, or stands in the environment.
 
     >>> redacted("https://me:open-sesame@example.org/a?token=abc&x=1")
     'https://***@example.org/a?***&x=1'
@@ -32,7 +32,7 @@ def redacted(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """The text on one line, nothing in it that moves a terminal's cursor or colours it, and no secrets.
+    """Return the text on one line, without secrets and without characters that move a terminal's cursor or colour it.
 
     >>> plain("a\\nb")
     'a\\\\nb'
@@ -44,9 +44,9 @@ def plain(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Words of a stranger as a line that a log can bear: as `plain`, and 400 characters at most.
+    """Return a stranger's text as `plain` does, cut to 400 characters, so that a log can take it.
 
-    What it gives it leaves as it is.
+    Its own result it returns unchanged.
     """
     line = plain(text[: 2 * _LINE_CHARACTERS])
     return line if len(line) <= _LINE_CHARACTERS else f"{line[: _LINE_CHARACTERS - 3]}..."

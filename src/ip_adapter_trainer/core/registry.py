@@ -31,10 +31,10 @@ class Registry(Generic[T]):
         self._loaded = False
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
-        """Class decorator that enters a class under `name`; a name is given once."""
+        """Return a class decorator that enters a class under `name`; a name is given once."""
 
         def enter(entry: type[T]) -> type[T]:
-            """Enters the class and gives it back."""
+            """Enter the class and return it."""
             known = self._entries.get(name)
             if known is not None and known.__module__ != entry.__module__:
                 raise Problem(f"{self.kind}: {name!r} is registered twice", where=f"{known} and {entry}")
@@ -65,9 +65,9 @@ class Registry(Generic[T]):
         return iter(sorted(self._entries))
 
     def name_of(self, entry: type[T]) -> str:
-        """The name under which a class is registered."""
+        """Return the name under which a class is registered."""
         return next(name for name, known in self.items() if known is entry)
 
     def items(self) -> list[tuple[str, type[T]]]:
-        """All entries, sorted by name."""
+        """Return all entries, sorted by name."""
         return [(name, self[name]) for name in self]

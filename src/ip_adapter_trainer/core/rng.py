@@ -15,12 +15,12 @@ from numpy.random.bit_generator import ISeedSequence
 
 
 def key(seed: int, purpose: str, *counters: int) -> int:
-    """The 128-bit Philox key of a stream: a hash of the seed, the purpose's name and the counters."""
+    """Return the 128-bit Philox key of a stream: a hash of the seed, the purpose's name and the counters."""
     return int.from_bytes(_digest(seed, purpose, counters), "little")
 
 
 def stream(seed: int, purpose: str, *counters: int) -> np.random.Generator:
-    """A generator for one purpose at one place.
+    """Return the random generator of one purpose at one place, which depends on these arguments alone.
 
     >>> float(stream(0, "noise", 7).random()) == float(stream(0, "noise", 7).random())
     True
@@ -37,7 +37,7 @@ class _Keyed(ISeedSequence):
         self._digest = digest
 
     def generate_state(self, n_words: int, dtype: Any = np.uint32) -> Any:
-        """The two words of the key; Philox asks for no other."""
+        """Return the two words of the key; Philox asks for no other."""
         return np.frombuffer(self._digest, "<u8")
 
 

@@ -17,7 +17,7 @@ from ip_adapter_trainer.core.redact import redacted
 
 @dataclass(frozen=True)
 class Resume:
-    """What may become of a part's own settings between a run and its resumption; names in lists by blanks.
+    """The rules for changing a part's own settings between a run and its resumption; each list is names between blanks.
 
     Attributes:
         must_match: the run would be another one; each may be accepted by name.
@@ -32,7 +32,7 @@ class Resume:
     free: str = ""
 
     def lists(self) -> dict[str, list[str]]:
-        """The names of each list."""
+        """Return the names in each list."""
         return {name: names.split() for name, names in vars(self).items()}
 
 
@@ -63,7 +63,7 @@ class Part(BaseModel):
 
     @classmethod
     def resume_lists(cls) -> dict[str, list[str]]:
-        """The names of each list of `Resume`, of this class and all it is composed of."""
+        """Return the names in each list of `Resume`, for this class and all those that it is composed of."""
         owners = [kind.__dict__["resume"] for kind in cls.__mro__ if "resume" in kind.__dict__]
         return {name: [n for owner in owners for n in owner.lists()[name]] for name in Resume().lists()}
 
@@ -76,12 +76,12 @@ class Alias:
 
 
 def alias(*names: str) -> Alias:
-    """Other flags of a field, for use inside `Annotated`: long names without dashes, or a short one as `-o`."""
+    """Return other flags of a field, for use inside `Annotated`: long names without dashes, or a short one as `-o`."""
     return Alias(names)
 
 
 def as_flags(settings: Mapping[str, Any]) -> list[str]:
-    """Settings as command-line flags; a null leaves the default."""
+    """Return settings as command-line flags; a null leaves the default."""
     flags: list[str] = []
     for name, value in settings.items():
         if isinstance(value, bool):
@@ -94,7 +94,7 @@ def as_flags(settings: Mapping[str, Any]) -> list[str]:
 
 
 def demand_no_secrets(argv: Sequence[str]) -> None:
-    """Refuses a token or a password among flags, which every run writes down.
+    """Refuse a token or a password among flags, since every run writes its flags down.
 
     Raises:
         Problem: there is one; its flag is named, never its value.

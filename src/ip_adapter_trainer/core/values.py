@@ -1,14 +1,13 @@
-"""What flows through the house: rows, samples, batches, conditions. Frozen dataclasses, shapes at the field."""
+"""Values that the parts hand on: rows, samples, batches, conditions. Frozen dataclasses, shapes at the field."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ip_adapter_trainer.core.devices import to_device
 from ip_adapter_trainer.core.redact import one_line
-from ip_adapter_trainer.core.rng import stream
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +34,8 @@ class Row:
         captions = self.captions
         if len(captions) == 1:
             return captions[0]
+        from ip_adapter_trainer.core.rng import stream
+
         return captions[stream(seed, "caption", counter).integers(len(captions))]
 
 
@@ -57,19 +58,45 @@ class Fault:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a target was cut, in pixels (height, width), as SDXL's micro-conditioning wants it."""
+    """The cut of a target in pixels (height, width), as SDXL's micro-conditioning wants it."""
 
     original_px: tuple[int, int]
     crop_px: tuple[int, int]  # top, left, in the resized picture
     target_px: tuple[int, int]
 
 
+@dataclass(frozen=True, order=True)
+class Need:
+    """One thing that a variant reads of a sample: a feature of one of its images.
+
+    Attributes:
+        role: what the image is, which decides the encoder that it goes to: `image`, or another that a variant names.
+        feature: one of the encoder's, as `image_embeds` or `penultimate`.
+    """
+
+    role: str
+    feature: str
+
+    @property
+    def name(self) -> str:
+        """The name that files and cards use: the feature's own, after the role where that is not `image`."""
+        return self.feature if self.role == "image" else f"{self.role}_{self.feature}"
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """What a projector makes of image features, for every adapted layer of a denoiser to attend to."""
+
+    tokens: Tensor  # [B, N, D]
+    time_embedding: Tensor | None = None  # [B, E], where layers are modulated by the time too
+
+
 @dataclass(frozen=True)
 class Pixels:
-    """A target and its image prompt as read; stacked in a batch."""
+    """A target and its image prompts as read; stacked in a batch."""
 
     pixels: Tensor  # [3, H, W] or [B, 3, H, W], in -1..1
-    prompt_pixels: Tensor  # [3, S, S] or [B, 3, S, S], preprocessed for the image encoder
+    prompts: dict[str, Tensor]  # by role, [3, S, S] or [B, 3, S, S], preprocessed for the role's encoder
 
 
 @dataclass(frozen=True)
@@ -77,8 +104,8 @@ class Encoded:
     """The same as the frozen encoders see them, prepared before training; stacked in a batch."""
 
     moments: Tensor  # [2C, h, w] or [B, 2C, h, w]: mean and log variance of the latents' posterior, unscaled
-    features: Tensor  # [E] or [T, E], or with [B, ...]: of the image prompt
-    text: dict[str, Tensor] = field(default_factory=dict)  # of the caption, as the family encodes it; empty: not kept
+    features: dict[Need, Tensor]  # of the image prompts, [E] or [T, E], or with [B, ...]
+    text: dict[str, Tensor] = field(default_factory=dict)  # of the caption, as the base model's codec gives it; or none
 
 
 Inputs = Pixels | Encoded
@@ -105,12 +132,12 @@ class Batch:
         return len(self.text)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with its tensors on `device`."""
+        """Return the same batch with its tensors on `device`."""
         return replace(self, inputs=map_tensors(lambda t: to_device(t, device), self.inputs))
 
 
 def map_tensors(function: Callable[..., Tensor], first: P, *others: P) -> P:
-    """A picture of the same kind whose tensors are `function` of those of one or more pictures."""
+    """Return inputs of the same kind with each tensor replaced by `function` of it, [...], and of those of `others`."""
     names = [f.name for f in fields(first)]
     return type(first)(**{name: _mapped(function, *(getattr(p, name) for p in (first, *others))) for name in names})
 
@@ -122,20 +149,12 @@ def _mapped(function: Callable[..., Tensor], first: Any, *others: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class TextCondition:
-    """What the text encoder(s) give the denoiser."""
+class AttentionLayer:
+    """The output of the text encoders, as the denoiser takes it."""
 
-    context: Tensor  # [B, L, D]
-    extra: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # family-specific, e.g. SDXL's text_embeds [B, P], time_ids [B, 6]
-
-
-@dataclass(frozen=True)
-class Site:
-    """One cross-attention layer that an adapter is attached to."""
-
-    number: int  # N of the published keys `N.to_k_ip.weight`
+    number: int  # N of the file contract's keys, as `N.to_k_ip.weight`
     name: str  # the layer's module path in the denoiser
-    width: int  # rows of to_k / to_v: inner width of the attention
-    context_dim: int  # columns of to_k / to_v
+    kind: Literal["cross", "self", "joint", "single"]  # what its queries attend to
+    width: int  # inner width: rows of to_q
+    heads: int
+    context_dim: int | None  # columns of to_k and to_v where they read another sequence

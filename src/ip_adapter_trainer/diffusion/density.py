@@ -17,7 +17,7 @@ Density = Literal["uniform", "shifted", "logit_normal", "cubic"]
 
 
 def shifted(rng: Generator, shift: float) -> float:
-    """u = s v / (1 + (s - 1) v) of a uniform v (Stable Diffusion 3, arXiv 2403.03206, eq. 23).
+    """Draw u = s v / (1 + (s - 1) v) of a uniform v (Stable Diffusion 3, arXiv 2403.03206, eq. 23).
 
     Its density is s / (s - (s - 1) u)^2, from 1 / s times the uniform one at the weakest noise to s times at the
     strongest: every timestep keeps a share.
@@ -27,7 +27,7 @@ def shifted(rng: Generator, shift: float) -> float:
 
 
 def logit_normal(rng: Generator, mean: float, std: float) -> float:
-    """u = sigmoid(mean + std z) of a normal z, as diffusers' `compute_density_for_timestep_sampling` has it.
+    """Draw u = sigmoid(mean + std z) of a normal z, as diffusers' `compute_density_for_timestep_sampling` does.
 
     From 2403.03206, section 3.1. A mean above 0 leads to stronger noise; both ends are all but never drawn.
     """
@@ -35,5 +35,5 @@ def logit_normal(rng: Generator, mean: float, std: float) -> float:
 
 
 def cubic(rng: Generator) -> float:
-    """u = 1 - v^3 of a uniform v: the strongest noise above all (T2I-Adapter, arXiv 2302.08453)."""
+    """Draw u = 1 - v^3 of a uniform v: the strongest noise above all (T2I-Adapter, arXiv 2302.08453)."""
     return 1 - rng.random() ** 3

@@ -91,7 +91,7 @@ class NoiseProcess:
         return int(self.scheduler.config.num_train_timesteps)
 
     def draw(self, seed: int, indices: Sequence[int], shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-        """Noise [B, C, h, w] and timesteps [B] of the range and density asked for, from the images' counter streams."""
+        """Draw noise [B, C, h, w] and timesteps [B], of the range and density asked for, from counter streams."""
         import numpy as np
         import torch
 
@@ -122,18 +122,18 @@ class NoiseProcess:
         return density.cubic(rng)
 
     def posterior(self, normal: Tensor) -> Tensor:
-        """Noise [B, C, h, w] by which latents are drawn from the VAE's posterior: none where its mean is trained on."""
+        """Return the noise [B, C, h, w] that samples the VAE's posterior: zeros where its mean is trained on."""
         import torch
 
         return normal if self.config.latents == "sample" else torch.zeros_like(normal)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t of latents, noise [B, C, h, w] and timesteps [B]."""
+        """Return x_t of latents, noise [B, C, h, w] and timesteps [B]."""
         noisy: Tensor = self.scheduler.add_noise(latents, noise, timesteps)
         return noisy
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the denoiser should say, [B, C, h, w]."""
+        """Return the output that the denoiser is trained towards, [B, C, h, w]."""
         if self.prediction == "epsilon":
             return noise
         if self.prediction == "sample":
@@ -142,7 +142,7 @@ class NoiseProcess:
         return velocity
 
     def weights(self, timesteps: Tensor) -> Tensor:
-        """Loss weights [B]: ones, or min(SNR, gamma) over the weight that the prediction type implies by itself.
+        """Return loss weights [B]: ones, or min(SNR, gamma) over the weight that the prediction type implies by itself.
 
         Squared errors of epsilon, v and x weigh the error in x by SNR, SNR + 1 and 1 (2303.09556, section 3.4).
         """

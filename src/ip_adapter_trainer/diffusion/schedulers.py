@@ -58,7 +58,7 @@ class NoiseConfig(Part):
     )
 
     def overrides(self) -> dict[str, Any]:
-        """The scheduler settings that these stand for; empty: none is overruled."""
+        """Return the scheduler settings that these stand for; empty where none is overruled."""
         prediction = {} if self.prediction_type == "auto" else {"prediction_type": self.prediction_type}
         return prediction | ({"rescale_betas_zero_snr": True} if self.rescale_betas_zero_snr else {})
 

@@ -1,5 +1,5 @@
-"""Image encoders: pictures to features, and the feature that stands for "no picture"."""
+"""Image encoders, one file each: images to features by name, and what stands for "no image"."""
 
-from ip_adapter_trainer.encoders.clip import FEATURES, ClipImageEncoder, FeatureKind
+from ip_adapter_trainer.encoders._encoder import ENCODERS, ImageEncoder, folder_preprocess
 
-__all__ = ["FEATURES", "ClipImageEncoder", "FeatureKind"]
+__all__ = ["ENCODERS", "ImageEncoder", "folder_preprocess"]

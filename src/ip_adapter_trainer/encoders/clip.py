@@ -1,4 +1,4 @@
-"""The CLIP image encoder, its preprocessing and its two kinds of feature.
+"""The CLIP image encoder (arXiv 2103.00020).
 
 Preprocessing and the "no picture" feature follow what diffusers does at inference, because an adapter must see in
 training what its users will feed it.
@@ -6,154 +6,110 @@ training what its users will feed it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ip_adapter_trainer.core.classes import classes_changed
+from ip_adapter_trainer.encoders._encoder import ENCODERS, ImageEncoder
+from ip_adapter_trainer.nn.forwards import forwards_replaced
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from pathlib import Path
+
     from transformers import CLIPVisionModelWithProjection
 
-FeatureKind = Literal["image_embeds", "penultimate"]
-FEATURES: tuple[FeatureKind, ...] = ("image_embeds", "penultimate")
+
+def _exact_norm(norm: nn.LayerNorm, input: Tensor) -> Tensor:
+    """Norm the residual stream [B, T, E] and leave it in fp32."""
+    return F.layer_norm(input.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
 
 
-class ClipPreprocess:
-    """RGB picture to normalised pixels [3, S, S]: short side to S (bicubic), centre crop, CLIP mean and deviation.
-
-    The same as `CLIPImageProcessor(size=S, crop_size=S)`, which is what diffusers makes for any encoder.
-    """
-
-    def __init__(self, side_px: int) -> None:
-        from transformers import CLIPImageProcessorPil
-
-        self.side_px = side_px
-        self._processor = CLIPImageProcessorPil(size={"shortest_edge": side_px}, crop_size=side_px)
-
-    def __call__(self, image: Image) -> Tensor:
-        """One RGB picture to [3, S, S]."""
-        pixels = self._processor(images=image, return_tensors="np")["pixel_values"][0]
-        return torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32))
+def _inner_norm(norm: nn.LayerNorm, input: Tensor) -> Tensor:
+    """Norm [B, T, E] for a layer's products, which are in the weights' dtype."""
+    return _exact_norm(norm, input).to(norm.weight.dtype)
 
 
-class _ExactNorm(nn.LayerNorm):
-    """A norm over the residual stream, which it leaves in fp32."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[B, T, E] to fp32 [B, T, E]."""
-        weight, bias = self.weight.float(), self.bias.float()
-        return F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps)
+def _exact_linear(linear: nn.Linear, input: Tensor) -> Tensor:
+    """Multiply [B, E] by the weight in fp32, to [B, D]."""
+    return F.linear(input.float(), linear.weight.float())
 
 
-class _InnerNorm(_ExactNorm):
-    """A norm before a layer's products, which are in the weights' dtype."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[B, T, E] to the weight's dtype."""
-        return super().forward(input).to(self.weight.dtype)
-
-
-class _ExactLinear(nn.Linear):
-    """A linear layer without bias that multiplies in fp32."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[B, E] to fp32 [B, D]."""
-        return F.linear(input.float(), self.weight.float())
-
-
-class _UnreadLayer(nn.Module):
-    """A last layer of which nothing is read."""
-
-    def forward(self, hidden: Tensor, mask: None = None, **options: Any) -> Tensor:
-        """Gives back what it gets."""
-        return hidden
+def _unread(hidden: Tensor, mask: None = None, **options: Any) -> Tensor:
+    """Stand for a last layer of which nothing is read."""
+    return hidden
 
 
 def _exact_stream(model: CLIPVisionModelWithProjection) -> AbstractContextManager[None]:
-    """Lets a half precision encoder keep its residual stream, norms and projection in fp32 for a while.
+    """Let a half precision encoder keep its residual stream, norms and projection in fp32 for a while.
 
     The adapter's gradients are proportional to the features, so their rounding is the gradients' own. ViT-H/14's depth
     and half its width in bf16: features 1.4e-2 off those in fp32, so 4.0e-3, for 2.5 % more time on one core.
     """
+    if model.dtype == torch.float32:
+        return nullcontext()
     vision = model.vision_model
-    changes: list[tuple[nn.Module, type[nn.Module]]] = []
-    if model.dtype != torch.float32:
-        inner = [norm for layer in vision.encoder.layers for norm in (layer.layer_norm1, layer.layer_norm2)]
-        changes += [(norm, _InnerNorm) for norm in inner]
-        changes += [(norm, _ExactNorm) for norm in (vision.pre_layrnorm, vision.post_layernorm)]
-        changes += [(model.visual_projection, _ExactLinear)]
-    return classes_changed(changes)
+    inner = [norm for layer in vision.encoder.layers for norm in (layer.layer_norm1, layer.layer_norm2)]
+    forwards = [(norm, partial(_inner_norm, norm)) for norm in inner]
+    forwards += [(norm, partial(_exact_norm, norm)) for norm in (vision.pre_layrnorm, vision.post_layernorm)]
+    return forwards_replaced([*forwards, (model.visual_projection, partial(_exact_linear, model.visual_projection))])
 
 
-class ClipImageEncoder:
-    """A frozen `CLIPVisionModelWithProjection` of any size.
+@ENCODERS.register("clip")
+class ClipEncoder(ImageEncoder):
+    """A frozen `CLIPVisionModelWithProjection` of any size: CLS and every patch, and the projected embedding."""
 
-    Attributes:
-        name: folder or hub id that it came from.
-        is_mended: whether its weights have other names there, with which other programs do not find them.
-        side_px: input side S of the encoder.
-        preprocess: RGB picture to [3, S, S].
-    """
+    known_as = ("clip_vision_model", "clip")
+    model_class = "CLIPVisionModelWithProjection"
+    spare = r"^(text_model|text_projection)\."
 
-    def __init__(self, model: CLIPVisionModelWithProjection, name: str, is_mended: bool = False) -> None:
-        self.model, self.name, self.is_mended = model.eval().requires_grad_(False), name, is_mended
-        self.side_px = int(model.config.image_size)
-        self.preprocess = ClipPreprocess(self.side_px)
-        self._null: dict[FeatureKind, Tensor] = {}
-        self._is_released = False
+    def make_preprocess(self, folder: Path) -> Any:
+        """See `ImageEncoder.make_preprocess`; whatever the folder says, as diffusers makes it for any encoder.
+
+        Short side to S (bicubic), centre crop, CLIP's mean and deviation.
+        """
+        from transformers import CLIPImageProcessorPil
+
+        side_px = int(self.model.config.image_size)
+        return CLIPImageProcessorPil(size={"shortest_edge": side_px}, crop_size=side_px)
 
     @property
-    def config(self) -> Any:
-        """The vision model's own config."""
-        return self.model.config
+    def features(self) -> Mapping[str, tuple[int, ...]]:
+        """See `ImageEncoder.features`."""
+        config = self.model.config
+        patches = (int(config.image_size) // int(config.patch_size)) ** 2
+        return {"image_embeds": (int(config.projection_dim),), "penultimate": (patches + 1, int(config.hidden_size))}
 
-    def width(self, kind: FeatureKind) -> int:
-        """Last dimension of a feature: the projection for `image_embeds`, the hidden size for `penultimate`."""
-        return int(self.config.projection_dim if kind == "image_embeds" else self.config.hidden_size)
+    @property
+    def last_layer(self) -> nn.Module:
+        """See `ImageEncoder.last_layer`."""
+        return self.model.vision_model.encoder.layers[-1]
 
-    def length(self, kind: FeatureKind) -> int:
-        """Number of feature vectors of one picture: 1, or CLS and every patch."""
-        return 1 if kind == "image_embeds" else (self.side_px // int(self.config.patch_size)) ** 2 + 1
+    def embeds(self, output: Any) -> Tensor:
+        """See `ImageEncoder.embeds`."""
+        return output.image_embeds
 
-    def encode(self, pixels: Tensor, kind: FeatureKind) -> Tensor:
-        """Features of preprocessed pixels [B, 3, S, S]: [B, E] for `image_embeds`, [B, T, E] for `penultimate`."""
-        return self.encode_each(pixels, (kind,))[kind]
+    def run(self, pixels: Tensor, names: Sequence[str]) -> Any:
+        """See `ImageEncoder.run`; the residual stream in fp32, and no last layer where nothing of it is read."""
+        unread = [] if "image_embeds" in names else [(self.last_layer, _unread)]
+        with forwards_replaced(unread), _exact_stream(self.model):
+            return self.model(pixels)
 
-    @torch.no_grad()
-    def encode_each(self, pixels: Tensor, kinds: Sequence[FeatureKind]) -> dict[str, Tensor]:
-        """Several kinds of feature of the same pixels, by one pass; see `encode`."""
-        assert not self._is_released, "the encoder's weights are gone"
-        dtype, last = self.model.dtype, self.model.vision_model.encoder.layers[-1]
-        unread = [] if "image_embeds" in kinds else [(last, _UnreadLayer)]
-        penultimate: list[Tensor] = []
-        listening = last.register_forward_pre_hook(lambda _, given: penultimate.append(given[0]))
-        with listening, classes_changed(unread), _exact_stream(self.model):
-            output = self.model(pixels.to(self.model.device, dtype))
-        found = {"penultimate": penultimate[0], "image_embeds": output.image_embeds}
-        return {kind: found[kind].to(dtype) for kind in kinds}
+    @classmethod
+    def unread(cls, settings: Mapping[str, Any], names: Sequence[str], features: Sequence[str]) -> str | None:
+        """See `ImageEncoder.unread`: the projection, and the norm before it.
 
-    def null(self, kind: FeatureKind) -> Tensor:
-        """The feature that loaders feed as "no picture", with a batch of one.
-
-        Zeros for `image_embeds`; for `penultimate` the encoding of all-zero pixels, zero after normalisation.
+        The last layer may be left out only together with that norm: otherwise config.json has a layer too many.
         """
-        if kind not in self._null:
-            if kind == "image_embeds":
-                value = torch.zeros(1, self.width(kind), dtype=self.model.dtype, device=self.model.device)
-            else:
-                value = self.encode(torch.zeros(1, 3, self.side_px, self.side_px), kind)
-            self._null[kind] = value
-        return self._null[kind]
-
-    def release(self, kind: FeatureKind) -> None:
-        """Lets go of the weights and remembers one kind of "no picture": where all features are there already."""
-        self.null(kind)
-        self.model.to("meta")
-        self._is_released = True
+        if "image_embeds" in features:
+            return None
+        unread = ["visual_projection", r"vision_model\.post_layernorm"]
+        vision = settings.get("vision_config") or settings
+        layers = vision.get("num_hidden_layers", 12) if isinstance(vision, dict) else None
+        if isinstance(layers, int) and not any("post_layernorm" in name for name in names):
+            unread.append(rf"vision_model\.encoder\.layers\.{layers - 1}")
+        return rf"^({'|'.join(unread)})\."

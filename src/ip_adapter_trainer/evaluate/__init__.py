@@ -1,1 +1,1 @@
-"""Is it learning, and what does it draw: validation losses, samples, grids, generation and scores."""
+"""Validation losses, sampling, grids, `ip-adapter generate` and `ip-adapter evaluate`."""

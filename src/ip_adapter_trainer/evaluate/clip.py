@@ -24,7 +24,7 @@ class ClipScorer:
 
     @classmethod
     def load(cls, path: str, device: torch.device) -> ClipScorer:
-        """Loads a folder or hub id.
+        """Load the scoring model of a folder or hub id.
 
         Raises:
             Problem: no CLIP model, tokenizer and preprocessing there.
@@ -34,7 +34,7 @@ class ClipScorer:
 
     @torch.no_grad()
     def images(self, pictures: Sequence[Image]) -> Tensor:
-        """Embeddings [B, E] of RGB pictures."""
+        """Return embeddings [B, E] of RGB images."""
         pixels = self._processor(images=list(pictures), return_tensors="pt")["pixel_values"]
         features = self._model.get_image_features(pixels.to(self._model.device)).pooler_output
         return normalize(features, dim=-1).cpu()
@@ -48,7 +48,7 @@ class ClipScorer:
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings [B, E] of texts, of which no more is read than the model has positions for."""
+        """Return embeddings [B, E] of texts, each read as far as the model has positions for."""
         words = self._tokenizer(
             list(texts), padding=True, truncation=True, max_length=self._length, return_tensors="pt"
         )
@@ -57,10 +57,13 @@ class ClipScorer:
 
 
 def clip_i(pictures: Tensor, references: Tensor) -> Tensor:
-    """CLIP-I [...]: cosine of embeddings [..., E] of unit length."""
+    """Return CLIP-I [...]: the cosine of embeddings [..., E] of unit length."""
     return (pictures * references).sum(-1)
 
 
 def clip_t(pictures: Tensor, texts: Tensor) -> Tensor:
-    """CLIP-T [...]: CLIPScore, 2.5 max(cosine, 0) (Hessel et al. 2104.08718, section 3), without a prefix."""
+    """Return CLIP-T [...] of embeddings [..., E]: CLIPScore, 2.5 max(cosine, 0), without a prefix.
+
+    See Hessel et al. 2104.08718, section 3.
+    """
     return 2.5 * (pictures * texts).sum(-1).clamp(min=0)

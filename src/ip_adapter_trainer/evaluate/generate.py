@@ -13,7 +13,7 @@ from ip_adapter_trainer.adapter_files import weights_sha256
 from ip_adapter_trainer.card import package_version
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
 from ip_adapter_trainer.evaluate.config import GenerateConfig
-from ip_adapter_trainer.evaluate.sample import image_tokens, sample
+from ip_adapter_trainer.evaluate.sample import image_features, sample
 from ip_adapter_trainer.evaluate.start import load, sampling
 from ip_adapter_trainer.images.decode import ImageFault, decode
 from ip_adapter_trainer.images.limits import Limits
@@ -22,7 +22,7 @@ from ip_adapter_trainer.runtime.progress import Progress
 
 
 def generate(config: GenerateConfig) -> list[Path]:
-    """Draws `num_images` pictures and returns their files; what is drawn is kept if the rest fails.
+    """Draw `num_images` images and return their files; what is drawn is kept if the rest fails.
 
     Raises:
         Problem: a picture that cannot be read, an output that cannot be written, a model that does not load.
@@ -31,12 +31,12 @@ def generate(config: GenerateConfig) -> list[Path]:
     seeds = [config.seed + number for number in range(config.num_images)]
     files = output_files(Path(config.output), seeds)
     model = load(config)
-    how, tokens = sampling(config, model), image_tokens(model, [references])
+    how, features = sampling(config, model), image_features(model, [references])
     facts = _facts(config, model.adapter) | {"size": f"{how.width_px}x{how.height_px}"}
     with Progress(len(seeds), "picture") as progress:
         for start in range(0, len(seeds), config.batch_size):
             part = seeds[start : start + config.batch_size]
-            drawn = sample(model, tokens, [config.prompt] * len(part), part, how)
+            drawn = sample(model, features, [config.prompt] * len(part), part, how)
             for file, seed, picture in zip(files[start:], part, drawn, strict=False):
                 _save(picture, file, facts | {"seed": str(seed)})
             progress.update(len(part))
@@ -44,7 +44,7 @@ def generate(config: GenerateConfig) -> list[Path]:
 
 
 def read_image(path: Path) -> Image.Image:
-    """An upright RGB picture.
+    """Read an image file as upright RGB.
 
     Raises:
         Problem: there is none to be had.
@@ -56,7 +56,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def output_files(output: Path, seeds: list[int]) -> list[Path]:
-    """One file a seed: a PNG file as named, numbered if there are several; in a folder, names that are free.
+    """Return one file for each seed: a PNG file as named, numbered if there are several; in a folder, free names.
 
     Raises:
         Problem: another suffix than .png, or a folder that cannot be made.
@@ -86,7 +86,7 @@ def _free_numbers(folder: Path) -> Iterator[int]:
 
 
 def _facts(config: GenerateConfig, adapter: Adapter) -> dict[str, str]:
-    """What every picture says of itself; of files the names only, not the folders."""
+    """Return what is written into every image's file about its making; of files the names only, not the folders."""
     return {
         "prompt": config.prompt,
         "negative_prompt": config.negative_prompt,

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ip_adapter_trainer.adapters import IMAGE
 from ip_adapter_trainer.core.values import Batch, Pixels
 from ip_adapter_trainer.evaluate.config import ValidationConfig
 from ip_adapter_trainer.evaluate.grid_layout import CELL_PX, draw_grid
-from ip_adapter_trainer.evaluate.sample import Sampling, image_tokens, sample, tokens_of
-from ip_adapter_trainer.model import Model
+from ip_adapter_trainer.evaluate.sample import Sampling, grouped, image_features, sample, select
+from ip_adapter_trainer.model import Features, Model
 from ip_adapter_trainer.runtime.stopping import Poll, no_poll
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def grid(
     blocks: int = 1,
     cell_px: tuple[int, int] = CELL_PX,
 ) -> Image:
-    """The grid of some RGB pictures, a row each.
+    """Draw the grid of some RGB images, a row each.
 
     Args:
         model: attached or not; it is given back as it was found.
@@ -45,8 +46,8 @@ def grid(
         blocks: in which rows stand side by side.
         cell_px: see `draw_grid`.
     """
-    tokens = image_tokens(model, [[reference] for reference in references])
-    rows = _rows(model, references, tokens, prompts, seeds, how, poll)
+    features = image_features(model, [[reference] for reference in references])
+    rows = _rows(model, references, features, prompts, seeds, how, poll)
     return draw_grid(HEADINGS, rows, prompts, blocks, cell_px)
 
 
@@ -55,11 +56,11 @@ def validation_grid(
     batches: Sequence[Batch],
     config: ValidationConfig,
     poll: Poll = no_poll,
-    features: Tensor | None = None,
+    features: Features | None = None,
 ) -> Image:
-    """The grid of the first `grid_rows` rows of some batches of pixels, each drawn at the size of its target.
+    """Draw the grid of the first `grid_rows` rows of some batches of pixels, each at the size of its target.
 
-    No more pictures are drawn at once than a batch has.
+    No more images are drawn at once than a batch has.
 
     Args:
         model: attached or not; it is given back as it was found.
@@ -77,11 +78,13 @@ def validation_grid(
         assert isinstance(batch.inputs, Pixels)
         height_px, width_px = batch.inputs.pixels.shape[-2:]
         how = Sampling(height_px, width_px, config.grid_steps, config.grid_guidance_scale)
-        pixels, places = batch.inputs.prompt_pixels[:shown], range(first, first + shown)
-        tokens = tokens_of(model, pixels, None if features is None else features[first:][:shown])
+        prompted = {role: pixels[:shown] for role, pixels in batch.inputs.prompts.items()}
+        part = slice(first, first + shown)
+        seen = model.features(prompted) if features is None else select(features, part)
         texts = batch.text[:shown] if config.grid_prompt is None else [config.grid_prompt] * shown
-        seeds = [config.validation_seed + place for place in places]
-        rows += _rows(model, as_seen(model.encoder.preprocess, pixels), tokens, texts, seeds, how, poll)
+        seeds = [config.validation_seed + place for place in range(part.start, part.stop)]
+        references = as_seen(model.encoder.preprocess, prompted[IMAGE])
+        rows += _rows(model, references, grouped(seen, shown), texts, seeds, how, poll)
         prompts += texts
     return draw_grid(HEADINGS, rows, prompts)
 
@@ -89,21 +92,21 @@ def validation_grid(
 def _rows(
     model: Model,
     references: Sequence[Image],
-    tokens: Tensor,
+    features: Features,
     prompts: Sequence[str],
     seeds: Sequence[int],
     how: Sampling,
     poll: Poll,
 ) -> list[list[Image]]:
-    """Each row's reference and drawings; tokens are [P, N, D]."""
-    columns = [sample(model, tokens, prompts, seeds, replace(how, scale=scale), poll) for scale in SCALES]
+    """Each row's reference and drawings; features are [P, 1, ...]."""
+    columns = [sample(model, features, prompts, seeds, replace(how, scale=scale), poll) for scale in SCALES]
     return [list(row) for row in zip(references, *columns, strict=True)]
 
 
 def as_seen(preprocess: Callable[[Image], Tensor], pixels: Tensor) -> list[Image]:
-    """Pictures of preprocessed pixels [B, 3, S, S]: what the encoder saw.
+    """Return images of preprocessed pixels [B, 3, S, S], as the encoder saw them.
 
-    The normalisation to undo is read off a black and a white picture.
+    The normalisation to undo is read off a black and a white image.
     """
     from PIL import Image as images
 

@@ -17,7 +17,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 @dataclass(frozen=True)
 class GridLayout:
-    """Where things stand on a sheet, in pixels."""
+    """The places of a grid's cells and captions, in pixels."""
 
     cell_width_px: int
     row_heights_px: tuple[int, ...]  # of the pictures alone, in one block
@@ -41,7 +41,7 @@ class GridLayout:
         return self.columns * (self.cell_width_px + self.unit_px) + (self.unit_px if self.columns > 1 else 0)
 
     def corner(self, row: int, column: int) -> tuple[int, int]:
-        """Left and top of a cell; rows go on in the next block. The first column stands a little apart."""
+        """Return left and top of a cell; rows go on in the next block, and the first column stands a little apart."""
         block, row = divmod(row, len(self.row_heights_px))
         apart_px = (self.unit_px if column else 0) + 2 * self.unit_px * block
         left = self.unit_px + block * self._block_px + column * (self.cell_width_px + self.unit_px) + apart_px
@@ -63,9 +63,9 @@ def draw_grid(
     blocks: int = 1,
     cell_px: tuple[int, int] = CELL_PX,
 ) -> Image.Image:
-    """Rows of RGB pictures as one picture.
+    """Draw rows of RGB images as one image.
 
-    The last picture of a row decides how large the row's cells are, the others are fitted into as much.
+    The last image of a row decides how large the row's cells are, the others are fitted into as much.
 
     Args:
         headings: one for each column.

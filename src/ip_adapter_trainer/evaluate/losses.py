@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ip_adapter_trainer.core.rng import stream
-from ip_adapter_trainer.core.values import Batch
+from ip_adapter_trainer.core.values import Batch, ImageTokens
 from ip_adapter_trainer.diffusion.objective import NoiseProcess
 from ip_adapter_trainer.evaluate.mode import evaluation_mode
+from ip_adapter_trainer.evaluate.sample import select
 from ip_adapter_trainer.evaluate.shuffle import others
 from ip_adapter_trainer.manifest.hold_out import LEAST_IMAGES
-from ip_adapter_trainer.model import Model
+from ip_adapter_trainer.model import Features, Model
 from ip_adapter_trainer.runtime.stopping import Poll, no_poll
 
 BANDS = 5  # equal bands of timesteps; every row is looked at once in each
@@ -31,7 +32,7 @@ Table = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Gap:
-    """How much the loss of a row rises when it is not shown its own image, over all rows."""
+    """The rise of a row's loss when it is not shown its own image, over all rows."""
 
     mean: float
     standard_error: float | None  # of the mean, from the rows' paired differences; None: of one row
@@ -63,7 +64,7 @@ class ValidationReport:
     by_band: dict[tuple[int, int], float]  # with the right image, by a band's first and last timestep
 
     def as_metrics(self, prefix: str = "validation") -> dict[str, float]:
-        """Flat numbers for trackers and JSON."""
+        """Return the report as flat numbers for trackers and JSON."""
         metrics = {f"{prefix}/loss": self.losses[RIGHT]}
         for name, gap in self.gaps.items():
             metrics[f"{prefix}/loss_{name}"] = self.losses[name]
@@ -94,7 +95,7 @@ class ValidationReport:
         return "no sign yet that the image prompt is used"
 
     def summary(self, rows: str) -> str:
-        """One line: what was measured on so many rows of a kind, such as "held-out rows", and what it says."""
+        """Return a line with what was measured on rows of this kind, such as "held-out rows", and the verdict."""
         words = {SHUFFLED: "with shuffled images", NONE: "without image"}
         gaps = ", ".join(f"{words[name]} {gap}" for name, gap in self.gaps.items())
         return f"loss {self.losses[RIGHT]:.4f} on {self.rows} {rows}; {gaps}: {self.verdict}"
@@ -111,7 +112,7 @@ class ValidationReport:
 def validation_losses(
     model: Model, process: NoiseProcess, batches: Sequence[Batch], seed: int, poll: Poll = no_poll
 ) -> ValidationReport:
-    """Measures an adapter on fixed rows.
+    """Measure an adapter on fixed rows.
 
     Timesteps, noise and latents are drawn from each row's own counter (`Batch.index`) and the shuffle from all of them
     in order, so neither the size nor the order of the batches matters. Captions are kept; drop flags are not read.
@@ -132,26 +133,23 @@ def validation_losses(
         features = _features(model, batches, indices, poll)
         for batch in batches:
             rows = [indices.index(int(i)) for i in batch.index]
-            images = {RIGHT: features[rows], NONE: _no_image(model, features[rows])}
+            images: dict[str, Features] = {RIGHT: select(features, rows), NONE: model.null(len(rows))}
             if partners is not None:
-                images[SHUFFLED] = features[partners[rows]]
-            tokens = {name: model.project(images[name]) for name in shown}
-            for name, band, row_errors in _errors(model, process, batch, tokens, seed, poll):
+                images[SHUFFLED] = select(features, partners[rows])
+            seen = {name: images[name] for name in shown}
+            for name, band, row_errors in _errors(model, process, batch, seen, seed, poll):
                 errors[name][rows, band] = row_errors
     return _report(errors, _edges(process))
 
 
-def _features(model: Model, batches: Sequence[Batch], indices: list[int], poll: Poll) -> Tensor:
+def _features(model: Model, batches: Sequence[Batch], indices: list[int], poll: Poll) -> Features:
     """Image features [R, ...] of all rows, in the order of their indices."""
-    found: dict[int, Tensor] = {}
+    parts: list[Features] = []
     for batch in batches:
         poll()
-        found.update(zip(batch.index.tolist(), model.features_of(batch.inputs), strict=True))
-    return torch.stack([found[i] for i in indices])
-
-
-def _no_image(model: Model, features: Tensor) -> Tensor:
-    return model.encoder.null(model.variant.feature).expand_as(features)
+        parts.append(model.features_of(batch.inputs))
+    places = np.argsort([int(i) for batch in batches for i in batch.index])
+    return {need: torch.cat([part[need] for part in parts])[places] for need in parts[0]}
 
 
 def _edges(process: NoiseProcess) -> list[int]:
@@ -172,22 +170,24 @@ def _draw(process: NoiseProcess, batch: Batch, shape: tuple[int, int, int], seed
 
 
 def _errors(
-    model: Model, process: NoiseProcess, batch: Batch, tokens: dict[str, Tensor], seed: int, poll: Poll
+    model: Model, process: NoiseProcess, batch: Batch, images: dict[str, Features], seed: int, poll: Poll
 ) -> Iterator[tuple[str, int, Table]]:
     """Name of the image shown, band, and mean squared errors [B], for every image and band."""
     poll()
-    family, device = model.family, model.family.device
+    codec, device = model.codec, model.denoiser.device
     moments = model.moments_of(batch.inputs)  # [B, 2C, h, w]
     shape = (moments.shape[1] // 2, *moments.shape[2:])
     posterior, noise, timesteps = _draw(process, batch, shape, seed)
-    latents = family.sample_latents(moments, process.posterior(posterior))
-    text = model.text_of(batch)
+    latents = codec.latents(moments, process.posterior(posterior))
+    text, known = model.text_of(batch), dict[str, ImageTokens]()
     for band in range(BANDS):
         t, e = timesteps[:, band].to(device), noise[:, band].to(device)
         noisy, target = process.add_noise(latents, e, t).to(model.dtype), process.target(latents, e, t)
-        for name, image in tokens.items():
+        for name, features in images.items():
             poll()
-            prediction = model.predict(noisy, t, text, image).float()
+            if name not in known or model.variant.reads_time:
+                known[name] = model.project(features, t)
+            prediction = model.predict(noisy, t, text, batch.geometry, known[name]).float()
             yield name, band, (prediction - target).square().mean((1, 2, 3)).double().cpu().numpy()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -12,18 +12,13 @@ from ip_adapter_trainer.model import Model
 
 @contextmanager
 def evaluation_mode(model: Model) -> Iterator[None]:
-    """The adapter attached, in evaluation mode, without gradients; all as it was found after, whatever is raised."""
-    was_attached, was_training = model.is_attached, model.adapter.training
-    tokens, scale = model.prompt.tokens, model.prompt.scale
-    if not was_attached:
-        model.attach()
+    """Attach the adapter in evaluation mode, without gradients; leave all as it was found, whatever is raised."""
+    was_training, seen = model.adapter.training, dict(vars(model.prompt))
     model.adapter.eval()
     try:
         # Not inference_mode: the encoder keeps its null feature, and training needs that one afterwards.
-        with torch.no_grad():
+        with nullcontext() if model.is_attached else model.attached(), torch.no_grad():
             yield
     finally:
         model.adapter.train(was_training)
-        if not was_attached:
-            model.detach()
-        model.prompt.tokens, model.prompt.scale = tokens, scale
+        vars(model.prompt).update(seen)

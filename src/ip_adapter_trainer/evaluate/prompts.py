@@ -29,7 +29,7 @@ class Prompt:
 
 
 def read_prompts(config: EvaluateConfig) -> tuple[list[Prompt], tuple[Fault, ...]]:
-    """Return rows chosen by the seed whose images can be read, and what is wrong with the manifest and with other rows.
+    """Return rows chosen by the seed whose images can be read, and the faults of the manifest and of the other rows.
 
     Raises:
         Problem: the manifest cannot be read at all.
@@ -56,7 +56,7 @@ def _read(images: ImageFiles, name: str) -> Image:
 
 
 def _fault(manifest: Manifest, images: ImageFiles, number: int) -> Fault | None:
-    """Return why a row's image prompt cannot be read."""
+    """Return the fault for which a row's image prompt cannot be read, or None."""
     row = manifest.rows[number]
     try:
         images.read(row.prompt_image_file or row.image_file)

@@ -1,4 +1,4 @@
-"""What an evaluation found: means with standard errors, paired differences, as a table and as JSON."""
+"""The results of an evaluation: means with standard errors, paired differences, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Measure:
 
     @classmethod
     def of(cls, values: NDArray[np.float64]) -> Measure | None:
-        """The measure of the rows that have a value; None if none has."""
+        """Return the mean and standard error of the values [rows] that are finite, or None if none is."""
         known = values[np.isfinite(values)]
         if not known.size:
             return None
@@ -52,7 +52,7 @@ class Evaluation:
 
     @classmethod
     def of(cls, values: Values, protocol: dict[str, Any], faults: list[str], seconds: float) -> Evaluation:
-        """From the values of every row."""
+        """Evaluate the values of every row."""
         scores = {how: {name: Measure.of(v) for name, v in metrics.items()} for how, metrics in values.items()}
         gains = {
             how: {name: Measure.of(values[PROMPTED][name] - v) for name, v in metrics.items()}
@@ -62,7 +62,7 @@ class Evaluation:
         return cls(protocol, scores, gains, faults, seconds)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain dicts, lists and numbers."""
+        """Return plain dicts, lists and numbers."""
         return asdict(self)
 
     def __str__(self) -> str:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.rng import key, stream
+from ip_adapter_trainer.core.values import ImageTokens
 from ip_adapter_trainer.evaluate.config import Scheduler
 from ip_adapter_trainer.evaluate.mode import evaluation_mode
-from ip_adapter_trainer.model import Model
+from ip_adapter_trainer.model import Features, Model
 from ip_adapter_trainer.runtime.stopping import Poll, no_poll
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ _SCHEDULERS = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "dpm+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn; the defaults are the paper's (section 4.1.3: 50 steps of DDIM, guidance 7.5)."""
+    """Settings of a drawing; the defaults are the paper's (section 4.1.3: 50 steps of DDIM, guidance 7.5)."""
 
     height_px: int
     width_px: int
@@ -40,116 +41,152 @@ class Sampling:
 
 
 def native_size_px(model: Model) -> tuple[int, int]:
-    """Height and width that the base model was made for."""
-    config: Any = model.family.denoiser.config
+    """Return the height and width that the base model was made for."""
+    config: Any = model.denoiser.net.config
     side = config.sample_size
     height, width = (side, side) if isinstance(side, int) else side
-    _, rows, columns = model.family.latent_shape(1024, 1024)
+    _, rows, columns = model.codec.latent_shape(1024, 1024)
     return height * 1024 // rows, width * 1024 // columns
 
 
 @torch.no_grad()
-def image_tokens(model: Model, references: Sequence[Sequence[Image]]) -> Tensor:
-    """Tokens [P, n * N, D] of P image prompts of n RGB pictures each.
+def image_features(model: Model, references: Sequence[Sequence[Image]]) -> Features:
+    """Return features [P, n, ...] of P image prompts of n RGB images each."""
+    assert len({len(images) for images in references}) == 1, "as many images in every prompt"
+    every = [image for images in references for image in images]
+    pixels = {role: torch.stack([encoder.preprocess(i) for i in every]) for role, encoder in model.encoders.items()}
+    return grouped(model.features(pixels), len(references))
 
-    The tokens of one prompt's pictures stand side by side in one attention, as diffusers does with a list of pictures
-    for one adapter.
+
+def grouped(features: Features, prompts: int) -> Features:
+    """Return features [P n, ...] as those of P prompts, [P, n, ...]."""
+    return {need: feature.unflatten(0, (prompts, -1)) for need, feature in features.items()}
+
+
+def select(features: Features, part: Any) -> Features:
+    """Return the features of some prompts: each tensor at an index of its first dimension."""
+    return {need: feature[part] for need, feature in features.items()}
+
+
+@torch.no_grad()
+def joined_tokens(model: Model, features: Features) -> ImageTokens:
+    """Return tokens [P, n N, D] of P prompts' features [P, n, ...].
+
+    The tokens of one prompt's images stand side by side in one attention, as diffusers does with a list of images for
+    one adapter.
     """
-    assert len({len(pictures) for pictures in references}) == 1, "as many pictures in every prompt"
-    tokens = tokens_of(
-        model, torch.stack([model.encoder.preprocess(image) for pictures in references for image in pictures])
-    )
-    return tokens.reshape(len(references), -1, tokens.shape[-1])
-
-
-@torch.no_grad()
-def tokens_of(model: Model, pixels: Tensor, features: Tensor | None = None) -> Tensor:
-    """Tokens [B, N, D] of preprocessed pixels [B, 3, S, S], or of their features where they were encoded before."""
-    return model.project(model.features(pixels) if features is None else features)
-
-
-@torch.no_grad()
-def null_tokens(model: Model, length: int) -> Tensor:
-    """Tokens [1, length, D] of "no picture", repeated to the length of the tokens that they stand against."""
-    tokens = model.project(model.encoder.null(model.variant.feature))
-    return tokens.repeat(1, length // tokens.shape[1], 1)
+    prompts, count = next(iter(features.values())).shape[:2]
+    flat = {need: feature.flatten(0, 1) for need, feature in features.items()}
+    found = model.project(flat, torch.zeros(prompts * count, device=model.denoiser.device))
+    return ImageTokens(found.tokens.reshape(prompts, -1, found.tokens.shape[-1]), found.time_embedding)
 
 
 def initial_latents(model: Model, seeds: Sequence[int], height_px: int, width_px: int) -> Tensor:
     """Unit normal latents [P, C, h, w]; each picture's from its own seed, so on every device the same."""
-    shape = model.family.latent_shape(height_px, width_px)
+    shape = model.codec.latent_shape(height_px, width_px)
     noise = np.stack([stream(seed, "sample").standard_normal(shape, dtype=np.float32) for seed in seeds])
-    return torch.from_numpy(noise).to(model.family.device, model.dtype)
+    return torch.from_numpy(noise).to(model.denoiser.device, model.dtype)
 
 
 def sample(
     model: Model,
-    tokens: Tensor | None,
+    features: Features | None,
     prompts: Sequence[str],
     seeds: Sequence[int],
     how: Sampling,
     poll: Poll = no_poll,
 ) -> list[Image]:
-    """Draws one picture for each of P prompts.
+    """Draw one image for each of P prompts.
 
     Args:
         model: attached or not; it is given back as it was found, its pipeline's scheduler too.
-        tokens: image prompts [P, M, D] from `image_tokens`, or [1, M, D] for all; None: the base model.
+        features: image prompts [P, n, ...] from `image_features`, or [1, n, ...] for all; None: the base model.
         prompts: P text prompts.
-        seeds: P seeds, of which each decides its own picture's noise and nothing else.
+        seeds: P seeds, of which each decides its own image's noise and nothing else.
         how: size, steps, guidance, scale.
         poll: called before the first step and after every one.
     """
     assert len(prompts) == len(seeds)
-    if tokens is not None:
-        tokens = tokens.expand(len(prompts), -1, -1)
-    pictures: list[Image] = []
-    with evaluation_mode(model), _scheduler(model.family.pipeline, how.scheduler):
-        model.prompt.scale = how.scale
+    images: list[Image] = []
+    with evaluation_mode(model), _scheduler(model.denoiser.pipeline, how.scheduler):
         for start in range(0, len(prompts), how.batch_images):
             part = slice(start, start + how.batch_images)
             poll()
-            model.prompt.tokens = None if tokens is None else _guided(model, tokens[part], how)
-            pictures += _draw(model, prompts[part], seeds[part], how, poll)
-    return pictures
+            count = len(prompts[part])
+            given = (
+                None
+                if features is None
+                else {
+                    need: (feature[part] if len(feature) > 1 else feature.expand(count, *feature.shape[1:]))
+                    for need, feature in features.items()
+                }
+            )
+            images += _draw(model, given, prompts[part], seeds[part], how, poll)
+    return images
 
 
 def _is_guided(model: Model, how: Sampling) -> bool:
-    """Whether the pipeline runs a pass without prompts beside the one with them."""
-    distilled = getattr(model.family.denoiser.config, "time_cond_proj_dim", None) is not None
+    """Return whether the pipeline runs a pass without prompts beside the one with them."""
+    distilled = getattr(model.denoiser.net.config, "time_cond_proj_dim", None) is not None
     return how.guidance_scale > 1 and not distilled
 
 
-def _guided(model: Model, tokens: Tensor, how: Sampling) -> Tensor:
-    """The tokens [P or 2P, M, D] of one forward pass: a guided pipeline runs "no picture" first, in the same batch."""
-    if not _is_guided(model, how):
-        return tokens
-    return torch.cat([null_tokens(model, tokens.shape[1]).expand_as(tokens), tokens])
+def _show(model: Model, features: Features, how: Sampling) -> tuple[Tensor, Tensor]:
+    """Let the adapted layers see prompts' features [P, n, ...]; a guided pipeline runs "no image" first, in one batch.
+
+    Returns:
+        Tokens [P, M, D] of the prompts and of "no image", for layouts in which they join the text.
+    """
+    images, is_guided = next(iter(features.values())).shape[1], _is_guided(model, how)
+    nulls = {need: null[:, None].expand(1, images, *null.shape[1:]) for need, null in model.null(1).items()}
+    if model.variant.reads_time:
+        spread = {need: nulls[need].to(f.dtype).expand_as(f) for need, f in features.items()}
+        both = {need: torch.cat([spread[need], f]) if is_guided else f for need, f in features.items()}
+        model.show_features({need: f.flatten(0, 1) for need, f in both.items()}, how.scale)
+    own, none = joined_tokens(model, features).tokens, joined_tokens(model, nulls).tokens
+    none = none.expand_as(own)
+    if not model.variant.reads_time:
+        model.show(ImageTokens(torch.cat([none, own]) if is_guided else own), how.scale)
+    return own, none
 
 
-def _draw(model: Model, prompts: Sequence[str], seeds: Sequence[int], how: Sampling, poll: Poll) -> list[Image]:
+def _draw(
+    model: Model, features: Features | None, prompts: Sequence[str], seeds: Sequence[int], how: Sampling, poll: Poll
+) -> list[Image]:
     """One call of the pipeline."""
 
     def after_step(pipeline: Any, step: int, timestep: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """diffusers' callback: a stop may come between steps."""
+        """Let a stop come between steps; diffusers calls this after each."""
         poll()
         last = step == pipeline.num_timesteps - 1
         # A VAE kept in fp32 beside a half precision denoiser cannot decode half precision latents.
         return {"latents": state["latents"].to(pipeline.vae.dtype)} if last else {}
 
+    with model.codec.awake():
+        positive = model.codec.prompts(list(prompts))
+        negative = model.codec.encode([how.negative_prompt] * len(prompts)) if _is_guided(model, how) else None
+    if features is None:
+        model.show(None)
+    else:
+        own, none = _show(model, features, how)
+        if how.scale:
+            positive = model.layout.condition(positive, own)
+            negative = negative and model.layout.condition(negative, none)
+    watched = {"callback_on_step_end": after_step}  # not by all pipelines
+    takes = signature(type(model.denoiser.pipeline).__call__).parameters
     steps = [torch.Generator().manual_seed(key(seed, "sample-steps") % 2**63) for seed in seeds]
-    output = model.family.pipeline(
-        **model.family.embedded_prompts(prompts, how.negative_prompt, guided=_is_guided(model, how)),
+    output = model.denoiser.pipeline(
+        **model.denoiser.sampling(positive, negative),
         height=how.height_px,
         width=how.width_px,
         num_inference_steps=how.steps,
         guidance_scale=how.guidance_scale,
         latents=initial_latents(model, seeds, how.height_px, how.width_px),
         generator=steps,
-        callback_on_step_end=after_step,
+        **{name: call for name, call in watched.items() if name in takes},
     )
-    pictures: list[Image] = output.images
-    return pictures
+    images: list[Image] = output.images
+    return images
 
 
 @contextmanager

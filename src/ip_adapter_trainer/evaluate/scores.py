@@ -28,7 +28,7 @@ from ip_adapter_trainer.evaluate.clip import ClipScorer, clip_i, clip_t
 from ip_adapter_trainer.evaluate.config import EvaluateConfig
 from ip_adapter_trainer.evaluate.prompts import Prompt, read_prompts
 from ip_adapter_trainer.evaluate.report import CLIP_I, CLIP_T, CONDITIONS, PROMPTED, SCALE_0, SHUFFLED, Evaluation
-from ip_adapter_trainer.evaluate.sample import Sampling, image_tokens, sample
+from ip_adapter_trainer.evaluate.sample import Sampling, image_features, sample
 from ip_adapter_trainer.evaluate.shuffle import others
 from ip_adapter_trainer.evaluate.start import choose_device, load, sampling
 from ip_adapter_trainer.model import Model
@@ -42,7 +42,7 @@ Values = dict[str, dict[str, NDArray[np.float64]]]  # condition, metric: [rows]
 
 @dataclass(frozen=True)
 class DrawPlan:
-    """What is drawn for every row in each condition."""
+    """The images that are drawn for every row in each condition."""
 
     how: Sampling
     text: str = ""
@@ -51,7 +51,7 @@ class DrawPlan:
 
 
 def evaluate(config: EvaluateConfig, poll: Poll = no_poll) -> Evaluation:
-    """Scores an adapter on rows of a manifest and writes the JSON file.
+    """Score an adapter on rows of a manifest and write the JSON file.
 
     Raises:
         Problem: something cannot be read, loaded or written.
@@ -99,7 +99,7 @@ def _write(found: Evaluation, output: Path) -> None:
 
 
 def score(model: Model, clip: ClipScorer, prompts: Sequence[Prompt], plan: DrawPlan, poll: Poll = no_poll) -> Values:
-    """CLIP-I and CLIP-T of every row in every condition.
+    """Return CLIP-I and CLIP-T of every row in every condition.
 
     CLIP-T is NaN where a row has no caption; both are, for shuffled prompts, where all rows show one image.
 
@@ -146,9 +146,10 @@ def _score_rows(
 
 
 def _embeddings(
-    model: Model, clip: ClipScorer, pictures: Sequence[Image], seeds: Sequence[int], plan: DrawPlan, poll: Poll
+    model: Model, clip: ClipScorer, images: Sequence[Image], seeds: Sequence[int], plan: DrawPlan, poll: Poll
 ) -> Tensor:
     """Embeddings [R, n, E] of what R image prompts make of n seeds each."""
-    tokens = image_tokens(model, [[picture] for picture in pictures]).repeat_interleave(plan.pictures, 0)
-    drawn = sample(model, tokens, [plan.text] * len(seeds), seeds, plan.how, poll)
-    return clip.images(drawn).reshape(len(pictures), plan.pictures, -1)
+    features = image_features(model, [[image] for image in images])
+    spread = {need: feature.repeat_interleave(plan.pictures, 0) for need, feature in features.items()}
+    drawn = sample(model, spread, [plan.text] * len(seeds), seeds, plan.how, poll)
+    return clip.images(drawn).reshape(len(images), plan.pictures, -1)

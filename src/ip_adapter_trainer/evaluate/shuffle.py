@@ -1,4 +1,4 @@
-"""Whose image a row is wrongly shown."""
+"""Choice of another row's image for each row, to measure what a wrong image does."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from ip_adapter_trainer.runtime.precision import dtype_of, on_device
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a name; auto: CUDA, else MPS, else the CPU.
+    """Return the device of a name; auto: CUDA, else MPS, else the CPU.
 
     Raises:
         Problem: no such device on this machine.
@@ -31,13 +31,13 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(mixed_precision: str | None, device: torch.device) -> torch.dtype:
-    """The dtype of the frozen weights; fp16 does not run on a CPU and becomes bf16 there, with a line that says so."""
+    """Return the dtype of the frozen weights; fp16 becomes bf16 on a CPU, which cannot run it, and a line says so."""
     default = "fp16" if device.type == "cuda" else "no"
     return dtype_of(on_device(mixed_precision or default, device.type))
 
 
 def load(config: DrawConfig) -> Model:
-    """The adapter on its frozen models.
+    """Load the adapter on its frozen models.
 
     Raises:
         Problem: something is missing or does not fit.
@@ -49,7 +49,7 @@ def load(config: DrawConfig) -> Model:
 
 
 def sampling(config: DrawConfig, model: Model) -> Sampling:
-    """How the settings want pictures drawn."""
+    """Return how the settings want images drawn."""
     height_px, width_px = native_size_px(model)
     return Sampling(
         height_px=config.height or height_px,

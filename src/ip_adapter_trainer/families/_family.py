@@ -1,52 +1,188 @@
-"""The interface of a family, and the registry of all of them."""
+"""The interfaces of a family, and the registry of all of them."""
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
-
-from ip_adapter_trainer.core.errors import Problem, did_you_mean
 from ip_adapter_trainer.core.registry import Registry
 from ip_adapter_trainer.core.settings import Part
-from ip_adapter_trainer.core.values import Geometry, Site, TextCondition
-from ip_adapter_trainer.nn.packed import Storage
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ip_adapter_trainer.core.values import Geometry
+    from ip_adapter_trainer.nn.packed import Storage
 
 PartName = Literal["autoencoder", "denoiser", "text"]
 PARTS: tuple[PartName, ...] = ("autoencoder", "denoiser", "text")
 
 
-class Family(ABC):
-    """One frozen text-to-image base model.
+class Codec(ABC):
+    """What turns images into latents and captions into the text condition; nothing of the denoiser."""
 
-    A subclass lives in a file of its own and registers a name. The training loop sees this interface only.
+    _text_rests = False
+
+    @property
+    @abstractmethod
+    def autoencoder(self) -> Any:
+        """The module that `moments` runs, with a `config`."""
+
+    @property
+    @abstractmethod
+    def text_encoders(self) -> Sequence[Any]:
+        """The modules that `text` runs, each with a `config`."""
+
+    @property
+    @abstractmethod
+    def tokenizers(self) -> Sequence[Any]:
+        """The tokenizers by which `text` takes captions apart."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where text conditions are wanted: that of the denoiser."""
+
+    @property
+    @abstractmethod
+    def text_rules(self) -> str:
+        """What else `text` depends on but for the captions and the encoders: the tokenizers' words, own rules."""
+
+    @abstractmethod
+    def latent_shape(self, height_px: int, width_px: int) -> tuple[int, int, int]:
+        """Return the shape (C, h, w) of the latents of an image."""
+
+    @abstractmethod
+    def moments(self, pixels: Tensor) -> Tensor:
+        """Return mean and log variance [B, 2C, h, w] of the latents' posterior of pixels [B, 3, H, W], unscaled."""
+
+    @abstractmethod
+    def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """Return fp32 latents [B, C, h, w], scaled and shifted, drawn from moments [B, 2C, h, w] with normal noise."""
+
+    @abstractmethod
+    def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Return what depends on B captions alone: `context` [B, L, D] and the family's own, [B, ...] each.
+
+        The empty caption is encoded as the pipeline encodes its unconditional.
+        """
+
+    def prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Return the same as the pipeline makes of the prompts that it follows, where an empty one is only short."""
+        return self.encode(captions)
+
+    def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """See `encode`; text encoders that rest on the host are on the denoiser's device meanwhile."""
+        with self.awake():
+            return self.encode(captions)
+
+    @abstractmethod
+    def release_encoder(self) -> None:
+        """Let go of the weights that `moments` alone needs, where all moments are there already."""
+
+    def rest_text_encoders(self) -> None:
+        """Move the text encoders to the host, where all captions were encoded before; `text` calls them back."""
+        self._text_rests = True
+        self._move_text_encoders("cpu")
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Text encoders on the denoiser's device for a while, wherever they rest."""
+        if not self._text_rests:
+            yield
+            return
+        self._move_text_encoders(self.device)
+        try:
+            yield
+        finally:
+            self._move_text_encoders("cpu")
+
+    def _move_text_encoders(self, device: torch.device | str) -> None:
+        for encoder in self.text_encoders:
+            encoder.to(device)
+
+    def place(self, device: torch.device | str) -> None:
+        """Move everything to a device."""
+        self.autoencoder.to(device)
+        self._move_text_encoders(device)
+
+
+class Denoiser(ABC):
+    """The frozen network that an adapter is attached to.
 
     Attributes:
-        components: names of the pipeline's components that each part needs.
-        classes: the classes that each component may be of, the first being that which it is loaded as.
-        pipeline: the loaded diffusers pipeline, which also samples.
-        denoiser: the frozen network that the adapter is attached to.
-        context_dim: width of the tokens its cross-attention reads.
-        layer_groups: names for sets of sites, each by the beginnings of its layers' names.
-        small_cards: settings that `--low_memory` stands for, by a card's memory in GB; see benchmarks/memory_budget.py.
+        pipeline: diffusers' own, which samples.
+        net: the network.
+        context_dim: width D of the text that its cross-attention reads.
+        layouts: names of the layouts that go with it, the usual one first.
+        layer_groups: names for sets of layers, each by the beginnings of their names.
     """
 
-    Config: ClassVar[type[Part]]
+    pipeline: Any
+    net: Any
+    context_dim: int
+    layouts: ClassVar[tuple[str, ...]]
+    layer_groups: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
+    @abstractmethod
+    def predict(self, noisy: Tensor, time: Tensor, text: dict[str, Tensor], geometry: Sequence[Geometry]) -> Tensor:
+        """Return the network's output [B, C, h, w] for noisy latents [B, C, h, w] and times [B]."""
+
+    @abstractmethod
+    def sampling(self, positive: dict[str, Tensor], negative: dict[str, Tensor] | None) -> dict[str, Any]:
+        """Return the arguments by which the pipeline takes text conditions, with those of no guidance or without."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.net.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute dtype: that of the network's weights."""
+        return next(self.net.parameters()).dtype
+
+    def processors(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return the attention processors in place, by their layers' names."""
+        return {name: self.net.get_submodule(name).processor for name in names}
+
+    def install(self, processors: Mapping[str, Any]) -> None:
+        """Put attention processors, by their layers' names, in place of those that are there."""
+        for name, processor in processors.items():
+            self.net.get_submodule(name).processor = processor
+
+
+@dataclass
+class BaseModel:
+    """One frozen text-to-image base model."""
+
+    family: str
+    codec: Codec
+    denoiser: Denoiser
+
+
+class Family(ABC):
+    """A kind of base model: which parts it has, what fits together, and how they are used.
+
+    A subclass lives in a file of its own and registers a name.
+
+    Attributes:
+        Config: settings of the family's own.
+        components: names of the pipeline's components that each part needs.
+        classes: the classes that each component may be of, the first being that which it is loaded as.
+        spare: by component, pattern of names in its files that nothing reads.
+        name: the name under which it is registered.
+    """
+
+    Config: ClassVar[type[Part]] = Part
     components: ClassVar[Mapping[PartName, tuple[str, ...]]]
     classes: ClassVar[Mapping[str, tuple[str, ...]]]
-    pipeline: Any
-    denoiser: Any
-    context_dim: int
-    layer_groups: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    clip_skip: int | None = None  # the text encoder's layer that is read, from its end; None: the last
-    _text_rests = False
+    spare: ClassVar[Mapping[str, str]] = {}
     small_cards: ClassVar[Mapping[int, Mapping[str, Any]]] = {}
-    name: str
 
     @classmethod
     @abstractmethod
@@ -54,7 +190,6 @@ class Family(ABC):
         """Return whether a pipeline with this `model_index.json` belongs to the family."""
 
     @classmethod
-    @abstractmethod
     def demand(cls, settings: Mapping[str, Mapping[str, Any]], clip_skip: int | None, where: str) -> None:
         """Demand parts that can be trained on and that fit together, before any weights are read.
 
@@ -70,25 +205,39 @@ class Family(ABC):
     @classmethod
     def kind_of(cls, component: str) -> Any:
         """Return the class that a component of the pipeline is loaded as."""
+        import diffusers
+        import transformers
+
         name = cls.classes[component][0]
-        return getattr(importlib.import_module("transformers" if name.startswith("CLIP") else "diffusers"), name)
+        return getattr(diffusers if hasattr(diffusers, name) else transformers, name)
 
     @classmethod
     @abstractmethod
-    def assemble(cls, loaded: Mapping[str, Any], model_index: Mapping[str, Any], config: Part) -> Family:
-        """Return the family of loaded parts.
+    def assemble(
+        cls, loaded: Mapping[str, Any], model_index: Mapping[str, Any], config: Part, clip_skip: int | None
+    ) -> tuple[Codec, Denoiser]:
+        """Return codec and denoiser of loaded parts; what was not loaded must not be asked for anything.
 
         Args:
             loaded: the pipeline's components by name.
             model_index: the base model's own, for what it says of the pipeline.
             config: the family's own settings.
+            clip_skip: see `demand`.
         """
 
-    @abstractmethod
-    def settle(self, device: torch.device | str, storage: Storage, packed_on: torch.device | str) -> None:
+    @classmethod
+    def spared(cls, layer: str) -> bool:
+        """Return whether a layer of the denoiser, by its name, keeps its weights where others are packed."""
+        return False
+
+    @classmethod
+    def settle(
+        cls, base: BaseModel, device: torch.device | str, storage: Storage, packed_on: torch.device | str
+    ) -> None:
         """Pack the denoiser's weights and move all parts to a device.
 
         Args:
+            base: as `assemble` made it.
             device: where the parts are kept.
             storage: how the denoiser keeps its weights.
             packed_on: the device that packs them, one after another.
@@ -96,135 +245,11 @@ class Family(ABC):
         Raises:
             Problem: the storage's library is not installed.
         """
+        from ip_adapter_trainer.nn.packed import pack
 
-    @abstractmethod
-    def sites(self) -> list[Site]:
-        """The cross-attention layers, in the order and numbering of the adapter file contract."""
-
-    def chosen_sites(self, names: Sequence[str]) -> list[Site]:
-        """The sites that names stand for: `all`, one of `layer_groups`, or the beginning of layers' names.
-
-        Raises:
-            Problem: a name that stands for no site of this model.
-        """
-        sites, chosen = self.sites(), set[str]()
-        for name in names:
-            beginnings = ("",) if name == "all" else self.layer_groups.get(name, (name,))
-            found = {site.name for site in sites if f"{site.name}.".startswith(tuple(_whole(b) for b in beginnings))}
-            if not found:
-                known = {"all", *self.layer_groups, *(site.name.split(".")[0] for site in sites)}
-                what = f"{name!r} is no layer of this base model"
-                raise Problem(what, where="--adapter_layers", remedy=did_you_mean(name, known))
-            chosen |= found
-        return [site for site in sites if site.name in chosen]
-
-    @abstractmethod
-    def site_weights(self, site: Site) -> tuple[Tensor, Tensor]:
-        """The frozen text `to_k` and `to_v` weights of a site, each [width, context_dim]: the pair's initial values."""
-
-    @abstractmethod
-    def install(self, processors: Mapping[str, Any]) -> dict[str, Any]:
-        """Puts processors, by site name, in place of the denoiser's own; returns the ones they replaced."""
-
-    @abstractmethod
-    def processors(self) -> dict[str, Any]:
-        """The processors now in place, by site name."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the denoiser is."""
-        return next(self.denoiser.parameters()).device
-
-    def encode_text(self, texts: Sequence[str], geometry: Sequence[Geometry]) -> TextCondition:
-        """Text condition of B prompts; the empty prompt is encoded as the pipeline encodes its unconditional."""
-        return self.condition(self.encode_captions(texts), geometry)
-
-    @abstractmethod
-    def embedded_prompts(self, prompts: Sequence[str], negative: str, *, guided: bool) -> dict[str, Any]:
-        """What the pipeline makes of prompts, as the arguments by which it takes them; `guided` with their negatives.
-
-        Text encoders that rest on the host are on the denoiser's device meanwhile.
-        """
-
-    @abstractmethod
-    def encode_captions(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """What depends on B prompts alone: `context` [B, L, D] and the family's own, [B, ...] each."""
-
-    def condition(self, captions: Mapping[str, Tensor], geometry: Sequence[Geometry]) -> TextCondition:
-        """The text condition of what `encode_captions` gave, now or when a set was prepared."""
-        own = {name: tensor for name, tensor in captions.items() if name != "context"}
-        return TextCondition(captions["context"], own)
-
-    @property
-    @abstractmethod
-    def text_encoders(self) -> Sequence[Any]:
-        """The modules that `encode_captions` runs, each with a `config`."""
-
-    @property
-    @abstractmethod
-    def tokenizers(self) -> Sequence[Any]:
-        """The tokenizers by which `encode_captions` takes captions apart."""
-
-    def rest_text_encoders(self) -> None:
-        """Moves the text encoders to the host, where all captions were encoded before; prompts call them back."""
-        self._text_rests = True
-        self._move_text_encoders("cpu")
-
-    @contextmanager
-    def reading_prompts(self) -> Iterator[None]:
-        """Text encoders on the denoiser's device for a while, wherever they rest."""
-        if not self._text_rests:
-            yield
-            return
-        self._move_text_encoders(self.device)
-        try:
-            yield
-        finally:
-            self._move_text_encoders("cpu")
-
-    def _move_text_encoders(self, device: torch.device | str) -> None:
-        for encoder in self.text_encoders:
-            encoder.to(device)
-
-    @property
-    @abstractmethod
-    def text_rules(self) -> str:
-        """What else `encode_captions` depends on, but for the text: the tokenizers' words, the family's own rules."""
-
-    @property
-    @abstractmethod
-    def autoencoder(self) -> Any:
-        """The module that `encode_moments` runs, with a `config`: what latents depend on, but for the pixels."""
-
-    @abstractmethod
-    def encode_moments(self, pixels: Tensor) -> Tensor:
-        """Mean and log variance [B, 2C, h, w] of the latents' posterior of pixels [B, 3, H, W], unscaled."""
-
-    def place_encoders(self, device: torch.device | str) -> None:
-        """Moves what encodes pictures and captions to a device."""
-        self.autoencoder.to(device)
-        self._move_text_encoders(device)
-
-    @abstractmethod
-    def release_encoder(self) -> None:
-        """Lets go of the weights that `encode_moments` alone needs, where all moments are there already."""
-
-    @abstractmethod
-    def sample_latents(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """Scaled fp32 latents [B, C, h, w], drawn from a posterior's moments [B, 2C, h, w] with given normal noise."""
-
-    @abstractmethod
-    def latent_shape(self, height_px: int, width_px: int) -> tuple[int, int, int]:
-        """Shape (C, h, w) of the latents of a picture."""
-
-    @abstractmethod
-    def predict(self, noisy: Tensor, timesteps: Tensor, text: TextCondition) -> Tensor:
-        """The denoiser's output [B, C, h, w] for noisy latents and timesteps [B]."""
+        if base.denoiser.net is not None:
+            pack(base.denoiser.net, storage, packed_on, cls.spared)
+        base.denoiser.pipeline.to(device)
 
 
 FAMILIES: Registry[Family] = Registry("families", "ip_adapter_trainer.families")
-
-
-def _whole(beginning: str) -> str:
-    """Ends a name at a dot, so that `up_blocks.1` does not stand for `up_blocks.10`."""
-    return f"{beginning}." if beginning and not beginning.endswith(".") else beginning

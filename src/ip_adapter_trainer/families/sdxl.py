@@ -3,42 +3,95 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ip_adapter_trainer.core.devices import to_device
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.core.settings import Part
-from ip_adapter_trainer.core.values import Geometry, TextCondition
-from ip_adapter_trainer.families._family import FAMILIES
+from ip_adapter_trainer.families._family import FAMILIES, Codec, Denoiser
 from ip_adapter_trainer.families._text import run_text_encoder
-from ip_adapter_trainer.families._unet import UNetFamily
+from ip_adapter_trainer.families._unet import UNetCodec, UNetDenoiser, UNetFamily
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ip_adapter_trainer.core.values import Geometry
 
 _ONE_BY_ONE = {"mixed_precision": "bf16", "prepare": "auto", "encode_batch_size": 1, "train_batch_size": 1}
 _RECOMPUTED = _ONE_BY_ONE | {"gradient_checkpointing": True, "use_8bit_adam": True, "prepare_text": True}
+
+
+class SDXLCodec(UNetCodec):
+    """Two CLIP text encoders, side by side."""
+
+    def __init__(self, pipeline: Any, clip_skip: int | None) -> None:
+        import torch
+
+        vae = pipeline.vae
+        if vae is not None and vae.dtype == torch.float16 and vae.config.force_upcast:
+            vae.to(torch.float32)  # SDXL's own VAE overflows in fp16; the pipeline upcasts it likewise
+        super().__init__(pipeline, clip_skip)
+
+    def prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """See `Codec.prompts`: both encoders' penultimate states, and the second one's pooled embedding [B, P]."""
+        import torch
+
+        pipeline = self.pipeline
+        with torch.no_grad():
+            first = run_text_encoder(pipeline.tokenizer, pipeline.text_encoder, captions)
+            second = run_text_encoder(pipeline.tokenizer_2, pipeline.text_encoder_2, captions)
+            context = torch.cat((first.hidden_states[-2], second.hidden_states[-2]), -1)
+            return {"context": context, "text_embeds": second.text_embeds}
+
+    def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """See `Codec.encode`.
+
+        Where the pipeline zeroes the empty prompt (`force_zeros_for_empty_prompt`), an empty text is zeros here too:
+        the encoding of "" is not what it feeds as unconditional.
+        """
+        import torch
+
+        made = self.prompts(captions)
+        if not self.pipeline.config.force_zeros_for_empty_prompt:
+            return made
+        context, pooled = made["context"], made["text_embeds"]
+        is_said = torch.tensor([bool(caption) for caption in captions], dtype=context.dtype)
+        kept = to_device(is_said, context.device)
+        return {"context": context * kept[:, None, None], "text_embeds": pooled * kept[:, None]}
+
+
+class SDXLDenoiser(UNetDenoiser):
+    """SDXL's UNet, which embeds pooled text and six numbers of geometry beside the time."""
+
+    layer_groups = {  # noqa: RUF012
+        **UNetDenoiser.layer_groups,
+        "style": ("up_blocks.0.attentions.1",),  # InstantStyle (arXiv 2404.02733), section 3.2
+        "layout": ("down_blocks.2.attentions.1",),
+    }
+
+    def predict(self, noisy: Tensor, time: Tensor, text: dict[str, Tensor], geometry: Sequence[Geometry]) -> Tensor:
+        """See `Denoiser.predict`; adds `time_ids` [B, 6]."""
+        import torch
+
+        context = text["context"]
+        numbers = [[*g.original_px, *g.crop_px, *g.target_px] for g in geometry]
+        time_ids = to_device(torch.tensor(numbers, dtype=context.dtype), context.device)
+        return super().predict(noisy, time, {**text, "time_ids": time_ids}, geometry)
+
+    def sampling(self, positive: dict[str, Tensor], negative: dict[str, Tensor] | None) -> dict[str, Any]:
+        """See `Denoiser.sampling`."""
+        pooled = {
+            "pooled_prompt_embeds": positive["text_embeds"],
+            "negative_pooled_prompt_embeds": negative and negative["text_embeds"],
+        }
+        return super().sampling(positive, negative) | pooled
 
 
 @FAMILIES.register("sdxl")
 class StableDiffusionXL(UNetFamily):
     """SDXL base models."""
 
-    Config = Part
     pipeline_class = "StableDiffusionXLPipeline"
-    embeddings = (*UNetFamily.embeddings, "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     left_out = {"image_encoder": None, "feature_extractor": None, "add_watermarker": False}  # noqa: RUF012
-    name = "sdxl"
-    layer_groups = {  # noqa: RUF012
-        **UNetFamily.layer_groups,
-        "style": ("up_blocks.0.attentions.1",),  # InstantStyle (arXiv 2404.02733), section 3.2
-        "layout": ("down_blocks.2.attentions.1",),
-    }
-    small_cards = {  # noqa: RUF012
-        8: _RECOMPUTED | {"quantize": "nf4"},
-        12: _RECOMPUTED | {"quantize": "int8"},
-        24: _ONE_BY_ONE,
-    }
     components = {  # noqa: RUF012
         **UNetFamily.components,
         "text": ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
@@ -48,13 +101,12 @@ class StableDiffusionXL(UNetFamily):
         "tokenizer_2": UNetFamily.classes["tokenizer"],
         "text_encoder_2": ("CLIPTextModelWithProjection",),
     }
+    small_cards = {  # noqa: RUF012
+        8: _RECOMPUTED | {"quantize": "nf4"},
+        12: _RECOMPUTED | {"quantize": "int8"},
+        24: _ONE_BY_ONE,
+    }
     addition = "text_time"
-
-    def __init__(self, pipeline: Any) -> None:
-        super().__init__(pipeline)
-        vae = pipeline.vae
-        if vae is not None and vae.dtype == torch.float16 and vae.config.force_upcast:
-            vae.to(torch.float32)  # SDXL's own VAE overflows in fp16; the pipeline upcasts it likewise
 
     @classmethod
     def demand(cls, settings: Mapping[str, Mapping[str, Any]], clip_skip: int | None, where: str) -> None:
@@ -64,25 +116,12 @@ class StableDiffusionXL(UNetFamily):
             what = "SDXL reads the last layer but one of both text encoders, and no other, as in kohya's scripts"
             raise Problem(what, where="--clip_skip", remedy="leave --clip_skip out")
 
-    @torch.no_grad()
-    def encode_captions(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Both encoders' penultimate states side by side, and the second one's pooled embedding [B, P].
+    @classmethod
+    def codec(cls, pipeline: Any, clip_skip: int | None) -> Codec:
+        """See `UNetFamily.codec`."""
+        return SDXLCodec(pipeline, clip_skip)
 
-        Where the pipeline zeroes the empty prompt (`force_zeros_for_empty_prompt`), an empty text is zeros here too:
-        the encoding of "" is not what it feeds as unconditional.
-        """
-        pipeline = self.pipeline
-        first = run_text_encoder(pipeline.tokenizer, pipeline.text_encoder, texts)
-        second = run_text_encoder(pipeline.tokenizer_2, pipeline.text_encoder_2, texts)
-        context, pooled = torch.cat((first.hidden_states[-2], second.hidden_states[-2]), -1), second.text_embeds
-        if self.pipeline.config.force_zeros_for_empty_prompt:
-            named = to_device(torch.tensor([bool(text) for text in texts], dtype=context.dtype), context.device)
-            context, pooled = context * named[:, None, None], pooled * named[:, None]
-        return {"context": context, "text_embeds": pooled}
-
-    def condition(self, captions: Mapping[str, Tensor], geometry: Sequence[Geometry]) -> TextCondition:
-        """See `Family.condition`; adds six numbers of geometry a picture, `time_ids` [B, 6]."""
-        context = captions["context"]
-        numbers = [[*g.original_px, *g.crop_px, *g.target_px] for g in geometry]
-        time_ids = to_device(torch.tensor(numbers, dtype=context.dtype), context.device)
-        return TextCondition(context, {"text_embeds": captions["text_embeds"], "time_ids": time_ids})
+    @classmethod
+    def denoiser(cls, pipeline: Any) -> Denoiser:
+        """See `UNetFamily.denoiser`."""
+        return SDXLDenoiser(pipeline)

@@ -1,4 +1,4 @@
-"""Which size each row is cut to, decided before training from the headers of the pictures."""
+"""The size that each row is cut to, decided before training from the headers of the images."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Bucketing:
     faults: tuple[Fault, ...] = ()  # rows whose header told no size: they are in the square's bucket
 
     def size_px(self, row: int) -> Size:
-        """Height and width that a row is cut to."""
+        """Return the height and width that a row is cut to."""
         return self.buckets.sizes_px[self.bucket_of_row[row]]
 
     def only(self, wanted: NDArray[np.bool_]) -> Bucketing:
-        """Return the layout of some rows alone, all keeping their numbers."""
+        """Return the layout of the rows that `wanted` [rows] marks, all keeping their numbers."""
         return replace(self, bucket_of_row=np.where(wanted, self.bucket_of_row, np.int16(-1)))
 
 
@@ -58,12 +58,12 @@ def first_without_stand_in(bucket_of_row: NDArray[np.int16], faulty: Sequence[in
 
 
 def assign_buckets(manifest: Manifest, config: CutConfig, known: Sequence[Size | None] | None = None) -> Bucketing:
-    """One square bucket; with `aspect_ratio_buckets`, the nearest bucket of each picture by its header.
+    """Assign every row to a bucket: the one square, or with `aspect_ratio_buckets` the nearest by its image's header.
 
     Args:
         manifest: the rows.
         config: the buckets.
-        known: of each row the size of its upright picture, or None: then its header is read.
+        known: of each row the size of its upright image, or None: then its header is read.
     """
     buckets = config.buckets()
     if not config.aspect_ratio_buckets:
@@ -78,7 +78,10 @@ def assign_buckets(manifest: Manifest, config: CutConfig, known: Sequence[Size |
 def scan_sizes(
     manifest: Manifest, config: CutConfig, known: Sequence[Size | None] | None = None
 ) -> Sequence[Size | Fault]:
-    """Height and width of each row's upright picture in pixels, or why its header tells none; see `assign_buckets`."""
+    """Return height and width of each row's upright image in pixels, or a fault where its header gives none.
+
+    See `assign_buckets`.
+    """
     size_of = partial(_size_of, manifest, ImageFiles.of(manifest.root, config))
     sizes: Sequence[Size | None] = known or [None] * len(manifest.rows)
     unknown = (number for number, size in enumerate(sizes) if size is None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +28,7 @@ class TrainingSet:
 
     Usage::
 
-        samples = TrainingSet(manifest, config, layout, seed=0, preprocess=encoder.preprocess)
+        samples = TrainingSet(manifest, config, layout, seed=0, preprocess={"image": encoder.preprocess})
         batch = samples.batch(order.step(0))
 
     With a prepared set, batches hold what the encoders said of the same pictures; every draw and every replacement of
@@ -45,7 +45,7 @@ class TrainingSet:
         bucketing: Bucketing,
         *,
         seed: int,
-        preprocess: Preprocess,
+        preprocess: Mapping[str, Preprocess],
         prepared: PreparedSet | None = None,
         max_tries: int = MAX_TRIES,
     ) -> None:
@@ -60,7 +60,7 @@ class TrainingSet:
         return len(self.manifest.rows)
 
     def batch(self, pairs: Sequence[Pair]) -> Batch:
-        """The samples of (index, row) pairs of one bucket; an unreadable row is replaced by the next of the bucket.
+        """Return the samples of (index, row) pairs of one bucket; its next row stands in for an unreadable one.
 
         Raises:
             DataProblem: neither a row nor those after it can be read.
@@ -135,7 +135,7 @@ class _Turn:
         self.faults: list[Fault] = []
 
     def next(self) -> int:
-        """The next one.
+        """Return the next row to try.
 
         Raises:
             DataProblem: all were tried.
@@ -149,7 +149,10 @@ class _Turn:
 
 
 def drops(draw: float, config: DataConfig) -> tuple[bool, bool]:
-    """Whether text and image are dropped, by one number in [0, 1): image only, then text only, then both."""
+    """Return whether text and image are dropped, from one number in [0, 1).
+
+    The lowest numbers drop the image only, those above them the text only, those above these both.
+    """
     image_below = config.image_drop_rate
     text_below = image_below + config.text_drop_rate
     both_below = text_below + config.both_drop_rate

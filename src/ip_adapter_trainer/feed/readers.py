@@ -1,8 +1,8 @@
-"""What fills a batch with pictures, slot by slot: from the files themselves, or from a prepared set."""
+"""Readers that fill a batch with images, slot by slot: from the files themselves, or from a prepared set."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -24,7 +24,7 @@ Preprocess: TypeAlias = Callable[[Image.Image], Tensor]  # RGB picture to [3, S,
 
 @dataclass(frozen=True)
 class Slot:
-    """What is settled of one image of a batch before its row is read."""
+    """One image of a batch, as settled before its row is read."""
 
     seed: int
     index: int  # in the endless order
@@ -41,30 +41,32 @@ class SlotReader(Protocol):
     """Fills the slots of one batch, all of one size."""
 
     def read(self, rows: Sequence[Row], slots: Sequence[int]) -> list[Geometry | ImageFault]:
-        """Reads each row into its slot; how its target was cut, or why there is nothing in the slot."""
+        """Read each row into its slot; return how each target was cut, or why a slot is empty."""
 
     def inputs(self) -> Inputs:
-        """The batch, [B, ...], once every slot is filled."""
+        """Return the batch, [B, ...], once every slot is filled."""
 
 
 class Cutter:
     """Reads and cuts pictures. All chance is drawn from (seed, purpose, index)."""
 
-    def __init__(self, pictures: ImageFiles, config: CutConfig, preprocess: Preprocess, seed: int) -> None:
-        self._images, self._config, self._preprocess, self._seed = pictures, config, preprocess, seed
+    def __init__(self, images: ImageFiles, config: CutConfig, preprocess: Mapping[str, Preprocess], seed: int) -> None:
+        self._images, self._config, self._preprocess, self._seed = images, config, preprocess, seed
 
     def cut(self, row: Row, index: int, target_px: Size, mirrored: bool) -> tuple[Pixels, Geometry]:
-        """Target and image prompt of one row.
+        """Return target and image prompt of one row.
 
         Raises:
-            PictureFault: one of them cannot be read.
+            ImageFault: one of them cannot be read.
         """
         image = self._images.read(row.image_file).image
         target = crop.mirror(image) if mirrored else image
         own = row.prompt_image_file
         prompt = target if own is None else self._images.read(own).image
         cut, geometry = crop.fit(target, target_px, self._place(index))
-        return Pixels(crop.to_tensor(cut), self._preprocess(self._augmented(prompt, index))), geometry
+        seen = self._augmented(prompt, index)
+        prompts = {role: preprocess(seen) for role, preprocess in self._preprocess.items()}
+        return Pixels(crop.to_tensor(cut), prompts), geometry
 
     def _augmented(self, prompt: Image.Image, index: int) -> Image.Image:
         config = self._config
@@ -84,7 +86,7 @@ class Cutter:
 
 
 def framed(prompt: Image.Image, config: CutConfig, pictures: ImageFiles) -> Image.Image:
-    """An image prompt as it goes to the encoder's preprocessing: padded to a square where the settings say so."""
+    """Return an image prompt as the encoder's preprocessing takes it: padded to a square where the settings say so."""
     return crop.pad_to_square(prompt, pictures.background) if config.prompt_pad_square else prompt
 
 

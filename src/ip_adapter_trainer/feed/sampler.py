@@ -51,11 +51,11 @@ class Sampler:
         self._shuffled = lru_cache(maxsize=2)(self._draw_batches)
 
     def steps_before(self, epoch: int) -> int:
-        """Steps of all epochs before this one; also the steps that training for so many epochs takes."""
+        """Return the number of steps before this epoch, which is also the number that so many epochs take."""
         return int((epoch * self._sizes // self.batch_images).sum())
 
     def epoch_of(self, step: int) -> int:
-        """The epoch that a step belongs to: the one epoch e with steps_before(e) <= step < steps_before(e + 1)."""
+        """Return the epoch of a step: the one epoch e with steps_before(e) <= step < steps_before(e + 1)."""
         low = step * self.batch_images // self.rows  # no more steps than rows fit before an epoch
         high = low + 1
         while self.steps_before(high) <= step:
@@ -82,7 +82,7 @@ class Sampler:
         return int(np.maximum(self._sizes - batches * self.batch_images, 0).sum())
 
     def step(self, step: int) -> list[Pair]:
-        """The (index, row) pairs of a step."""
+        """Return the (index, row) pairs of a step."""
         epoch = self.epoch_of(step)
         bucket, batch = self._shuffled(epoch)[step - self.steps_before(epoch)]
         places = np.arange(batch * self.batch_images, (batch + 1) * self.batch_images)  # in the bucket's stream
@@ -103,7 +103,7 @@ class Sampler:
 
 
 def share(batch: Sequence[Item], *, rank: int, world: int, micro_images: int) -> list[Sequence[Item]]:
-    """The micro-batches of one process: of each `world * micro_images` in turn, its own `micro_images`.
+    """Return the micro-batches of one process: its own `micro_images` out of each `world * micro_images` in turn.
 
     Over all ranks the micro-batches make up the step's batch, whatever the number of processes.
     """

@@ -1,1 +1,1 @@
-"""Pictures: bytes to RGB or a typed fault, crops, buckets. Knows nothing of rows or training."""
+"""Images: bytes to RGB or a typed fault, crops, buckets. Nothing of rows or training."""

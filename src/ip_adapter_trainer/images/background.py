@@ -10,7 +10,7 @@ NAMED: dict[str, Colour] = {"white": (255, 255, 255), "black": (0, 0, 0), "gray"
 
 
 def parse_colour(name: str) -> Colour:
-    """Red, green, blue in 0..255 of a named colour or '#rrggbb'.
+    """Return red, green and blue in 0..255 of a named colour or '#rrggbb'.
 
     >>> parse_colour("#ff8000")
     (255, 128, 0)

@@ -32,12 +32,12 @@ class Buckets:
 
     @classmethod
     def square(cls, resolution_px: int) -> Buckets:
-        """The one bucket of a run without buckets."""
+        """Return the one bucket of a run without buckets."""
         return cls(((resolution_px, resolution_px),))
 
     @classmethod
     def ladder(cls, resolution_px: int, *, step_px: int, max_aspect: float) -> Buckets:
-        """All sizes of sides in multiples of `step_px` that cannot grow without passing resolution^2 in area.
+        """Return all sizes with sides in multiples of `step_px` that cannot grow without passing resolution^2 in area.
 
         Of two sizes of one aspect the larger stays. The square is always among them.
 
@@ -58,7 +58,7 @@ class Buckets:
         return len(self.sizes_px)
 
     def nearest(self, size_px: tuple[int, int]) -> int:
-        """Number of the bucket whose log-aspect is nearest to that of (height, width)."""
+        """Return the number of the bucket whose log-aspect is nearest to that of (height, width)."""
         return bisect(self._limits, _log_aspect(size_px))
 
 

@@ -59,9 +59,9 @@ def to_rgb(image: Image.Image, background: Colour) -> tuple[Image.Image, bool]:
 
 
 def fold_key(image: ImageFile.ImageFile) -> None:
-    """Brings the one transparent colour of a 16-bit RGB PNG to the upper bytes, which are all that loading keeps.
+    """Move the one transparent colour of a 16-bit RGB PNG to the upper bytes, which are all that loading keeps.
 
-    Called before the picture is loaded, after which nothing tells its depth.
+    Call it before the image is loaded, after which nothing shows its depth.
     """
     key = image.info.get("transparency")
     if isinstance(key, tuple) and any(args == "RGB;16B" for *_, args in image.tile):

@@ -19,12 +19,12 @@ _REDUCING_GAP = 3.0  # box-average first down to 3 times the target: indistingui
 def fit(
     image: Image.Image, target_px: tuple[int, int], place: tuple[float, float] | None = None
 ) -> tuple[Image.Image, Geometry]:
-    """Resizes (Lanczos) until the target is just covered, then crops the target out.
+    """Resize (Lanczos) until the target is just covered, then crop the target out.
 
     Args:
-        picture: upright RGB.
+        image: upright RGB.
         target_px: height, width.
-        place: where the crop lies from top to bottom and from left to right, each in [0, 1); None: centred.
+        place: of the crop, from top to bottom and from left to right, each in [0, 1); None: centred.
 
     Returns:
         The crop, and how it was cut, as SDXL's micro-conditioning wants it (arXiv 2307.01952, section 2.2).
@@ -39,7 +39,7 @@ def fit(
 def plan(
     original_px: tuple[int, int], target_px: tuple[int, int], place: tuple[float, float] | None = None
 ) -> tuple[tuple[int, int], Geometry]:
-    """What `fit` does to a picture of a size: the size it is resized to, and how the target is cut out of that."""
+    """Return what `fit` does to an image of this size: the size that it is resized to, and the cut out of that."""
     height, width = target_px
     scale = max(height / original_px[0], width / original_px[1])
     covered_px = max(height, round(original_px[0] * scale)), max(width, round(original_px[1] * scale))
@@ -54,7 +54,7 @@ def _corner(whole_px: tuple[int, int], part_px: tuple[int, int], place: tuple[fl
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """RGB picture to float32 [3, H, W]: black is -1, white is 1."""
+    """Convert an RGB image to float32 [3, H, W]: black is -1, white is 1."""
     import numpy as np
     import torch
 
@@ -63,10 +63,10 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def random_part(image: Image.Image, min_share: float, draws: tuple[float, float, float]) -> Image.Image:
-    """A part with the picture's own aspect that keeps at least `min_share` of its area.
+    """Return a part with the image's own aspect that keeps at least `min_share` of its area.
 
     Args:
-        picture: any picture.
+        image: any image.
         min_share: smallest share of the area, in (0, 1].
         draws: how much, how far down, how far right, each in [0, 1).
     """
@@ -77,12 +77,12 @@ def random_part(image: Image.Image, min_share: float, draws: tuple[float, float,
 
 
 def mirror(image: Image.Image) -> Image.Image:
-    """Left becomes right."""
+    """Swap left and right."""
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
 def pad_to_square(image: Image.Image, colour: Colour) -> Image.Image:
-    """The whole picture in the middle of a square of its longer side."""
+    """Put the whole image into the middle of a square of its longer side."""
     side_px = max(image.size)
     square = Image.new("RGB", (side_px, side_px), colour)
     square.paste(image, ((side_px - image.width) // 2, (side_px - image.height) // 2))

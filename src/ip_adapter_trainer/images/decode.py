@@ -62,7 +62,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = MOST_PROFILE_BYTES  # colour profiles are chunks
 
 
 class ImageFault(Exception):
-    """Why a file gives no picture: `kind` to count by, one line what, one line what to do."""
+    """The reason that a file gives no image: `kind` to count by, one line what, one line what to do."""
 
     def __init__(self, kind: FaultKind, what: str, remedy: str) -> None:
         super().__init__(kind, what, remedy)
@@ -85,10 +85,10 @@ class DecodedImage:
 
 
 def decode(source: Path | bytes, limits: Limits, background: Colour = (255, 255, 255)) -> DecodedImage:
-    """The first frame of a picture as upright sRGB, transparency laid on `background`.
+    """Decode the first frame of an image to upright sRGB, with transparency laid on `background`.
 
     Raises:
-        PictureFault: no such picture.
+        ImageFault: there is no such image.
     """
     with _opened(source, limits) as image:
         fold_key(image)
@@ -105,10 +105,10 @@ def decode(source: Path | bytes, limits: Limits, background: Colour = (255, 255,
 
 
 def read_size(source: Path | bytes, limits: Limits) -> tuple[int, int]:
-    """Height and width of the upright picture in pixels, from the header alone.
+    """Return height and width of the upright image in pixels, from the header alone.
 
     Raises:
-        PictureFault: no such picture, as far as the header tells.
+        ImageFault: there is no such image, as far as the header shows.
     """
     with _opened(source, limits) as image:
         width, height = image.size
@@ -117,10 +117,10 @@ def read_size(source: Path | bytes, limits: Limits) -> tuple[int, int]:
 
 
 def read_file(path: Path, limits: Limits) -> tuple[bytes, os.stat_result]:
-    """A picture file's content, undecoded, and what the system says of the very file that was read.
+    """Read an image file without decoding it; return its content and the status of the very file that was read.
 
     Raises:
-        PictureFault: no such file, or one over the limit.
+        ImageFault: there is no such file, or it is over the limit.
     """
     with _stream(path, limits) as stream:
         try:
@@ -172,10 +172,10 @@ def _stream(source: Path | bytes, limits: Limits) -> BinaryIO:
 
 
 def check_bytes(size_bytes: int, limits: Limits) -> None:
-    """Demands that a file of this size is within the limits.
+    """Demand that a file of this size is within the limits.
 
     Raises:
-        PictureFault: it is not.
+        ImageFault: it is not.
     """
     if size_bytes == 0:
         raise ImageFault("empty_file", "the file is empty", _REPLACE)
@@ -197,10 +197,10 @@ def _open_file(path: Path) -> BinaryIO:
 
 
 def check_size(size_px: tuple[int, int], limits: Limits) -> None:
-    """Demands that a picture of this width and height in pixels is within the limits.
+    """Demand that an image of this width and height in pixels is within the limits.
 
     Raises:
-        PictureFault: it is not.
+        ImageFault: it is not.
     """
     shorter, longer = sorted(size_px)
     what = f"{size_px[0]}x{size_px[1]} pixels"
@@ -215,10 +215,10 @@ def check_size(size_px: tuple[int, int], limits: Limits) -> None:
 
 
 def check_density(size_px: tuple[int, int], size_bytes: int, limits: Limits) -> None:
-    """Demands that a large picture is no few kilobytes, which unpack to hundreds of megabytes where all is one colour.
+    """Demand that a large image is no file of a few kilobytes, which could unpack to hundreds of megabytes.
 
     Raises:
-        PictureFault: it is.
+        ImageFault: it is not.
     """
     width, height = size_px
     if width * height > max(_EASY_PIXELS, size_bytes * limits.max_pixels_per_byte):

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ip_adapter_trainer.adapter_files import AdapterFile, fitting_config, flags_to_fit, read_adapter
-from ip_adapter_trainer.adapters import VARIANTS
-from ip_adapter_trainer.adapters._variant import shapes_of
+from ip_adapter_trainer.adapters import IMAGE, VARIANTS, shapes_of
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.diffusion.schedulers import NoiseConfig
-from ip_adapter_trainer.encoders import ClipImageEncoder
-from ip_adapter_trainer.families import Family
+from ip_adapter_trainer.encoders import ImageEncoder
+from ip_adapter_trainer.families import BaseModel
+from ip_adapter_trainer.layouts import choose_layout
 from ip_adapter_trainer.loading.base import load_base
 from ip_adapter_trainer.loading.config import BaseConfig, read_as
-from ip_adapter_trainer.loading.encoder import load_encoder
-from ip_adapter_trainer.model import Model
+from ip_adapter_trainer.loading.encoder import load_encoders
+from ip_adapter_trainer.model import Architecture, Model
 
 # Of what a card remembers, that which belongs to the base model it names, and to no other.
 _OF_BASE = (
@@ -65,11 +66,12 @@ def build_model(
     remembered = remembered_by(file, base, image_encoder)
     chosen = read_as(BaseConfig, how or BaseConfig(), remembered, str(file.path))
     noise = read_as(NoiseConfig, how or NoiseConfig(), remembered, str(file.path))
-    family = _load_family(file, base, chosen, noise, dtype, device)
-    encoder = _load_encoder(file, image_encoder, chosen, dtype, device)
-    _check_widths(file, family, encoder)
+    base_model = _load_base(file, base, chosen, noise, dtype, device)
+    encoders = _load_encoders(file, config, image_encoder, chosen, dtype, device)
+    _demand_layout(file, base_model)
+    _check_widths(file, file.layout.token_dim(base_model.denoiser), encoders)
     with torch.random.fork_rng():  # the first weights are drawn, and then replaced
-        model = Model(family, encoder, file.variant, config)
+        model = Model(base_model, encoders, Architecture(file.variant, config, file.layout, file.layout_config()))
     model.adapter.to(device)
     load_into(model, file)
     return model
@@ -105,11 +107,14 @@ def read_adapter_into(model: Model, path: str | Path) -> AdapterFile:
 def load_into(model: Model, file: AdapterFile) -> None:
     """See `read_adapter_into`; of a file that has been read already."""
     fitting_config(file)
+    if file.layout.name != model.layout.name:
+        what = f"the file has the layout {file.layout.name}, the model {model.layout.name}"
+        raise Problem(what, where=str(file.path), remedy=f"take --layout {file.layout.name}")
     if file.variant is not model.variant:
         mine, theirs = (VARIANTS.name_of(variant) for variant in (model.variant, file.variant))
         what, remedy = f"the file holds a {theirs} adapter, the model has a {mine} one", f"take --variant {theirs}"
         raise Problem(what, where=str(file.path), remedy=remedy)
-    _check_widths(file, model.family, model.encoder)
+    _check_widths(file, model.layout.token_dim(model.denoiser), model.encoders)
     if flags := flags_to_fit(file, shapes_of(model.adapter.image_proj_model.state_dict())):
         what = "the model's projector has other sizes than the file's"
         raise Problem(what, where=str(file.path), remedy=f"take {' '.join(flags)}")
@@ -117,14 +122,14 @@ def load_into(model: Model, file: AdapterFile) -> None:
     model.adapter.load_published(file.tables, str(file.path))
 
 
-def _load_family(
+def _load_base(
     file: AdapterFile,
     base: str | None,
     config: BaseConfig,
     noise: NoiseConfig,
     dtype: torch.dtype,
     device: torch.device | str,
-) -> Family:
+) -> BaseModel:
     path = base or (file.card.pretrained_model_name_or_path if file.card else "")
     if not path:
         raise _unnamed("base model", "--pretrained_model_name_or_path", file)
@@ -134,14 +139,19 @@ def _load_family(
         raise problem if base else _moved(problem, "--pretrained_model_name_or_path", file) from problem
 
 
-def _load_encoder(
-    file: AdapterFile, image_encoder: str | None, config: BaseConfig, dtype: torch.dtype, device: torch.device | str
-) -> ClipImageEncoder:
+def _load_encoders(
+    file: AdapterFile,
+    own: Part,
+    image_encoder: str | None,
+    config: BaseConfig,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> dict[str, ImageEncoder]:
     path = image_encoder or (file.card.image_encoder_path if file.card else "")
     if not path:
         raise _unnamed("image encoder", "--image_encoder_path", file)
     try:
-        return load_encoder(path, config, kinds=(file.variant.feature,), dtype=dtype, device=device)
+        return load_encoders(file.variant.needs, path, own, config, dtype=dtype, device=device)
     except Problem as problem:
         raise problem if image_encoder else _moved(problem, "--image_encoder_path", file) from problem
 
@@ -158,22 +168,36 @@ def _moved(problem: Problem, flag: str, file: AdapterFile) -> Problem:
     return Problem(problem.what, where=f"{problem.where}, named by {file.path}", remedy=remedy)
 
 
-def _check_widths(file: AdapterFile, family: Family, encoder: ClipImageEncoder) -> None:
+def _demand_layout(file: AdapterFile, base: BaseModel) -> None:
+    """Demand a base model that the file's layout goes with, before its tensors are told one by one."""
+    try:
+        variant = VARIANTS.name_of(file.variant)
+        choose_layout(file.layout.name, variant, file.variant.layouts, base.family, base.denoiser.layouts)
+    except Problem as problem:
+        remedy = "take the kind of base model that it was trained on"
+        raise Problem(problem.what, where=str(file.path), remedy=remedy) from problem
+
+
+def _check_widths(file: AdapterFile, token_dim: int, encoders: Mapping[str, ImageEncoder]) -> None:
     """Wrong models are told as such, before their tensors are told one by one."""
-    facts, kind = file.facts, file.variant.feature
-    width = encoder.width(kind)
-    if facts["context_dim"] != family.context_dim:
-        what = f"the adapter makes tokens of width {facts['context_dim']}, the base model reads {family.context_dim}"
+    facts = file.facts
+    if facts["context_dim"] != token_dim:
+        what = f"the adapter makes tokens of width {facts['context_dim']}, the base model reads {token_dim}"
         raise Problem(what, where=str(file.path), remedy="take the kind of base model that it was trained on")
-    if facts["feature_dim"] != width:
-        what = f"the adapter reads {kind} of width {facts['feature_dim']}, the image encoder gives {width}"
+    for need in file.variant.needs:
+        width, read = encoders[need.role].features[need.feature][-1], file.feature_dim(need)
+        if read != width:
+            what = f"the adapter reads {need.feature} of width {read}, the image encoder gives {width}"
+            raise Problem(what, where=str(file.path), remedy="take the image encoder that it was trained with")
+    if file.card and file.card.image_encoder != encoders[IMAGE].kind:
+        what = f"the adapter reads a {file.card.image_encoder} encoder, and this is a {encoders[IMAGE].kind} one"
         raise Problem(what, where=str(file.path), remedy="take the image encoder that it was trained with")
 
 
 def _check_layers(model: Model, file: AdapterFile) -> None:
     """Where a file names its layers, the numbers worked out from the names must be the base model's own."""
-    names = {site.number: site.name for site in model.sites}
-    for number, layer in file.layers.items():
-        if names.get(number) != layer:
-            what = f"layer {layer} would be number {number}, which is {names.get(number, 'none')} in the base model"
+    names = {layer.number: layer.name for layer in model.layers}
+    for number, name in file.layers.items():
+        if names.get(number) != name:
+            what = f"layer {name} would be number {number}, which is {names.get(number, 'none')} in the base model"
             raise Problem(what, where=str(file.path), remedy="take the base model that it was trained on")

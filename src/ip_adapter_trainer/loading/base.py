@@ -8,16 +8,13 @@ from typing import Any
 import torch
 
 from ip_adapter_trainer.core.settings import Part
-from ip_adapter_trainer.families import FAMILIES, PARTS, Family, PartName
+from ip_adapter_trainer.families import FAMILIES, PARTS, BaseModel, Family, PartName
 from ip_adapter_trainer.loading.config import BaseConfig
 from ip_adapter_trainer.loading.found import Base
 from ip_adapter_trainer.loading.text import load_tokenizer
 from ip_adapter_trainer.loading.vae import load_vae, warn_of_other_latents
 from ip_adapter_trainer.loading.weights import SPARE, load_module
 from ip_adapter_trainer.nn.packed import Storage
-
-# Of a text encoder: CLIP's half that sees, and the projection of one that is read without it.
-_SPARE = {"text_encoder": rf"{SPARE}|^(vision_model|visual_projection|text_projection)\."}
 
 
 def family_of(name: str, family: str = "auto", config: BaseConfig | None = None) -> str:
@@ -44,7 +41,7 @@ def load_base(
     parts: Sequence[PartName] = PARTS,
     storage: Storage = "none",
     packed_on: torch.device | str | None = None,
-) -> Family:
+) -> BaseModel:
     """Load the frozen parts of a base model, each whole.
 
     Args:
@@ -64,7 +61,8 @@ def load_base(
     """
     config = config or BaseConfig()
     base = Base.open(name, config)
-    entry = FAMILIES[base.family if family == "auto" else family]
+    family = base.family if family == "auto" else family
+    entry = FAMILIES[family]
     names = [component for part in PARTS if part in parts for component in entry.components[part]]
     other_vae = "vae" in names and config.pretrained_vae_model_name_or_path is not None
     own_names = [component for component in names if component != "vae" or not other_vae]
@@ -77,11 +75,10 @@ def load_base(
         settings["vae"] = dict(loaded["vae"].config)
         warn_of_other_latents(loaded["vae"], base.folder, config)
     entry.demand(settings, config.clip_skip, base.name)
-    loaded |= _tokenizers(base, own_names)
+    loaded |= _tokenizers(base, entry, own_names)
     loaded |= _load_modules(base, entry, modules, dtype)
-    made = entry.assemble(loaded, base.index, own or entry.Config())
-    made.clip_skip = config.clip_skip
-    made.settle(device, storage, packed_on or device)
+    made = BaseModel(family, *entry.assemble(loaded, base.index, own or entry.Config(), config.clip_skip))
+    entry.settle(made, device, storage, packed_on or device)
     return made
 
 
@@ -99,22 +96,22 @@ def load_tokenizers(name: str, config: BaseConfig) -> list[Any]:
     entry = FAMILIES[base.family]
     names = entry.components["text"]
     base.demand_classes({component: entry.classes[component] for component in names})
-    return list(_tokenizers(base, names).values())
+    return list(_tokenizers(base, entry, names).values())
 
 
-def _tokenizers(base: Base, names: Sequence[str]) -> dict[str, Any]:
+def _tokenizers(base: Base, entry: type[Family], names: Sequence[str]) -> dict[str, Any]:
     """Return the tokenizers among a base model's components by name, each whole and its text encoder's."""
     loaded = {}
     for name in names:
         if name.startswith("tokenizer"):
             encoder = base.settings(name.replace("tokenizer", "text_encoder"))
-            loaded[name] = load_tokenizer(base.folder / name, encoder, f"the base model's {name}")
+            loaded[name] = load_tokenizer(base.folder / name, encoder, f"the base model's {name}", entry.kind_of(name))
     return loaded
 
 
 def _load_modules(base: Base, entry: type[Family], names: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
     """Return modules of a base model by name, from its folder or its file."""
-    spare = {name: _SPARE.get(name, SPARE) for name in names}
+    spare = {name: f"{SPARE}|{entry.spare[name]}" if name in entry.spare else SPARE for name in names}
     if base.file is not None:
         kinds = {name: entry.kind_of(name) for name in names}
         return {n: base.file.module(kind, n, base.folder / n, dtype, spare[n]) for n, kind in kinds.items()}

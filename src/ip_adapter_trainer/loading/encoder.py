@@ -1,4 +1,4 @@
-"""The image encoder, and the CLIP model that scores."""
+"""Image encoders, and the CLIP model that scores."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from PIL import Image
 
 from ip_adapter_trainer.core.errors import Problem, as_load_problem
 from ip_adapter_trainer.core.log import say
-from ip_adapter_trainer.encoders import ClipImageEncoder, FeatureKind
+from ip_adapter_trainer.core.settings import Part
+from ip_adapter_trainer.core.values import Need
+from ip_adapter_trainer.encoders import ENCODERS, ImageEncoder
 from ip_adapter_trainer.loading.config import BaseConfig
 from ip_adapter_trainer.loading.hub import find, here, is_local
 from ip_adapter_trainer.loading.text import load_tokenizer
 from ip_adapter_trainer.loading.weights import (
     SPARE,
-    Weights,
     is_wrapped,
     load_module,
     names_of,
@@ -28,10 +29,7 @@ from ip_adapter_trainer.loading.weights import (
 
 _PART = "the image encoder"
 _SCORER = "the CLIP model that scores"
-_CONFIG = "config.json"
-_KINDS = ("clip", "clip_vision_model")
-# CLIP's half that reads.
-_SPARE = rf"{SPARE}|^(text_model|text_projection)\."
+_CONFIG, _PREPROCESSING = "config.json", "preprocessor_config.json"
 _REMEDY = (
     "give a folder or hub id of a CLIPVisionModelWithProjection, such as h94/IP-Adapter/models/image_encoder "
     "(ViT-H/14) or laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -42,38 +40,70 @@ def load_encoder(
     name: str,
     config: BaseConfig | None = None,
     *,
-    kinds: Sequence[FeatureKind],
+    features: Sequence[str],
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
-) -> ClipImageEncoder:
+) -> ImageEncoder:
     """Load an image encoder, whole but for what the features that are asked for do not read.
 
     Args:
         name: folder or hub id, either with the folder within it; one named `image_encoder` is found by itself.
         config: which files of it.
-        kinds: the features that are going to be read.
+        features: names of those that are going to be read.
         dtype: of the weights.
         device: where it is kept.
 
     Raises:
         Problem: nothing there, another kind of model, or one that is not whole.
     """
-    from transformers import CLIPVisionModelWithProjection
+    import transformers
 
     config = config or BaseConfig()
     folder = _folder_of(name, config)
     settings = read_config(folder, _PART)
-    _demand_clip(settings, str(folder))
+    entry = _entry_of(settings, str(folder))
     files = weights_in(folder, config.weights_variant, _PART)
     if files.variant != config.weights_variant:
         asked, taken = config.weights_variant or "plain", files.variant or "plain"
         say(f"{_PART} has no {asked} weights: taking the {taken} ones")
-    unread = None if "image_embeds" in kinds else _unread(settings, files)
+    unread = entry.unread(settings, names_of(files, _PART), features)
+    spare = f"{SPARE}|{entry.spare}" if entry.spare else SPARE
+    kind = getattr(transformers, entry.model_class)
     try:
-        model = load_module(CLIPVisionModelWithProjection, files, _PART, dtype=dtype, spare=_SPARE, unread=unread)
+        model = load_module(kind, files, _PART, dtype=dtype, spare=spare, unread=unread)
     except Problem as problem:
         raise _with_hint(problem) from problem
-    return ClipImageEncoder(model.to(device), name, is_mended=is_wrapped(files, _PART))
+    return entry(model.to(device), folder, name, is_mended=is_wrapped(files, _PART))
+
+
+def load_encoders(
+    needs: Sequence[Need],
+    image_encoder: str,
+    own: Part,
+    config: BaseConfig | None = None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> dict[str, ImageEncoder]:
+    """Load the encoders that a variant needs, by role.
+
+    Args:
+        needs: features that are going to be read.
+        image_encoder: folder or hub id of the role `image`'s.
+        own: the variant's settings, which name those of other roles: `face_encoder_path` that of `face`.
+        config: which files of them.
+        dtype: of the weights.
+        device: where they are kept.
+
+    Raises:
+        Problem: see `load_encoder`.
+    """
+    loaded = {}
+    for role in dict.fromkeys(need.role for need in needs):
+        path = image_encoder if role == "image" else str(getattr(own, f"{role}_encoder_path"))
+        features = [need.feature for need in needs if need.role == role]
+        loaded[role] = load_encoder(path, config, features=features, dtype=dtype, device=device)
+    return loaded
 
 
 def _with_hint(problem: Problem) -> Problem:
@@ -98,7 +128,8 @@ def _folder_of(name: str, config: BaseConfig) -> Path:
         if found is None:
             raise _without_settings(name, [n.removesuffix(f"/{_CONFIG}") for n in listed if n.endswith(f"/{_CONFIG}")])
         weights = wanted_weights(listed, found, config.weights_variant, _PART, name)
-        return [_within(found, _CONFIG), *weights]
+        preprocessing = [file for file in listed if file == _within(found, _PREPROCESSING)]
+        return [_within(found, _CONFIG), *preprocessing, *weights]
 
     path = find(repository, _PART, wanted, given=name)
     if path.is_file():
@@ -115,14 +146,15 @@ def _folder_of(name: str, config: BaseConfig) -> Path:
             f"{_PART} is in open_clip's own layout", where=str(path), remedy=f"take transformers' form: {_REMEDY}"
         )
     found = [file.parent for file in (*path.glob(f"*/{_CONFIG}"), *path.glob(f"*/*/{_CONFIG}"))]
-    raise _without_settings(name, [folder.relative_to(path).as_posix() for folder in found if _is_clip(folder)])
+    raise _without_settings(name, [folder.relative_to(path).as_posix() for folder in found if _is_encoder(folder)])
 
 
-def _is_clip(folder: Path) -> bool:
+def _is_encoder(folder: Path) -> bool:
     try:
-        return read_config(folder, _PART).get("model_type") in _KINDS
+        kind = read_config(folder, _PART).get("model_type")
     except Problem:
         return False
+    return any(kind in entry.known_as for _, entry in ENCODERS.items())
 
 
 def _without_settings(name: str, others: Sequence[str]) -> Problem:
@@ -150,26 +182,20 @@ def _split(name: str, inner: str | None) -> tuple[str, str | None]:
     return f"{first}/{rest[0]}", "/".join([*rest[1:], *([inner] if inner else [])])
 
 
-def _demand_clip(settings: dict[str, Any], where: str) -> None:
-    kind = settings.get("model_type")
-    if kind is not None and kind not in _KINDS:
-        names = settings.get("architectures") or [kind]
-        raise Problem(
-            f"{_PART} is a {names[0]} ({kind}), and a CLIP vision model is needed", where=where, remedy=_REMEDY
-        )
+def _entry_of(settings: dict[str, Any], where: str) -> type[ImageEncoder]:
+    """Return the encoder whose config.json this is; one that does not say is CLIP's.
 
-
-def _unread(settings: dict[str, Any], files: Weights) -> str:
-    """Return the pattern of weights that penultimate features do not read.
-
-    The last layer may be left out only together with the norm after it: otherwise config.json has a layer too many.
+    Raises:
+        Problem: there is none.
     """
-    unread = ["visual_projection", r"vision_model\.post_layernorm"]
-    vision = settings.get("vision_config") or settings
-    layers = vision.get("num_hidden_layers", 12) if isinstance(vision, dict) else None
-    if isinstance(layers, int) and not any("post_layernorm" in name for name in names_of(files, _PART)):
-        unread.append(rf"vision_model\.encoder\.layers\.{layers - 1}")
-    return rf"^({'|'.join(unread)})\."
+    kind = settings.get("model_type", "clip")
+    for _, entry in ENCODERS.items():
+        if kind in entry.known_as:
+            return entry
+    known = sorted(name for _, entry in ENCODERS.items() for name in entry.known_as)
+    names = settings.get("architectures") or [kind]
+    what = f"{_PART} is a {names[0]} ({kind}), and none of {', '.join(known)}"
+    raise Problem(what, where=where, remedy=_REMEDY)
 
 
 def load_scorer(name: str) -> tuple[Any, Any, Any]:

@@ -18,13 +18,14 @@ _OLD_END = 2  # what early settings of CLIP's text encoder say, whatever the tok
 _REMEDY = "copy or download the folder again: tokenizer_config.json, and vocab.json with merges.txt or tokenizer.json"
 
 
-def load_tokenizer(folder: Path, encoder: Mapping[str, Any], part: str) -> Any:
-    """Load a CLIP tokenizer.
+def load_tokenizer(folder: Path, encoder: Mapping[str, Any], part: str, kind: Any = None) -> Any:
+    """Load a tokenizer.
 
     Args:
         folder: of its files.
         encoder: settings of the text encoder.
         part: its name in messages.
+        kind: its class; None: CLIP's.
 
     Raises:
         Problem: words or merges are missing, or they are another encoder's.
@@ -34,7 +35,7 @@ def load_tokenizer(folder: Path, encoder: Mapping[str, Any], part: str) -> Any:
     with as_load_problem(part, str(folder), _REMEDY):
         if not folder.is_dir():
             raise FileNotFoundError("no such folder")
-        tokenizer: Any = CLIPTokenizer.from_pretrained(str(folder))
+        tokenizer: Any = (kind or CLIPTokenizer).from_pretrained(str(folder))
     fault = _fault(tokenizer, encoder)
     if fault:
         raise Problem(f"{part} {fault}", where=str(folder), remedy=_REMEDY)
@@ -43,7 +44,11 @@ def load_tokenizer(folder: Path, encoder: Mapping[str, Any], part: str) -> Any:
 
 def _fault(tokenizer: Any, encoder: Mapping[str, Any]) -> str:
     """Return what is wrong with a tokenizer beside an encoder of such settings; empty: nothing."""
-    words, positions = encoder.get("vocab_size", 49408), encoder.get("max_position_embeddings", 77)
+    is_clip = "clip" in str(encoder.get("model_type", "clip"))
+    words, positions = (
+        encoder.get("vocab_size", 49408),
+        encoder.get("max_position_embeddings", 77 if is_clip else 10**6),
+    )
     found, end = len(tokenizer), encoder.get("eos_token_id")
     if not isinstance(words, int) or not isinstance(positions, int):
         return f"belongs to a text encoder whose settings say vocab_size {words}, max_position_embeddings {positions}"

@@ -17,7 +17,7 @@ DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
 def read_delimited(path: Path, columns: Columns, usual: str) -> Iterator[Entry]:
-    """Entries of a table whose header line names the columns.
+    """Yield the entries of a table whose header line names the columns.
 
     Args:
         path: of the table.

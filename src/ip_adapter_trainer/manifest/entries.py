@@ -26,7 +26,7 @@ class Entry(NamedTuple):
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, bytes | None]]:
-    """Number and bytes of each line; None in place of one over the limit, which is skipped, not held."""
+    """Yield the number and the bytes of each line; None in place of a line over the limit, which is never held."""
     with open_manifest(path) as stream:
         number = 0
         while line := stream.readline(MAX_LINE_BYTES + 1):
@@ -38,7 +38,7 @@ def lines_of(path: Path) -> Iterator[tuple[int, bytes | None]]:
 
 
 def open_manifest(path: Path) -> BinaryIO:
-    """Opens a manifest's file.
+    """Open a manifest's file.
 
     Raises:
         Problem: it cannot be read, or is UTF-16.

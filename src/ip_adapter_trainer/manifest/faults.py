@@ -34,7 +34,7 @@ def excess(faulty: int, rows: int, max_fault_rate: float) -> str:
 
 
 def demand_usable(faults: Sequence[Fault], rows: int, max_fault_rate: float) -> None:
-    """Demands that so many rows are usable in spite of these faults.
+    """Demand that these faults leave as many of the rows usable as `max_fault_rate` asks for.
 
     Raises:
         DataProblem: they are not.
@@ -86,7 +86,7 @@ class FaultLog:
         return Counter(fault.kind for fault in self._seen)
 
     def add(self, faults: Iterable[Fault], *, writes: bool = True) -> None:
-        """Notes faults; those already noted change nothing, and what the disk refused earlier is tried again.
+        """Note faults; those already noted change nothing, and what the disk refused earlier is tried again.
 
         Args:
             faults: by this process, or by all alike.
@@ -131,7 +131,7 @@ class FaultLog:
             raise Problem(what, where=str(self._path), remedy=_REMOVE)
 
     def demand_limit(self) -> None:
-        """Demands that the faults noted so far, by whichever process, are not too many.
+        """Demand that the faults noted so far, by whichever process, are not too many.
 
         Raises:
             DataProblem: more rows are faulty than `max_fault_rate` allows.

@@ -21,7 +21,7 @@ SIDE = 1024  # a million rows: 2,001 sums, 32 kB in a checkpoint
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What is remembered of all rows.
+    """A summary of all rows, by which they are known again.
 
     Attributes:
         sha256: over names, captions and prompt names in their order, hexadecimal; not over the pictures' bytes.
@@ -36,31 +36,31 @@ class Fingerprint:
     columns: NDArray[np.uint64]
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the fingerprint as JSON values."""
         sums = {name: getattr(self, name).astype("<u8").tobytes().hex() for name in ("lines", "columns")}
         return {"sha256": self.sha256, "rows": self.rows, **sums}
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> Fingerprint:
-        """The inverse of `to_json`."""
+        """Read a fingerprint from the values that `to_json` gave."""
         lines, columns = (np.frombuffer(bytes.fromhex(saved[name]), "<u8") for name in ("lines", "columns"))
         return cls(saved["sha256"], saved["rows"], lines, columns)
 
     def differing(self, other: Fingerprint) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Lines and columns of the table that are not the same in another's."""
+        """Return the numbers of the table's lines [L] and columns [C] that differ from another fingerprint's."""
         common = min(len(self.lines), len(other.lines))
         longer = np.arange(common, max(len(self.lines), len(other.lines)))
         lines = np.append(np.flatnonzero(self.lines[:common] != other.lines[:common]), longer)
         return lines, np.flatnonzero(self.columns != other.columns)
 
     def changed_row(self, other: Fingerprint) -> int | None:
-        """The number of the one row that differs, counted from 0; None where it is not one alone."""
+        """Return the number of the one row that differs, counted from 0; None where it is not one alone."""
         lines, columns = self.differing(other)
         alone = self.rows == other.rows and len(lines) == len(columns) == 1
         return int(lines[0]) * SIDE + int(columns[0]) if alone else None
 
     def difference(self, other: Fingerprint) -> str:
-        """In words, what another one has otherwise; rows are counted from 1 there."""
+        """Say in words how another fingerprint differs; rows are counted from 1 there."""
         if (row := self.changed_row(other)) is not None:
             return f"of {self.rows:,} rows one changed, row {row + 1:,}"
         lines, columns = self.differing(other)
@@ -90,7 +90,7 @@ class Digest:
         self._full = 0  # lines
 
     def add(self, row: bytes) -> None:
-        """The next row."""
+        """Take the next row."""
         self._line.append(row)
         if len(self._line) == SIDE:
             self._close_line()
@@ -104,7 +104,7 @@ class Digest:
         self._line = []
 
     def fingerprint(self) -> Fingerprint:
-        """Of all rows; none may come after."""
+        """Return the fingerprint of all rows; add none after it."""
         rows = self._full * SIDE + len(self._line)
         if self._line:
             self._close_line()

@@ -54,7 +54,7 @@ class _File(NamedTuple):
 
 
 def read_folder(folder: Path, columns: Columns, config: ReadConfig, noticed: Noticed) -> Iterator[Entry]:
-    """Pictures in the order of their names, each with the text file beside it.
+    """Yield an entry for each image, in the order of their names, each with the text file beside it.
 
     Raises:
         DataProblem: no picture has a caption file.
@@ -164,7 +164,7 @@ class _Walk:
         self._known = {_identity(path) for path in (top, *top.parents)}  # around it, a link would lead to it again
 
     def files(self) -> Iterator[tuple[str, list[str]]]:
-        """Of each folder, what its files' names are to begin with, and the names."""
+        """Yield, for each folder, the path that its files' names begin with and these names."""
         for parent, folders, files in os.walk(self._folder, followlinks=self._follows, onerror=self._closed):
             place = Path(parent)
             visible = sorted(name for name in folders if not name.startswith("."))

@@ -44,7 +44,7 @@ class Hashes:
 
     @classmethod
     def of(cls, path: str) -> Hashes:
-        """The hashes of a list, which is read once a process.
+        """Return the hashes of a list, which each process reads once.
 
         Raises:
             Problem: it cannot be read, or a line is not as `sha256sum` writes it.
@@ -62,10 +62,10 @@ class Hashes:
         return len(self._keys)
 
     def demand(self, name: str, content: bytes) -> None:
-        """Demands that a picture is the one that was listed.
+        """Demand that an image's file is the one that the list names.
 
         Raises:
-            PictureFault: it is not, or it is not in the list.
+            ImageFault: it is not, or the list does not name it.
         """
         place = int(places_of([_key(name)], self._keys)[0])
         if place < 0:

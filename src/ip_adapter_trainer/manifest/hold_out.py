@@ -1,4 +1,4 @@
-"""Which rows are kept out of training, so that validation can look at images that nothing was trained on."""
+"""Choice of the rows that are kept out of training, for validation on images that nothing was trained on."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ Element = tuple[int, str | None, Any, list[Complaint]]
 
 
 def read_array(path: Path, stream: BinaryIO) -> Iterator[Element]:
-    """The elements of a file that is one array, or one object whose values are objects, in order.
+    """Yield the elements of a file that is one array, or one object whose values are objects, in order.
 
     Raises:
         Problem: neither of these, not valid JSON, not UTF-8, or it or an element is too large; where it breaks off.
@@ -60,7 +60,7 @@ class _Window:
         self.end = "]"  # what follows the last element
 
     def extend(self) -> None:
-        """Reads on: as much as before, or twice as much if what is held was not enough for one element."""
+        """Read on: as much as before, or twice as much if the text held was not enough for one element."""
         self._size_bytes = _WINDOW_BYTES if self.position else 2 * self._size_bytes
         data = self._stream.read(self._size_bytes)
         self.is_whole = not data
@@ -81,13 +81,13 @@ class _Window:
         self.text, self.position, self._counted = self.text[self.position :], 0, 0
 
     def line(self) -> int:
-        """The line of `position`, counted from 1."""
+        """Return the line of `position`, counted from 1."""
         self._line_counted += self.text.count("\n", self._counted, self.position)
         self._counted = self.position
         return self._line_counted
 
     def broken(self, error: json.JSONDecodeError, number: int) -> Problem:
-        """What to say of an error in element `number`, found in the window's text."""
+        """Return the problem to raise for an error in element `number`, found in the window's text."""
         column = error.colno + (self._column if error.lineno == 1 else 0)
         where = f"{self._path}, line {self._line + error.lineno - 1}, column {column} (element {number})"
         remedy = "correct it there; in a .jsonl file a broken line would cost one row only"
@@ -143,7 +143,7 @@ def _key(window: _Window, decoder: StrictDecoder) -> tuple[str | None, int]:
 
 
 def _following(window: _Window, end: int) -> int | None:
-    """Where the element after the one that ends at `end` begins; None after the last, once all is read."""
+    """Return the start of the element after the one that ends at `end`; None after the last, once all is read."""
     text = window.text
     mark = skip_space(text, end)
     after = skip_space(text, mark + 1)

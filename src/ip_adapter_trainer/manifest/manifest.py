@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What was read. A row's number is its place in `rows`; faulty rows are not among them."""
+    """The rows that were read. A row's number is its place in `rows`; faulty rows are not among them."""
 
     source: Path
     root: Path  # resolved; image paths start here
@@ -48,12 +48,12 @@ class Manifest:
         return len(self.rows) + len({fault.where for fault in self.faults})
 
     def where(self, row: int) -> str:
-        """Where a row stands, as faults name it."""
+        """Return the place of a row, as faults name it."""
         return _place(self.source, self.unit, self.places[row], self.rows[row].image_file)
 
 
 def read_manifest(config: ReadConfig) -> Manifest:
-    """Reads every row; a broken row is a fault in the result.
+    """Read every row; a broken row is a fault in the result.
 
     Raises:
         Problem: the manifest or its root cannot be read at all, or there is no row in it.
@@ -78,7 +78,7 @@ def read_manifest(config: ReadConfig) -> Manifest:
 
 
 def usable_manifest(config: ReadConfig) -> Manifest:
-    """Reads the rows to work on, and says in a line what was noticed in their folder.
+    """Read the rows to work on, and print a line about what was noticed in their folder.
 
     Raises:
         Problem: see `read_manifest`.
@@ -92,7 +92,7 @@ def usable_manifest(config: ReadConfig) -> Manifest:
 
 
 def read_alike(config: ReadConfig, runtime: Runtime) -> Manifest:
-    """Reads the rows to work on, on every process; see `usable_manifest`.
+    """Read the rows to work on, on every process; see `usable_manifest`.
 
     Raises:
         Problem: on all of them, also where they read other rows than the first one does.

@@ -37,12 +37,12 @@ class Columns:
         return self.image, self.text, self.prompt_image
 
     def misspelt(self, found: str) -> bool:
-        """Whether a column that nothing reads looks like the optional one, which would be missed in silence."""
+        """Return whether a column that nothing reads looks like the optional one, which would be missed in silence."""
         return bool(difflib.get_close_matches(found, [self.prompt_image], cutoff=_NEAR)) and found not in self.names
 
 
 def row_of(fields: Any, columns: Columns, *, allow_outside: bool) -> Row | list[Complaint]:
-    """One row, or everything that is wrong with it."""
+    """Return a row, or all that is wrong with it."""
     if not isinstance(fields, dict):
         what = f"the row is {_type_name(fields)}, not an object"
         return [Complaint("wrong_type", what, f'write {{"{columns.image}": "...", "{columns.text}": "..."}}')]
@@ -55,7 +55,7 @@ def row_of(fields: Any, columns: Columns, *, allow_outside: bool) -> Row | list[
 
 
 def _is_well_formed(fields: Mapping[str, Any], columns: Columns) -> bool:
-    """Whether nothing is missing, of a wrong type or misspelt, told in a microsecond and without saying what."""
+    """Return in a microsecond whether nothing is missing, of a wrong type or misspelt, without saying what."""
     image, text, prompt = fields.get(columns.image), fields.get(columns.text), fields.get(columns.prompt_image)
     has_text = type(text) is str or (columns.text in fields and _wrong_text(text) is None)
     are_right = type(image) is str and has_text and (prompt is None or type(prompt) is str)
@@ -95,7 +95,7 @@ def _any_misspelt(names: tuple[str, ...], columns: Columns) -> bool:
 
 
 def _is_clean(row: Row, allow_outside: bool) -> bool:
-    """Whether no path is refused and all is Unicode."""
+    """Return whether no path is refused and all is Unicode."""
     image, prompt = row.image_file, row.prompt_image_file
     return (
         refusal(image, allow_outside=allow_outside) is None
@@ -105,7 +105,7 @@ def _is_clean(row: Row, allow_outside: bool) -> bool:
 
 
 def missing_column(name: str, found: list[str], columns: Columns) -> Complaint:
-    """The complaint about a column that must be there."""
+    """Return the complaint about a column that must be there."""
     flag = "image_column" if name == columns.image else "text_column"
     unread = [other for other in found if other not in columns.names]
     near = difflib.get_close_matches(name, unread, n=1, cutoff=0.6)
@@ -119,7 +119,7 @@ def missing_column(name: str, found: list[str], columns: Columns) -> Complaint:
 
 
 def unknown_column(name: str, columns: Columns) -> Complaint:
-    """The complaint about a column that seems to be a misspelt one."""
+    """Return the complaint about a column that seems to be a misspelt one."""
     remedy = f"{did_you_mean(name, [columns.prompt_image])} Rename it, or name it with --prompt_image_column"
     return Complaint("unknown_column", f"the column {name!r} is not known", remedy)
 

@@ -35,7 +35,7 @@ class OpenedManifest:
 
 
 def open_source(config: ReadConfig, columns: Columns, noticed: Noticed) -> OpenedManifest:
-    """The entries of a manifest: of a file by its suffix, of a folder by what is in it.
+    """Open a manifest: a file by its suffix, a folder by what is in it.
 
     Args:
         config: names the manifest.

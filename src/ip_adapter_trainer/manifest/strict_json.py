@@ -15,7 +15,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 @dataclass(frozen=True)
 class Complaint:
-    """What is wrong with a row, before it is known where the row stands."""
+    """A fault of a row, before it is known where the row stands."""
 
     kind: str
     what: str
@@ -43,7 +43,7 @@ class StrictDecoder:
         )
 
     def value_at(self, text: str, start: int) -> tuple[Any, int, list[Complaint]]:
-        """The value that begins at `start` (white space skipped), where it ends, and what is wrong with it.
+        """Return the value that begins at `start` or after white space there, its end, and what is wrong with it.
 
         Raises:
             json.JSONDecodeError: not JSON.
@@ -68,6 +68,6 @@ class StrictDecoder:
 
 
 def skip_space(text: str, start: int) -> int:
-    """The first place from `start` on that is no JSON white space."""
+    """Return the first place from `start` on that is no JSON white space."""
     found = _SPACE.match(text, start)
     return found.end() if found else start

@@ -31,7 +31,7 @@ class RowTable(Sequence[Row]):
         self._ends = array("q", [0])  # where each string ends, after a first one of no length
 
     def append(self, row: Row) -> None:
-        """Adds a row, whose strings hold no lone surrogates and whose prompt image is not named by an empty string."""
+        """Add a row, whose strings hold no lone surrogates and whose prompt image is not named by an empty string."""
         text, ends = self._text, self._ends
         text += row.image_file.encode()
         ends.append(len(text))

@@ -7,16 +7,13 @@ IP-Adapter (arXiv 2308.06721), equations 5 and 8::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial, wraps
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-MOST_EXPLICIT_KEYS = 256  # bf16, batch 4, one core with AMX: SDPA takes 1.6 times as long at 256, 0.66 at 1,024
 
 
 def gradient_flows(*inputs: Tensor) -> bool:
@@ -35,30 +32,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor |
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
-def attend_lean(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
-    """The same as `attend`, by single products where their backward pass is the faster one."""
-    if not _explicit_wins(query, key, value):
-        return attend(query, key, value, heads, mask)
-    q, k, v = (split_heads(x, heads) for x in (query, key, value))
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [B, heads, L, M]
-    shares = (scores if mask is None else scores + mask).softmax(-1)
-    return (shares @ v).transpose(1, 2).flatten(2)
-
-
-def _explicit_wins(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """On a CPU over few keys: in bf16 always, in fp32 where keys and values are frozen and need no gradients.
-
-    The fused kernel computes the gradients of all three whatever is asked for. Its forward pass was the faster one at
-    nearly every size, so without gradients it stays.
-    """
-    if query.device.type != "cpu" or key.shape[1] > MOST_EXPLICIT_KEYS or not gradient_flows(query, key, value):
-        return False
-    return query.dtype != torch.float32 or not key.requires_grad
-
-
-Attend = Callable[[Tensor, Tensor, Tensor, int, Tensor | None], Tensor]
-
-
 @dataclass
 class ImagePrompt:
     """What every adapted layer of one denoiser attends to; set before a forward pass.
@@ -66,32 +39,57 @@ class ImagePrompt:
     Without tokens, or at scale 0, each layer runs its original processor, so the base model is unchanged bit for bit.
     """
 
-    tokens: Tensor | None = None  # [B, N, context_dim]
+    tokens: Tensor | None = None  # [B, N, D]
     scale: float = 1.0
-    attend: Attend = attend  # how the layers compute an attention
+    time_embedding: Tensor | None = None  # [B, E], where tokens depend on the time
+    features: Any = None  # from which tokens are made anew at every forward pass, where they depend on the time
 
     @property
     def active(self) -> bool:
         """Whether the image prompt takes part at all."""
         return self.tokens is not None and self.scale != 0.0
 
+    def clear(self) -> None:
+        """Let nothing be attended to."""
+        self.tokens = self.time_embedding = self.features = None
+
 
 class ImageKV(nn.Module):
     """The trained pair of one layer, under its published names `to_k_ip` and `to_v_ip` (no biases)."""
 
-    def __init__(self, context_dim: int, width: int) -> None:
+    def __init__(self, token_dim: int, width: int) -> None:
         super().__init__()
-        self.to_k_ip = nn.Linear(context_dim, width, bias=False)
-        self.to_v_ip = nn.Linear(context_dim, width, bias=False)
+        self.to_k_ip = nn.Linear(token_dim, width, bias=False)
+        self.to_v_ip = nn.Linear(token_dim, width, bias=False)
+
+    @torch.no_grad()
+    def start_from(self, attention: Any) -> None:
+        """Begin with the text's own keys and values: "to speed up the convergence" (paper, section 3.2.2)."""
+        self.to_k_ip.weight.copy_(attention.to_k.weight)
+        self.to_v_ip.weight.copy_(attention.to_v.weight)
+
+    @torch.no_grad()
+    def silence(self) -> None:
+        """Set both to zeros, which loaders demand and which add exactly nothing."""
+        for weight in self.parameters():
+            weight.zero_()
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, N, width] of image tokens [B, N, context_dim], in the tokens' dtype.
+        """Return keys and values [B, N, width] of image tokens [B, N, D], in the tokens' dtype.
 
         The fp32 master weights are cast here, once a step, so the frozen layers around need no autocast.
         """
         weights = (self.to_k_ip.weight, self.to_v_ip.weight)
         key, value = (F.linear(tokens, weight.to(tokens.dtype)) for weight in weights)
         return key, value
+
+
+def prepared_mask(attn: Any, mask: Tensor | None, context: Tensor) -> Tensor | None:
+    """Return a diffusers layer's additive mask [B, heads, 1 or L, M] for a context [B, M, D]; None without one."""
+    if mask is None:
+        return None
+    batch, length, _ = context.shape
+    return attn.prepare_attention_mask(mask, length, batch).view(batch, attn.heads, -1, length)
 
 
 def decoupled_attention(
@@ -101,7 +99,6 @@ def decoupled_attention(
     heads: int,
     scale: float,
     mask: Tensor | None,
-    attend: Attend = attend,
 ) -> Tensor:
     """Equation 8 of the paper before the output projection.
 
@@ -112,19 +109,20 @@ def decoupled_attention(
         heads: number of attention heads.
         scale: weight of the image branch.
         mask: additive text mask [B, heads, 1 or L, M], or None.
-        attend: computes one attention.
     """
     return attend(query, *text, heads, mask) + scale * attend(query, *image, heads, None)
 
 
-class _Processor:
-    """A diffusers attention processor that stands before the layer's original one.
+class DecoupledProcessor:
+    """Decoupled cross-attention of one layer; without an active image prompt, the layer's original processor runs.
 
-    The names of the arguments are diffusers' own: it passes on to a processor only what it finds in its signature.
+    It is no `nn.Module` on purpose: the trained weights belong to the adapter alone. Registering them in the UNet as
+    well is what made the published script's checkpoints drop them as shared duplicates. The names of the arguments are
+    diffusers' own: it passes on to a processor only what it finds in its signature.
     """
 
-    def __init__(self, original: Any) -> None:
-        self.original = original
+    def __init__(self, pair: ImageKV, prompt: ImagePrompt, original: Any) -> None:
+        self.pair, self.prompt, self.original = pair, prompt, original
 
     def __call__(
         self,
@@ -135,82 +133,68 @@ class _Processor:
         temb: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Replaces the layer's attention [B, L, C] -> [B, L, C]; what is not taken here, the original computes."""
-        if not self._takes(hidden_states, encoder_hidden_states, attention_mask):
+        """Replace the layer's attention [B, L, C] -> [B, L, C]."""
+        if not self.prompt.active:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs)
         out = self._attended(attn, hidden_states, encoder_hidden_states, attention_mask)
         for layer in attn.to_out:
             out = layer(out)
         return out
 
-    def _takes(self, hidden_states: Tensor, context: Tensor | None, mask: Tensor | None) -> bool:
-        """Whether this processor computes the attention itself."""
-        raise NotImplementedError
-
     def _attended(self, attn: Any, hidden_states: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
-        """The attention [B, L, C] before the output projection."""
-        raise NotImplementedError
-
-
-class DecoupledProcessor(_Processor):
-    """Decoupled cross-attention of one site; without an active image prompt, the original runs.
-
-    It is no `nn.Module` on purpose: the trained weights belong to the adapter alone. Registering them in the UNet as
-    well is what made the published script's checkpoints drop them as shared duplicates.
-    """
-
-    def __init__(self, pair: ImageKV, prompt: ImagePrompt, original: Any) -> None:
-        super().__init__(original)
-        self.pair, self.prompt = pair, prompt
-
-    def _takes(self, hidden_states: Tensor, context: Tensor | None, mask: Tensor | None) -> bool:
-        return self.prompt.active
-
-    def _attended(self, attn: Any, hidden_states: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Return the attention [B, L, C] before the output projection."""
         prompt = self.prompt
         assert context is not None and prompt.tokens is not None
         if attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
-        batch, length, _ = context.shape
-        if mask is not None:
-            mask = attn.prepare_attention_mask(mask, length, batch).view(batch, attn.heads, -1, length)
         text, image = (attn.to_k(context), attn.to_v(context)), self.pair(prompt.tokens)
         query = attn.to_q(hidden_states)
-        return decoupled_attention(query, text, image, attn.heads, prompt.scale, mask, prompt.attend)
+        return decoupled_attention(query, text, image, attn.heads, prompt.scale, prepared_mask(attn, mask, context))
 
 
-class LeanSelfProcessor(_Processor):
-    """Frozen self-attention by `attend_lean` where gradients flow; else, and for anything unusual, the original."""
+class AddedKV(ImageKV):
+    """A pair whose values begin at zero, so that a run begins with the base model, bit for bit."""
 
-    def _takes(self, hidden_states: Tensor, context: Tensor | None, mask: Tensor | None) -> bool:
-        return context is None and mask is None and hidden_states.ndim == 3 and gradient_flows(hidden_states)
-
-    def _attended(self, attn: Any, hidden_states: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
-        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        return attend_lean(query, key, value, attn.heads)
-
-
-@contextmanager
-def lean_attention(net: nn.Module, prompt: ImagePrompt) -> Iterator[None]:
-    """Lets a frozen net's self-attention and a prompt's adapted layers take `attend_lean` for a while."""
-    layers: list[Any] = [layer for layer in net.modules() if _is_plain_self_attention(layer)]
-    own = [(layer, layer.processor) for layer in layers]
-    for layer, processor in own:
-        layer.processor = LeanSelfProcessor(processor)
-    before, prompt.attend = prompt.attend, attend_lean
-    try:
-        yield
-    finally:
-        prompt.attend = before
-        for layer, processor in own:
-            layer.processor = processor
+    @torch.no_grad()
+    def start_from(self, attention: Any) -> None:
+        """Begin with the text's own keys where there are any of this shape, and with values of zero."""
+        for name in ("add_k_proj", "to_k"):
+            weight = getattr(getattr(attention, name, None), "weight", None)
+            if weight is not None and weight.shape == self.to_k_ip.weight.shape:
+                self.to_k_ip.weight.copy_(weight)
+                break
+        self.to_v_ip.weight.zero_()
 
 
-def _is_plain_self_attention(layer: Any) -> bool:
-    """Whether a layer is diffusers' self-attention between linear layers alone, as transformer blocks have it."""
-    from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+class AddedProcessor:
+    """Attention over image tokens added to what a layer's own processor gives, for layers of any denoiser.
 
-    if type(layer) is not Attention or type(layer.processor) is not AttnProcessor2_0 or layer.is_cross_attention:
-        return False
-    norms = (layer.group_norm, layer.spatial_norm, layer.norm_q, layer.norm_k, layer.norm_cross)
-    return all(not norm for norm in norms) and not layer.residual_connection and layer.rescale_output_factor == 1
+    The query is the layer's own, normalised as there, before any position is encoded; the result goes through the
+    layer's output projection without its bias. Where the layer gives several sequences, the image's is the first.
+    """
+
+    def __init__(self, pair: ImageKV, prompt: ImagePrompt, original: Any) -> None:
+        self.pair, self.prompt, self.original = pair, prompt, original
+        # diffusers passes on only what it finds in a processor's signature: this one shows the original's.
+        self.__call__ = wraps(original.__call__)(partial(AddedProcessor.__call__, self))  # type: ignore[method-assign]
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Give the layer's own output, with the image's part [B, L, C] in its first or only sequence."""
+        out, prompt = self.original(attn, hidden_states, *args, **kwargs), self.prompt
+        if not prompt.active:
+            return out
+        assert prompt.tokens is not None
+        key, value = self.pair(prompt.tokens)
+        attended = attend(_normed_query(attn, hidden_states), key, value, attn.heads)
+        project: Any = attn.to_out[0] if isinstance(attn.to_out, nn.ModuleList) else attn.to_out
+        added = prompt.scale * F.linear(attended, project.weight)
+        return (out[0] + added, *out[1:]) if isinstance(out, tuple) else out + added
+
+
+def _normed_query(attn: Any, hidden_states: Tensor) -> Tensor:
+    """The query [B, L, C], normalised by head or whole where the layer has such a norm."""
+    query, norm = attn.to_q(hidden_states), getattr(attn, "norm_q", None)
+    if norm is None:
+        return query
+    is_whole = getattr(norm, "weight", None) is not None and norm.weight.shape[-1] == query.shape[-1]
+    return norm(query) if is_whole else norm(query.unflatten(-1, (attn.heads, -1))).flatten(2)

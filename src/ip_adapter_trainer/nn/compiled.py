@@ -7,11 +7,13 @@ blocks of equal shapes share their code, and the net between them stays as it is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from ip_adapter_trainer.nn.forwards import forwards_replaced
 
 Compile = Literal["off", "on", "reduce-overhead"]
 _BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "Upsample2D", "Downsample2D")
@@ -20,9 +22,9 @@ _VERSIONS = 64  # of one kind of block: every width and, with buckets, sizes; Dy
 
 @contextmanager
 def compiled_blocks(net: nn.Module, how: Compile, backend: str = "inductor") -> Iterator[None]:
-    """Compiles a net's blocks for a while, for steps with gradients; without them the blocks run as they are.
+    """Compile a net's blocks for a while, for steps with gradients; without them the blocks run as they are.
 
-    Parameters and their names stay where they are. A second size of picture compiles once more, with sizes left open.
+    Parameters and their names stay where they are. A second size of image compiles once more, with sizes left open.
 
     Args:
         net: frozen, its layers not lean.
@@ -30,21 +32,14 @@ def compiled_blocks(net: nn.Module, how: Compile, backend: str = "inductor") -> 
         backend: of torch.compile.
     """
     mode = "reduce-overhead" if how == "reduce-overhead" else None
-    with ExitStack() as stack:
-        stack.enter_context(torch._dynamo.config.patch(recompile_limit=_VERSIONS))
-        for block in net.modules():
-            if type(block).__name__ in _BLOCKS:
-                block.forward = _with_gradients(block.forward, mode, backend)  # type: ignore[method-assign]
-                stack.callback(delattr, block, "forward")
+    blocks = [block for block in net.modules() if type(block).__name__ in _BLOCKS]
+    compiled = [(block, _with_gradients(block.forward, mode, backend)) for block in blocks]
+    # The public name of this setting, in torch.compiler.config, is there from torch 2.10 on only.
+    with torch._dynamo.config.patch(recompile_limit=_VERSIONS), forwards_replaced(compiled):
         yield
 
 
 def _with_gradients(forward: Callable[..., Any], mode: str | None, backend: str) -> Callable[..., Any]:
-    """A block's forward, compiled for where gradients are wanted: a drawing changes sizes and scales too often."""
+    """Compile a block's forward for where gradients are wanted: a drawing changes sizes and scales too often."""
     run = torch.compile(forward, fullgraph=True, mode=mode, backend=backend)
-
-    def either(*args: Any, **kwargs: Any) -> Any:
-        """Dispatches."""
-        return (run if torch.is_grad_enabled() else forward)(*args, **kwargs)
-
-    return either
+    return lambda *args, **kwargs: (run if torch.is_grad_enabled() else forward)(*args, **kwargs)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.nn.attention import gradient_flows
@@ -30,15 +31,15 @@ Context = Any  # of torch.autograd.Function
 
 
 def expanded(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The weight of some shape [O, ...] that codes stand for."""
+    """Return the weight of some shape [O, ...] that codes stand for."""
     if codes.dtype == torch.int8:
         return codes.to(dtype).mul_(scales.to(dtype))
     weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit(codes, scales, BLOCK, "nf4", shape, dtype)
     return weight
 
 
-def _packed(weight: Tensor, storage: Storage) -> tuple[Tensor, Tensor]:
-    """Codes and scales of a weight [O, ...]."""
+def _codes_and_scales(weight: Tensor, storage: Storage) -> tuple[Tensor, Tensor]:
+    """Pack a weight [O, ...]."""
     if storage == "int8" or weight.ndim == 4:
         largest = weight.abs().amax(tuple(range(1, weight.ndim)), keepdim=True)
         scales = (largest.float() / 127).to(weight.dtype)  # rounded before the codes are, so that they make up for it
@@ -48,88 +49,99 @@ def _packed(weight: Tensor, storage: Storage) -> tuple[Tensor, Tensor]:
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + b over codes of W, that holds the codes alone."""
+    """Computes x W^T + b over codes of W, and holds the codes alone."""
 
     @staticmethod
     def forward(ctx: Context, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, shape: Any) -> Tensor:
-        """[..., I] to [..., O]; `shape` is (O, I)."""
+        """Go from [..., I] to [..., O]; `shape` is (O, I)."""
         ctx.save_for_backward(codes, scales)
         ctx.shape = shape
         return F.linear(x, expanded(codes, scales, shape, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Of [..., O] to the input's [..., I]."""
+        """Go from [..., O] to the input's [..., I]."""
         codes, scales = ctx.saved_tensors
         return gradients[0] @ expanded(codes, scales, ctx.shape, gradients[0].dtype), None, None, None, None
 
 
 class _Convolution(torch.autograd.Function):
-    """2-D convolution [B, C, H, W] -> [B, D, h, w] over codes of its weight, that holds the codes alone."""
+    """Convolves [B, C, H, W] -> [B, D, h, w] over codes of the weight, and holds the codes alone."""
 
     @staticmethod
     def forward(ctx: Context, x: Tensor, layer: PackedConv2d, codes: Tensor, scales: Tensor) -> Tensor:
-        """`F.conv2d` with the layer's own geometry."""
+        """Compute `F.conv2d` with the layer's own geometry."""
         ctx.save_for_backward(codes, scales)
         ctx.layer, ctx.shape = layer, x.shape
         return layer.convolved(x)
 
     @staticmethod
     def backward(ctx: Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Of [B, D, h, w] to the input's [B, C, H, W]."""
+        """Go from [B, D, h, w] to the input's [B, C, H, W]."""
         layer, gradient = ctx.layer, gradients[0]
         weight = layer.laid_out(*ctx.saved_tensors, gradient)
-        unread = gradient.new_empty(1).expand(ctx.shape)  # only its shape matters to the input's gradient
-        geometry = layer.stride, layer.padding, layer.dilation, False, [0, 0], layer.groups
-        found = torch.ops.aten.convolution_backward(gradient, unread, weight, None, *geometry, [True, False, False])
-        return found[0], None, None, None
+        return conv2d_input(ctx.shape, weight, gradient, *layer.geometry), None, None, None
 
 
-class PackedLinear(nn.Linear):
-    """A frozen `nn.Linear` without a weight: `codes` and `scales` stand for it."""
+class _Packed(nn.Module):
+    """Stands for a frozen layer: `codes` and `scales` in place of its weight, which may be packed on another device."""
 
     codes: Tensor
     scales: Tensor
-    shape: torch.Size  # of the weight, [O, I]
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, weight: Tensor, storage: Storage) -> None:
+        super().__init__()
+        assert not weight.requires_grad, "only what is frozen can be packed"
+        self.shape, self.bias = weight.shape, layer.bias
+        codes, scales = _codes_and_scales(weight, storage)
+        self.register_buffer("codes", codes.to(layer.weight.device))
+        self.register_buffer("scales", scales.to(layer.weight.device))
+
+
+class PackedLinear(_Packed):
+    """Stands for a frozen `nn.Linear`, whose weight is [O, I], packed on a device."""
+
+    def __init__(self, layer: nn.Linear, storage: Storage, device: torch.device | str) -> None:
+        super().__init__(layer, layer.weight.to(device), storage)
 
     def forward(self, input: Tensor) -> Tensor:
-        """[..., I] to [..., O]."""
+        """Go from [..., I] to [..., O]."""
         if gradient_flows(input):
             out: Tensor = _Product.apply(input, self.codes, self.scales, self.bias, self.shape)
             return out
         return F.linear(input, expanded(self.codes, self.scales, self.shape, input.dtype), self.bias)
 
 
-class PackedConv2d(nn.Conv2d):
-    """A frozen `nn.Conv2d` without a weight: `codes` and `scales` stand for it, channels last."""
+class PackedConv2d(_Packed):
+    """Stands for a frozen `nn.Conv2d`, packed on a device with the weight's channels last, [D, h, w, C]."""
 
-    codes: Tensor
-    scales: Tensor
-    shape: torch.Size  # of the weight with its channels last, [D, h, w, C]
+    geometry: Any  # stride, padding, dilation and groups
+
+    def __init__(self, layer: nn.Conv2d, storage: Storage, device: torch.device | str) -> None:
+        assert layer.padding_mode == "zeros"
+        super().__init__(layer, layer.weight.to(device).permute(0, 2, 3, 1).contiguous(), storage)
+        self.geometry = layer.stride, layer.padding, layer.dilation, layer.groups
 
     def laid_out(self, codes: Tensor, scales: Tensor, like: Tensor) -> Tensor:
-        """The weight [D, C, h, w] in the dtype and the memory format of a tensor: convolutions follow either."""
+        """Return the weight [D, C, h, w] in the dtype and the memory format of a tensor: convolutions follow either."""
         weight = expanded(codes, scales, self.shape, like.dtype).permute(0, 3, 1, 2)
         return weight if like.is_contiguous(memory_format=torch.channels_last) else weight.contiguous()
 
     def convolved(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, D, h, w]."""
+        """Go from [B, C, H, W] to [B, D, h, w]."""
         weight = self.laid_out(self.codes, self.scales, x)
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return F.conv2d(x, weight, self.bias, *self.geometry)
 
     def forward(self, input: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, D, h, w]."""
+        """Go from [B, C, H, W] to [B, D, h, w]."""
         if not gradient_flows(input):
             return self.convolved(input)
         out: Tensor = _Convolution.apply(input, self, self.codes, self.scales)
         return out
 
 
-Packed = PackedLinear | PackedConv2d
-
-
 def pack(net: nn.Module, storage: Storage, device: torch.device | str, spared: Callable[[str], bool]) -> None:
-    """Packs a net's linear layers and convolutions, one after another, each on a device.
+    """Replace a net's linear layers and convolutions by packed ones, one after another, each packed on a device.
 
     Args:
         net: frozen; its layers stay on their own device.
@@ -140,29 +152,20 @@ def pack(net: nn.Module, storage: Storage, device: torch.device | str, spared: C
     Raises:
         Problem: the storage's library is not installed.
     """
+    if storage == "none":
+        return
     if storage == "nf4":
         _demand_bitsandbytes()
-    for name, layer in list(net.named_modules()):
-        if storage != "none" and type(layer) in (nn.Linear, nn.Conv2d) and not spared(name):
-            _pack(layer, storage, device)
-
-
-@torch.no_grad()
-def _pack(layer: Any, storage: Storage, device: torch.device | str) -> None:
-    assert not layer.weight.requires_grad, "only what is frozen can be packed"
-    own, weight = layer.weight.device, layer.weight.to(device)
-    if weight.ndim == 4:
-        assert layer.padding_mode == "zeros"
-        weight = weight.permute(0, 2, 3, 1).contiguous()
-    del layer.weight
-    for name, tensor in zip(("codes", "scales"), _packed(weight, storage), strict=True):
-        layer.register_buffer(name, tensor.to(own))
-    layer.shape, layer.__class__ = weight.shape, PackedConv2d if weight.ndim == 4 else PackedLinear
+    packed = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}
+    names = [name for name, layer in net.named_modules() if type(layer) in packed and not spared(name)]
+    for name in names:  # no list of layers, which would keep the weights of all of them to the end
+        layer = net.get_submodule(name)
+        net.set_submodule(name, packed[type(layer)](layer, storage, device))
 
 
 def packed_weights(net: nn.Module) -> int:
-    """Number of weights that a net keeps as codes."""
-    return sum(layer.shape.numel() for layer in net.modules() if isinstance(layer, Packed))
+    """Count the weights that a net keeps as codes."""
+    return sum(layer.shape.numel() for layer in net.modules() if isinstance(layer, _Packed))
 
 
 def _demand_bitsandbytes() -> None:

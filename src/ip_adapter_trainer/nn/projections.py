@@ -18,7 +18,7 @@ class ImageProjection(nn.Module):
         self.norm = nn.LayerNorm(context_dim)
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, E] to [B, N, D]."""
+        """Project a feature [B, E] to tokens [B, N, D]."""
         tokens: Tensor = self.norm(self.proj(features).unflatten(-1, (self.num_tokens, -1)))
         return tokens
 
@@ -36,7 +36,7 @@ class FullProjection(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, T, E] to [B, T, D]."""
+        """Project features [B, T, E] to tokens [B, T, D]."""
         tokens: Tensor = self.proj(features)
         return tokens
 
@@ -54,7 +54,7 @@ class PerceiverAttention(nn.Module):
         self.to_out = nn.Linear(heads * head_dim, width, bias=False)
 
     def forward(self, features: Tensor, latents: Tensor) -> Tensor:
-        """Features [B, T, W] and latents [B, N, W] to an update of the latents [B, N, W]."""
+        """Return an update of the latents [B, N, W] from features [B, T, W] and latents [B, N, W]."""
         features, latents = self.norm1(features), self.norm2(latents)
         query = self.to_q(latents)
         key, value = self.to_kv(torch.cat([features, latents], 1)).chunk(2, -1)
@@ -101,7 +101,7 @@ class Resampler(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, T, E] to [B, N, D]."""
+        """Resample features [B, T, E] to tokens [B, N, D]."""
         latents = self.latents.expand(len(features), -1, -1)
         features = self.proj_in(features)
         for layer in self.layers:

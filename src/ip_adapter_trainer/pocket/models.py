@@ -27,7 +27,7 @@ def _words() -> list[str]:
 
 @lru_cache(maxsize=1)
 def tokenizer() -> CLIPTokenizer:
-    """A CLIP byte-pair tokenizer in which a word of the world is one token or few, and any other text still encodes."""
+    """Return a CLIP byte-pair tokenizer: a word of the world is one token or few, and other text still encodes."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
@@ -45,7 +45,7 @@ def tokenizer() -> CLIPTokenizer:
 
 
 def clip() -> CLIPModel:
-    """A two-tower CLIP: a 3-layer ViT over 4 px patches and a 2-layer text transformer, both 128 wide."""
+    """Return a two-tower CLIP: a 3-layer ViT over 4 px patches and a 2-layer text transformer, both 128 wide."""
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
     words = tokenizer()
@@ -62,14 +62,14 @@ def clip() -> CLIPModel:
 
 
 def image_processor() -> CLIPImageProcessorPil:
-    """The preprocessing of the pocket image encoder, as diffusers derives it from the encoder's `image_size`."""
+    """Return the preprocessing of the pocket image encoder, as diffusers derives it from the encoder's `image_size`."""
     from transformers import CLIPImageProcessorPil
 
     return CLIPImageProcessorPil(size={"shortest_edge": world.SIZE_PX}, crop_size=world.SIZE_PX)
 
 
 def autoencoder() -> AutoencoderKL:
-    """A KL autoencoder, 32 px to an 8x8x4 latent."""
+    """Return a KL autoencoder, from 32 px to an 8x8x4 latent."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -80,7 +80,7 @@ def autoencoder() -> AutoencoderKL:
 
 
 def unet() -> UNet2DConditionModel:
-    """A two-level UNet with text cross-attention at 8x8, 4x4 and in the middle (7 adapted layers)."""
+    """Return a two-level UNet with text cross-attention at 8x8, 4x4 and in the middle (7 adapted layers)."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -91,7 +91,7 @@ def unet() -> UNet2DConditionModel:
 
 
 def scheduler() -> DDIMScheduler:
-    """The noise process of Stable Diffusion 1.x: epsilon prediction, scaled-linear betas."""
+    """Return the noise process of Stable Diffusion 1.x: epsilon prediction, scaled-linear betas."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
@@ -101,5 +101,5 @@ def scheduler() -> DDIMScheduler:
 
 
 def weights_dir() -> Path:
-    """Where the packed weights of the pocket base lie inside the package."""
+    """Return the folder of the packed weights inside the package."""
     return Path(__file__).parent / "weights"

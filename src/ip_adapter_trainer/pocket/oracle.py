@@ -21,7 +21,7 @@ _DIAMETERS_PX = (19.0, 21.0, 23.0, 25.0)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the oracle sees in one picture."""
+    """The attributes that the oracle sees in one image."""
 
     shape: str
     colour: str
@@ -29,7 +29,7 @@ class Verdict:
     background: str
 
     def matches(self, truth: dict[str, str]) -> dict[str, bool]:
-        """For each attribute named in `truth`, whether this reading agrees."""
+        """Return, for each attribute named in `truth`, whether this verdict agrees."""
         return {name: getattr(self, name) == value for name, value in truth.items()}
 
 
@@ -70,25 +70,26 @@ def _read_background(rgb: np.ndarray) -> str:
     return _nearest(np.median(edge, axis=0), BACKGROUNDS)
 
 
-def _unmix(rgb: np.ndarray, light: np.ndarray, ground: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+def _unmix(rgb: np.ndarray, light: np.ndarray, background: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """Least-squares shares of the light tone and the dark tone in every pixel: cover [S, S], dark [S, S], residual.
 
-    A pixel is ground + a (light - ground) + b (dark - ground) with a, b in 0..1; cover is a + b, dark is b / cover.
+    A pixel is background + a (light - background) + b (dark - background) with a, b in 0..1; cover is a + b, and dark
+    is b / cover.
     """
-    basis = np.stack([light - ground, SHADE * light - ground], 1)  # [3, 2]
-    shares = (rgb - ground).reshape(-1, 3) @ np.linalg.pinv(basis).T
+    basis = np.stack([light - background, SHADE * light - background], 1)  # [3, 2]
+    shares = (rgb - background).reshape(-1, 3) @ np.linalg.pinv(basis).T
     shares = np.clip(shares, 0, 1)
-    residual = (((rgb - ground).reshape(-1, 3) - shares @ basis.T) ** 2).sum(1)
+    residual = (((rgb - background).reshape(-1, 3) - shares @ basis.T) ** 2).sum(1)
     total = np.clip(shares.sum(1), 1e-6, None)
     cover, dark = np.clip(total, 0, 1), shares[:, 1] / total
     side = rgb.shape[0]
     return cover.reshape(side, side), dark.reshape(side, side), float(residual.mean())
 
 
-def _read_colour(rgb: np.ndarray, ground: np.ndarray) -> tuple[str, np.ndarray, np.ndarray]:
-    """The colour whose two tones over this ground explain the pixels best, with its cover and dark shares."""
+def _read_colour(rgb: np.ndarray, background: np.ndarray) -> tuple[str, np.ndarray, np.ndarray]:
+    """The colour whose two tones over this background explain the pixels best, with its cover and dark shares."""
     best = min(
-        ((name, *_unmix(rgb, np.array(value, np.float32), ground)) for name, value in COLOURS.items()),
+        ((name, *_unmix(rgb, np.array(value, np.float32), background)) for name, value in COLOURS.items()),
         key=lambda row: row[3],
     )
     return best[0], best[1], best[2]
@@ -114,7 +115,7 @@ def _read_pattern(cover: np.ndarray, dark: np.ndarray, x_px: float, y_px: float)
 
 
 def read(image: np.ndarray) -> Verdict:
-    """Reads one picture, uint8 or float [SIZE_PX, SIZE_PX, 3] in 0..255."""
+    """Read the attributes of one image, uint8 or float [SIZE_PX, SIZE_PX, 3] in 0..255."""
     rgb = np.asarray(image, np.float32)
     if rgb.shape != (SIZE_PX, SIZE_PX, 3):
         raise ValueError(f"the oracle reads {SIZE_PX}x{SIZE_PX} RGB pictures, not {rgb.shape}; resize first")
@@ -125,7 +126,7 @@ def read(image: np.ndarray) -> Verdict:
 
 
 def accuracy(images: np.ndarray, truths: list[dict[str, str]]) -> dict[str, float]:
-    """The fraction of pictures [N, S, S, 3] whose reading agrees with its truth, for every attribute named there."""
+    """Return, for every attribute that truths name, the fraction of images [N, S, S, 3] whose verdict agrees."""
     if len(images) != len(truths):
         raise ValueError(f"{len(images)} pictures but {len(truths)} truths; give one truth per picture")
     hits: dict[str, list[bool]] = {}

@@ -1,6 +1,6 @@
 """The pocket picture world: small pictures whose every attribute is known.
 
-A picture shows one object on a plain ground. Four attributes are named in its caption (shape, colour, pattern,
+A picture shows one object on a plain background. Four attributes are named in its caption (shape, colour, pattern,
 background); position, size and angle vary and are never named. Everything the embedded base model, the demo and
 many tests need to know about truth starts here; reading truth back from pixels is `oracle.py`.
 """
@@ -66,23 +66,23 @@ class Scene:
     angle_deg: float = 0.0
 
     def attributes(self) -> dict[str, str]:
-        """The named attributes, in the order of `ATTRIBUTES`."""
+        """Return the named attributes, in the order of `ATTRIBUTES`."""
         return {name: getattr(self, name) for name in ATTRIBUTES}
 
 
 def held_out(scene: Scene) -> bool:
-    """Whether this combination of attributes is kept from everything that is trained (about one in five)."""
+    """Return whether this combination of attributes is kept from everything that is trained (about one in five)."""
     digest = hashlib.sha256("|".join(scene.attributes().values()).encode()).digest()
     return digest[0] < 51
 
 
 def combinations() -> list[Scene]:
-    """Every combination of attributes once, in canonical order, in the neutral pose."""
+    """Return every combination of attributes once, in canonical order, in the neutral pose."""
     return [Scene(s, c, p, b) for s in SHAPES for c in COLOURS for p in PATTERNS for b in BACKGROUNDS]
 
 
 def random_pose(scene: Scene, rng: np.random.Generator, spread: float = 1.0) -> Scene:
-    """The same attributes at a random position, size and angle; `spread` scales how far poses vary."""
+    """Return the same attributes at a random position, size and angle; `spread` scales how far poses vary."""
     x, y = SIZE_PX / 2 + spread * rng.uniform(-SHIFT_PX, SHIFT_PX, 2)
     middle, reach = sum(DIAMETER_PX) / 2, (DIAMETER_PX[1] - DIAMETER_PX[0]) / 2
     diameter = middle + spread * rng.uniform(-reach, reach)
@@ -91,7 +91,7 @@ def random_pose(scene: Scene, rng: np.random.Generator, spread: float = 1.0) -> 
 
 
 def random_scene(rng: np.random.Generator, *, held: bool | None = False, spread: float = 1.0) -> Scene:
-    """A uniform random scene: `held` False draws seen combinations only, True held-out ones, None any."""
+    """Draw a uniform random scene: `held` False draws seen combinations only, True held-out ones, None any."""
     while True:
         shape, colour, pattern, background = (str(rng.choice(values)) for values in ATTRIBUTES.values())
         scene = Scene(shape, colour, pattern, background)
@@ -100,7 +100,7 @@ def random_scene(rng: np.random.Generator, *, held: bool | None = False, spread:
 
 
 def caption(scene: Scene, named: Sequence[str] = tuple(ATTRIBUTES)) -> str:
-    """The caption that names the given attributes: "a red striped star on a white background".
+    """Return the caption that names the given attributes: "a red striped star on a white background".
 
     A plain pattern has no word in running English, so it is named "plain" like the others. Without the shape the
     noun is "thing". No attribute at all gives the empty caption.
@@ -142,7 +142,7 @@ def _outline(shape: str) -> np.ndarray:
 
 
 def coverage(scene: Scene) -> np.ndarray:
-    """How much of each pixel the object covers, [SIZE_PX, SIZE_PX] in 0..1."""
+    """Return the share of each pixel that the object covers, [SIZE_PX, SIZE_PX] in 0..1."""
     angle = math.radians(scene.angle_deg)
     turn = np.array([(math.cos(angle), -math.sin(angle)), (math.sin(angle), math.cos(angle))])
     points = (_outline(scene.shape) @ turn.T * scene.diameter_px + (scene.x_px, scene.y_px)) * _SUPERSAMPLE
@@ -152,7 +152,7 @@ def coverage(scene: Scene) -> np.ndarray:
 
 
 def shade_share(pattern: str, x_px: float, y_px: float) -> np.ndarray:
-    """How much of each pixel carries the dark tone of a pattern anchored at (x, y), [SIZE_PX, SIZE_PX] in 0..1."""
+    """Return the share of each pixel in the dark tone of a pattern anchored at (x, y), [SIZE_PX, SIZE_PX] in 0..1."""
     grid = (np.arange(SIZE_PX * _SUPERSAMPLE) + 0.5) / _SUPERSAMPLE
     u, v = (grid - x_px) / PERIOD_PX, ((grid - y_px) / PERIOD_PX)[:, None]
     if pattern == "plain":
@@ -170,10 +170,10 @@ def shade_share(pattern: str, x_px: float, y_px: float) -> np.ndarray:
 
 
 def render(scene: Scene) -> np.ndarray:
-    """The picture of a scene, uint8 [SIZE_PX, SIZE_PX, 3]."""
+    """Render a scene as an image, uint8 [SIZE_PX, SIZE_PX, 3]."""
     light = np.array(COLOURS[scene.colour], np.float32)
     shade = shade_share(scene.pattern, scene.x_px, scene.y_px)[..., None]
     inside = light * (1 - shade) + SHADE * light * shade
     cover = coverage(scene)[..., None]
-    ground = np.array(BACKGROUNDS[scene.background], np.float32)
-    return np.rint(inside * cover + ground * (1 - cover)).astype(np.uint8)
+    background = np.array(BACKGROUNDS[scene.background], np.float32)
+    return np.rint(inside * cover + background * (1 - cover)).astype(np.uint8)

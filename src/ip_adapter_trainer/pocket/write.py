@@ -1,4 +1,4 @@
-"""The packed pocket base: saved into the package, read from it, and laid out as ordinary folders for anyone to try."""
+"""The packed pocket base: read from the package, and laid out as ordinary folders for anyone to try."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VALIDATION_ROWS = 32
 
 
 def assemble(vae: Any, unet: Any, clip: CLIPModel) -> Any:
-    """An ordinary StableDiffusionPipeline of the parts; the text encoder is CLIP's own text tower."""
+    """Make an ordinary StableDiffusionPipeline of the parts; the text encoder is CLIP's own text tower."""
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPTextModel
 
@@ -41,7 +41,7 @@ def _nested(clip: CLIPModel) -> dict[str, Any]:
 
 
 def image_encoder(clip: CLIPModel) -> CLIPVisionModelWithProjection:
-    """CLIP's image tower with its projection."""
+    """Return CLIP's image tower with its projection."""
     from transformers import CLIPVisionModelWithProjection
 
     encoder = CLIPVisionModelWithProjection(clip.config.vision_config)
@@ -50,36 +50,24 @@ def image_encoder(clip: CLIPModel) -> CLIPVisionModelWithProjection:
     return encoder.eval()
 
 
-def save_weights(vae: Any, unet: Any, clip: CLIPModel) -> None:
-    """Writes the package's weights: autoencoder and denoiser in fp16, CLIP in fp32.
-
-    diffusers reads any file as fp32 unless told otherwise; transformers would keep fp16 and users' CPUs would crawl.
-    """
-    folder = models.weights_dir()
-    for name, net in (("vae", vae), ("unet", unet)):
-        net.half().save_pretrained(folder / name)
-        net.float()
-    clip.save_pretrained(folder / "clip")
-
-
 def _require_weights() -> Path:
     quiet_loading()
     folder = models.weights_dir()
     if not (folder / "build.json").exists():
-        remedy = "build them: python -m ip_adapter_trainer.pocket.build --work DIR"
+        remedy = "install ip_adapter_trainer anew: its wheel and its repository hold them"
         raise Problem("this installation has no pocket weights", where=str(folder), remedy=remedy)
     return folder
 
 
 def clip() -> CLIPModel:
-    """The packed CLIP, both towers."""
+    """Load the packed CLIP, both towers."""
     from transformers import CLIPModel
 
     return CLIPModel.from_pretrained(_require_weights() / "clip").eval()
 
 
 def pipeline() -> Any:
-    """The packed base as a pipeline, fp32."""
+    """Load the packed base as a pipeline, fp32."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     folder = _require_weights()
@@ -88,7 +76,7 @@ def pipeline() -> Any:
 
 
 def training_pairs(seed: int, count: int) -> list[tuple[Scene, Scene]]:
-    """Target and image prompt for each row: the same but for the shape and the pose.
+    """Return target and image prompt for each row: the same but for the shape and the pose.
 
     A prompt that shows the target itself would also tell its shape; another shape teaches the adapter to leave the
     shape to the text.
@@ -97,7 +85,7 @@ def training_pairs(seed: int, count: int) -> list[tuple[Scene, Scene]]:
 
 
 def validation_pairs(seed: int, count: int) -> list[tuple[Scene, Scene]]:
-    """The same, of combinations of attributes that no training target has."""
+    """Return pairs like `training_pairs`, of combinations of attributes that no training target has."""
     return _pairs(seed, "pocket-validation", count, held=True)
 
 
@@ -114,7 +102,7 @@ def _pairs(seed: int, purpose: str, count: int, *, held: bool) -> list[tuple[Sce
 def write_pairs(
     folder: Path, pairs: list[tuple[Scene, Scene]], images: str = "images", rows: str = "data.json"
 ) -> None:
-    """Writes pictures, and rows in the published format with a prompt image; captions name the shape only."""
+    """Write images, and rows in the published format with a prompt image; captions name the shape only."""
     from PIL import Image
 
     (folder / images).mkdir(parents=True, exist_ok=True)
@@ -129,7 +117,7 @@ def write_pairs(
 
 
 def write_pocket(folder: Path, *, rows: int = 2000, seed: int = 0) -> None:
-    """Lays models, a training set and a validation set in a folder, ready for every command."""
+    """Lay models, a training set and a validation set in a folder, ready for every command."""
     folder.mkdir(parents=True, exist_ok=True)
     pipeline().save_pretrained(folder / "base")
     towers = clip()
@@ -142,7 +130,7 @@ def write_pocket(folder: Path, *, rows: int = 2000, seed: int = 0) -> None:
 
 
 def pocket(config: PocketConfig) -> str:
-    """`ip-adapter pocket`: lays everything out and tells how to train on it."""
+    """Run `ip-adapter pocket`: lay everything out and return how to train on it."""
     folder = Path(config.folder)
     write_pocket(folder, rows=config.rows, seed=config.seed)
     return (

@@ -1,1 +1,1 @@
-"""`ip-adapter prepare`: runs the frozen encoders over a training set once, into a prepared set."""
+"""`ip-adapter prepare` and `check`: run the frozen encoders over a training set once; look a set over."""

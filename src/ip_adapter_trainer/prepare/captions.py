@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ip_adapter_trainer.cache.prepared import PreparedSet
-from ip_adapter_trainer.families import Family
+from ip_adapter_trainer.families import Codec
 from ip_adapter_trainer.manifest.manifest import Manifest
 from ip_adapter_trainer.prepare.encode import Encoding
 from ip_adapter_trainer.storage.digests import digest
@@ -16,7 +16,7 @@ _CHUNK = 65536
 
 
 def missing_captions(manifest: Manifest, prepared: PreparedSet, rank: int, world: int) -> list[str]:
-    """The captions that the set lacks and that fall to one process; each falls to exactly one."""
+    """Return the captions that the set lacks and that fall to this process; each falls to exactly one."""
     if prepared.spec.text is None:
         return []
     distinct = list(dict.fromkeys(["", *(caption for row in manifest.rows for caption in row.captions)]))
@@ -33,14 +33,14 @@ def _share(text: str, world: int) -> int:
 
 
 def encode_captions(
-    captions: list[str], family: Family, encoding: Encoding, prepared: PreparedSet, batch: int, poll: Callable[[], None]
+    captions: list[str], codec: Codec, encoding: Encoding, prepared: PreparedSet, batch: int, poll: Callable[[], None]
 ) -> None:
-    """Encodes captions, `batch` at once, the last batch filled up with its first as that of pictures is."""
+    """Encode captions, `batch` at once; the last batch is filled up with its first caption, as that of images is."""
     spec = prepared.spec.text
     for start in range(0, len(captions), batch):
         poll()
         assert spec is not None, "captions are missing only where they are wanted"
         part = captions[start : start + batch]
-        made = family.encode_captions(part + [part[0]] * (batch - len(part)))
+        made = codec.text(part + [part[0]] * (batch - len(part)))
         for kind, keys in zip(spec.tables, spec.keys, strict=True):
             encoding.keep(kind, keys.of(text.encode() for text in part), made[kind.name][: len(part)])

@@ -40,14 +40,14 @@ class RowsCheckConfig(DataConfig):
     show_faults: int = Field(20, ge=0, description="Faults printed one by one; the rest are counted.")
 
     def buckets(self) -> Buckets:
-        """The sizes that training images are cut to, at training's own resolution where none is given."""
+        """Return the sizes that training images are cut to, at training's own resolution where none is given."""
         usual = {} if self.resolution else {"resolution": CutConfig.model_fields["resolution"].default}
         return CutConfig.buckets(self.model_copy(update=usual))
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What reading one row showed."""
+    """The findings in one row."""
 
     size_px: Size | None  # height, width of the target; None if it could not be read
     notes: tuple[Note, ...] = ()
@@ -56,7 +56,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What reading everything showed."""
+    """The findings in all rows."""
 
     manifest: Manifest
     faults: tuple[Fault, ...]  # of the manifest, then of the pictures in the order of the rows
@@ -81,7 +81,7 @@ class CheckReport:
 
     @property
     def stop(self) -> str:
-        """Why training would stop; empty if it would not."""
+        """The reason for which training would stop; empty if it would not."""
         stuck = f"{self.stuck_at} cannot be read, nor any row that would be taken in its place"
         many = excess(self.faulty_rows, self.manifest.entries, self.config.max_fault_rate)
         return many or (stuck if self.stuck_at else "")
@@ -104,7 +104,7 @@ class CheckReport:
 
 
 def check(config: RowsCheckConfig) -> CheckReport:
-    """Reads every row and picture, with a progress bar where somebody watches.
+    """Read every row and image, with a progress bar where somebody watches.
 
     Raises:
         Problem: the manifest cannot be read at all.
@@ -149,7 +149,7 @@ def _try(images: ImageFiles, name: str, where: str) -> tuple[DecodedImage | None
 
 
 def render(report: CheckReport) -> str:
-    """The report as plain text: the first faults one by one, counts, the verdict on the last line."""
+    """Render the report as plain text: the first faults one by one, counts, the verdict on the last line."""
     shown = [f"{fault.kind:>16}  {fault}" for fault in report.faults[: report.config.show_faults]]
     hidden = len(report.faults) - len(shown)
     parts = [

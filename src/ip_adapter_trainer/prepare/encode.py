@@ -1,6 +1,6 @@
 """Pixels to rows of tables: gathered into batches of one size, run through the frozen encoders, written down.
 
-Every batch has the same number of pictures, the last one filled up with its first: what is written then depends
+Every batch has the same number of images, the last one filled up with its first: what is written then depends
 neither on how the work was shared nor on where a run was broken off.
 """
 
@@ -17,23 +17,28 @@ from ip_adapter_trainer.cache.index import PICTURES, Record, name_key
 from ip_adapter_trainer.cache.shards import TableKind, TableWriter
 from ip_adapter_trainer.cache.spec import Views
 from ip_adapter_trainer.core.errors import NotFiniteProblem
-from ip_adapter_trainer.encoders import FEATURES, ClipImageEncoder
-from ip_adapter_trainer.families import Family
+from ip_adapter_trainer.core.values import Need
+from ip_adapter_trainer.encoders import ImageEncoder
+from ip_adapter_trainer.families import Codec
 
-Encode = Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]]  # pixels [B, 3, H, W]; [B, ...] for each table's name
+Encode = Callable[[Tensor, str, Sequence[str]], Mapping[str, Tensor]]  # pixels, role, tables; [B, ...] for each table
 Size = tuple[int, int]
 Kinds = tuple[TableKind, ...]  # tables that one pass of an encoder fills
 
 
-def encode_with(family: Family, encoder: ClipImageEncoder) -> Encode:
-    """What fills the tables: the autoencoder the moments, the image encoder all features at once."""
-    return partial(_encode, family, encoder)
+def encode_with(codec: Codec, encoders: Mapping[str, ImageEncoder]) -> Encode:
+    """Return what fills the tables: the autoencoder the moments, an image encoder all its features at once."""
+    return partial(_encode, codec, encoders)
 
 
-def _encode(family: Family, encoder: ClipImageEncoder, pixels: Tensor, names: Sequence[str]) -> Mapping[str, Tensor]:
-    if "moments" in names:
-        return {"moments": family.encode_moments(pixels)}
-    return encoder.encode_each(pixels, [kind for kind in FEATURES if kind in names])
+def _encode(
+    codec: Codec, encoders: Mapping[str, ImageEncoder], pixels: Tensor, role: str, names: Sequence[str]
+) -> Mapping[str, Tensor]:
+    if not role:
+        return {"moments": codec.moments(pixels)}
+    needs = {need.name: feature for feature in encoders[role].features if (need := Need(role, feature)).name in names}
+    found = encoders[role].encode(pixels, tuple(needs.values()))
+    return {name: found[feature] for name, feature in needs.items()}
 
 
 class Encoding:
@@ -41,55 +46,55 @@ class Encoding:
 
     Usage::
 
-        encoding = Encoding(folder, encode_with(family, encoder), batch_images=8)
+        encoding = Encoding(folder, encode_with(codec, encoders), batch_images=8)
         encoding.take(views, pixels)
         encoding.finish()
         encoding.seal()
 
     Attributes:
-        encoded: pictures that went through an encoder, counted each time.
+        encoded: images that went through an encoder, counted each time.
     """
 
     def __init__(self, root: Path, encode: Encode, batch_images: int) -> None:
         self._root, self._encode_with, self._batch_images = root, encode, batch_images
         self._writers: dict[TableKind, TableWriter] = {}
-        self._waiting: dict[tuple[Kinds, Size | None], list[tuple[Views, Tensor]]] = {}
+        self._waiting: dict[tuple[str, Kinds, Size | None], list[tuple[Views, Tensor]]] = {}
         self.encoded = 0
 
     def note(self, name: str, record: Record) -> None:
-        """Writes down what is known of a picture."""
+        """Write down the record of an image."""
         self._writer(PICTURES).add(name_key(name), record.packed())
 
     def take(self, views: Views, pixels: Tensor) -> None:
-        """Encodes [3, H, W] once there are enough of its size; the views are what is wanted of these pixels."""
-        kinds = tuple(view.kind for view in views)
-        waiting = self._waiting.setdefault((kinds, views[0].target_px), [])
+        """Encode pixels [3, H, W] once there are enough of their size; the views say what is made of them."""
+        role, kinds = views[0].role, tuple(view.kind for view in views)
+        waiting = self._waiting.setdefault((role, kinds, views[0].target_px), [])
         waiting.append((views, pixels))
         if len(waiting) == self._batch_images:
-            self._encode(kinds, waiting)
+            self._encode(role, kinds, waiting)
             waiting.clear()
 
     def finish(self) -> None:
-        """Encodes what still waits for company."""
-        for (kinds, _), waiting in self._waiting.items():
+        """Encode the pixels that still wait for others of their size."""
+        for (role, kinds, _), waiting in self._waiting.items():
             if waiting:
-                self._encode(kinds, waiting)
+                self._encode(role, kinds, waiting)
         self._waiting.clear()
 
     def seal(self) -> None:
-        """Writes down what was encoded so far."""
+        """Write down what was encoded so far."""
         for writer in self._writers.values():
             writer.seal()
 
-    def _encode(self, kinds: Kinds, waiting: list[tuple[Views, Tensor]]) -> None:
+    def _encode(self, role: str, kinds: Kinds, waiting: list[tuple[Views, Tensor]]) -> None:
         filled = [pixels for _, pixels in waiting] + [waiting[0][1]] * (self._batch_images - len(waiting))
-        made = self._encode_with(torch.stack(filled), [kind.name for kind in kinds])
+        made = self._encode_with(torch.stack(filled), role, [kind.name for kind in kinds])
         for number, kind in enumerate(kinds):
             self.keep(kind, [views[number].key for views, _ in waiting], made[kind.name][: len(waiting)])
         self.encoded += len(waiting)
 
     def keep(self, kind: TableKind, keys: Sequence[bytes], values: Tensor) -> None:
-        """Adds values [B, ...] to a table.
+        """Add values [B, ...] to a table.
 
         Raises:
             NotFiniteProblem: some are not finite.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +14,15 @@ from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.cache.config import CutConfig
 from ip_adapter_trainer.cache.shards import TableKind
 from ip_adapter_trainer.cache.spec import CacheSpec, TextSpec
+from ip_adapter_trainer.core.settings import Part
+from ip_adapter_trainer.core.values import Need
 from ip_adapter_trainer.diffusion.schedulers import NoiseConfig
-from ip_adapter_trainer.encoders import ClipImageEncoder, FeatureKind
-from ip_adapter_trainer.families import FAMILIES, Family
+from ip_adapter_trainer.encoders import ImageEncoder
+from ip_adapter_trainer.families import FAMILIES, BaseModel, Codec
 from ip_adapter_trainer.images.background import parse_colour
 from ip_adapter_trainer.loading.base import family_of, load_base
 from ip_adapter_trainer.loading.config import part_of
-from ip_adapter_trainer.loading.encoder import load_encoder
+from ip_adapter_trainer.loading.encoder import load_encoders
 from ip_adapter_trainer.nn.packed import Storage
 from ip_adapter_trainer.prepare.config import FrozenConfig
 from ip_adapter_trainer.runtime.launch import Runtime
@@ -28,23 +30,26 @@ from ip_adapter_trainer.runtime.launch import Runtime
 _SAYS_NOTHING = ("architectures", "dtype", "torch_dtype", "transformers_version")  # and names that begin with "_"
 
 
-def load_frozen(config: FrozenConfig, runtime: Runtime, storage: Storage) -> tuple[Family, ClipImageEncoder]:
-    """The base model and the image encoder of a run, on the host; what stays there never needs room on a device.
+def load_frozen(
+    config: FrozenConfig, runtime: Runtime, own: Part, storage: Storage
+) -> tuple[BaseModel, dict[str, ImageEncoder]]:
+    """Load the base model and the image encoders of a run on the host; what stays there never needs room on a device.
 
     Args:
         config: which models.
         runtime: their precision, and the device that packs weights.
+        own: the variant's settings.
         storage: how the denoiser keeps its weights.
 
     Raises:
         Problem: something is missing or of an unknown kind.
     """
-    family = load_family(config, runtime.dtype, "cpu", storage=storage, packed_on=runtime.device)
-    feature = VARIANTS[config.variant].feature
-    return family, load_encoder(config.image_encoder_path, config, kinds=(feature,), dtype=runtime.dtype)
+    base = load_base_of(config, runtime.dtype, "cpu", storage=storage, packed_on=runtime.device)
+    needs = VARIANTS[config.variant].needs
+    return base, load_encoders(needs, config.image_encoder_path, own, config, dtype=runtime.dtype)
 
 
-def load_family(config: FrozenConfig, dtype: torch.dtype, device: torch.device | str, **how: Any) -> Family:
+def load_base_of(config: FrozenConfig, dtype: torch.dtype, device: torch.device | str, **how: Any) -> BaseModel:
     """Load parts of the base model, see `load_base`; the family's own settings are taken from the run's."""
     name = config.pretrained_model_name_or_path
     family = family_of(name, config.family, config)
@@ -65,37 +70,40 @@ def module_digest(module: Any) -> str:
 
 
 def cache_spec(
-    config: CutConfig, family: Family, encoder: ClipImageEncoder, kinds: Sequence[FeatureKind], *, text: bool
+    config: CutConfig, codec: Codec, encoders: Mapping[str, ImageEncoder], needs: Sequence[Need], *, text: bool
 ) -> CacheSpec:
-    """What these models make of pictures that are read and cut by these settings, and with `text` of captions."""
-    buckets, autoencoder = config.buckets(), family.autoencoder
-    moments = {size_px: _moments_kind(family, autoencoder, size_px) for size_px in buckets.sizes_px}
+    """Return what these models make of images that are read and cut by these settings, and with `text` of captions."""
+    buckets, autoencoder = config.buckets(), codec.autoencoder
     return CacheSpec(
         buckets=buckets,
         background=parse_colour(config.alpha_background),
         pad_square=config.prompt_pad_square,
         mirrors=config.random_flip,
         autoencoder=module_digest(autoencoder),
-        encoder=module_digest(encoder.model),
-        moments=moments,
-        features=tuple(_features_kind(encoder, kind) for kind in kinds),
-        text=_text_spec(family) if text else None,
+        encoders={role: encoder_digest(encoders[role]) for role in dict.fromkeys(need.role for need in needs)},
+        moments={size_px: _moments_kind(codec, autoencoder, size_px) for size_px in buckets.sizes_px},
+        features={need: _features_kind(encoders[need.role], need) for need in needs},
+        text=_text_spec(codec) if text else None,
     )
 
 
-def _text_spec(family: Family) -> TextSpec:
-    told = [family.text_rules, *map(module_digest, family.text_encoders)]
+def encoder_digest(encoder: ImageEncoder) -> str:
+    """Return a hash of an image encoder and, where its kind alone does not say, of how images are cut for it."""
+    digest = module_digest(encoder.model)
+    return digest + json.dumps(encoder.preprocessing, sort_keys=True, default=str) * bool(encoder.preprocessing)
+
+
+def _text_spec(codec: Codec) -> TextSpec:
+    told = [codec.text_rules, *map(module_digest, codec.text_encoders)]
     encoders = hashlib.blake2b("\n".join(told).encode(), digest_size=16).hexdigest()
-    made = family.encode_captions([""])
+    made = codec.text([""])
     return TextSpec(encoders, tuple(TableKind(name, tuple(t.shape[1:]), t.dtype) for name, t in made.items()))
 
 
-def _moments_kind(family: Family, autoencoder: nn.Module, size_px: tuple[int, int]) -> TableKind:
-    channels, height, width = family.latent_shape(*size_px)
+def _moments_kind(codec: Codec, autoencoder: nn.Module, size_px: tuple[int, int]) -> TableKind:
+    channels, height, width = codec.latent_shape(*size_px)
     return TableKind("moments", (2 * channels, height, width), next(autoencoder.parameters()).dtype)
 
 
-def _features_kind(encoder: ClipImageEncoder, kind: FeatureKind) -> TableKind:
-    width = encoder.width(kind)
-    shape = (width,) if kind == "image_embeds" else (encoder.length(kind), width)
-    return TableKind(kind, shape, encoder.model.dtype)
+def _features_kind(encoder: ImageEncoder, need: Need) -> TableKind:
+    return TableKind(need.name, encoder.features[need.feature], encoder.model.dtype)

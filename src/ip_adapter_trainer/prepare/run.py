@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ip_adapter_trainer.adapters import VARIANTS
+from ip_adapter_trainer.adapters import IMAGE, VARIANTS
 from ip_adapter_trainer.cache.config import CutConfig
 from ip_adapter_trainer.cache.prepared import PreparedSet
 from ip_adapter_trainer.cache.spec import CacheSpec, random_cuts
 from ip_adapter_trainer.core.errors import Problem, Stopped, StorageProblem
 from ip_adapter_trainer.core.log import say
-from ip_adapter_trainer.core.values import Fault
-from ip_adapter_trainer.encoders import FEATURES, ClipImageEncoder
-from ip_adapter_trainer.families import Family
+from ip_adapter_trainer.core.values import Fault, Need
+from ip_adapter_trainer.encoders import ImageEncoder
+from ip_adapter_trainer.families import Codec
 from ip_adapter_trainer.images.decode import ImageFault
-from ip_adapter_trainer.loading.encoder import load_encoder
+from ip_adapter_trainer.loading.encoder import load_encoders
 from ip_adapter_trainer.manifest.faults import FILE_NAME, FaultLog
 from ip_adapter_trainer.manifest.images import ImageFiles, fault_of
 from ip_adapter_trainer.manifest.manifest import Manifest, read_alike
@@ -26,7 +26,7 @@ from ip_adapter_trainer.prepare.captions import encode_captions, missing_caption
 from ip_adapter_trainer.prepare.config import PrepareConfig
 from ip_adapter_trainer.prepare.cut import warn_of_cut_captions
 from ip_adapter_trainer.prepare.encode import Encoding, encode_with
-from ip_adapter_trainer.prepare.frozen import cache_spec, load_family
+from ip_adapter_trainer.prepare.frozen import cache_spec, load_base_of
 from ip_adapter_trainer.prepare.work import MissingReader, missing, read_all, share_of
 from ip_adapter_trainer.runtime.launch import Runtime, claim, start
 from ip_adapter_trainer.runtime.progress import Progress
@@ -39,7 +39,7 @@ _FLAG = "--prepared_dir"
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What a run of `prepare` did, over all processes."""
+    """The counts and faults of a run of `prepare`, over all processes."""
 
     folder: Path
     images: int = 0  # that the rows name
@@ -49,7 +49,7 @@ class PrepareReport:
     faulty_rows: int = 0
 
     def followed_by(self, later: PrepareReport) -> PrepareReport:
-        """This and what was done after it for another image encoder, whose faults are the same ones."""
+        """Return the sum of this report and a later one for another image encoder, whose faults are the same ones."""
         done = {name: getattr(self, name) + getattr(later, name) for name in ("read", "encoded", "captions")}
         return replace(later, **done)
 
@@ -61,7 +61,7 @@ class PrepareReport:
 
 
 def prepare(config: PrepareConfig) -> PrepareReport:
-    """Encodes what the rows need and the set lacks.
+    """Encode what the rows need and the set lacks.
 
     Raises:
         Problem: settings under which nothing can be encoded beforehand, or models that do not load.
@@ -83,22 +83,24 @@ def prepare(config: PrepareConfig) -> PrepareReport:
         manifest = read_alike(config, runtime)
         parts = ("autoencoder", "text") if config.prepare_text else ("autoencoder",)
         with runtime.agreed():
-            family = load_family(config, runtime.dtype, runtime.device, parts=parts)
+            codec = load_base_of(config, runtime.dtype, runtime.device, parts=parts).codec
         if config.prepare_text and runtime.is_main:
-            warn_of_cut_captions(manifest, family.tokenizers)
-        kinds = FEATURES if config.both_features else (VARIANTS[config.variant].feature,)
+            warn_of_cut_captions(manifest, codec.tokenizers)
+        needs = VARIANTS[config.variant].needs
         report, stopping = PrepareReport(folder), Stopping(signal, runtime)
         for path in dict.fromkeys((config.image_encoder_path, *config.more_image_encoders)):
             with runtime.agreed():
-                encoder = load_encoder(path, config, kinds=kinds, dtype=runtime.dtype, device=runtime.device)
-            spec = cache_spec(config, family, encoder, kinds, text=config.prepare_text)
+                encoders = load_encoders(needs, path, config, config, dtype=runtime.dtype, device=runtime.device)
+            every = [Need(IMAGE, feature) for feature in encoders[IMAGE].features]
+            wanted = [*every, *(need for need in needs if need.role != IMAGE)] if config.both_features else needs
+            spec = cache_spec(config, codec, encoders, wanted, text=config.prepare_text)
             job = Job(config, runtime, manifest, spec, folder)
-            report = report.followed_by(job.run(family, encoder, config.encode_batch_size, stopping))
+            report = report.followed_by(job.run(codec, encoders, config.encode_batch_size, stopping))
         return report
 
 
 def demand_preparable(config: CutConfig) -> None:
-    """Refuses what is drawn anew for every image.
+    """Refuse settings that cut each image otherwise every time.
 
     Raises:
         Problem: such a setting is on.
@@ -131,11 +133,13 @@ class Job:
 
     @property
     def fits(self) -> bool:
-        """Whether the disk has room for what is missing."""
+        """True where the disk has room for what is missing."""
         return self.need_bytes * 1.02 + 2**20 < self.free_bytes or not self.need_bytes
 
-    def run(self, family: Family, encoder: ClipImageEncoder, batch_images: int, stopping: Stopping) -> PrepareReport:
-        """Makes what is missing; see `prepare`."""
+    def run(
+        self, codec: Codec, encoders: Mapping[str, ImageEncoder], batch_images: int, stopping: Stopping
+    ) -> PrepareReport:
+        """Make what is missing; see `prepare`."""
         room = f"{_size(self.need_bytes)} needed at most, {_size(self.free_bytes)} free"
         read = self.runtime.total(len(self.left))
         say(f"prepared set {self.folder}: {read} pictures to read, {room}")
@@ -143,14 +147,15 @@ class Job:
         claimed = claim(self.folder, self.runtime, _FLAG)
         try:
             self._begin()
-            encoding = Encoding(self.folder, encode_with(family, encoder), batch_images)
-            reader = MissingReader(self.prepared, self.images, self.config, encoder.preprocess)
+            encoding = Encoding(self.folder, encode_with(codec, encoders), batch_images)
+            preprocess = {role: encoder.preprocess for role, encoder in encoders.items()}
+            reader = MissingReader(self.prepared, self.images, self.config, preprocess)
 
             def fill(poll: Poll) -> None:
-                """This process's share."""
+                """Do this process's share."""
                 try:
                     self._fill(encoding, reader, poll)
-                    encode_captions(self.captions, family, encoding, self.prepared, batch_images, poll)
+                    encode_captions(self.captions, codec, encoding, self.prepared, batch_images, poll)
                 finally:
                     encoding.seal()
 
@@ -161,13 +166,13 @@ class Job:
         finally:
             if claimed:
                 claimed.release()
-        pictures, encoded = self.runtime.total(len(self.items)), self.runtime.total(encoding.encoded)
+        images, encoded = self.runtime.total(len(self.items)), self.runtime.total(encoding.encoded)
         captions = self.runtime.total(len(self.captions))
-        return PrepareReport(self.folder, pictures, read, encoded, captions, log.faulty_rows)
+        return PrepareReport(self.folder, images, read, encoded, captions, log.faulty_rows)
 
     @contextmanager
     def _told_if_stopped(self, encoding: Encoding) -> Iterator[None]:
-        """Tells what a stop, which comes to all processes alike, leaves behind."""
+        """Tell what a stop, which comes to all processes alike, leaves behind."""
         try:
             yield
         except Stopped:
@@ -176,7 +181,7 @@ class Job:
             raise
 
     def _begin(self) -> None:
-        """Removes what a killed run left; faults are met again, since faulty pictures are always tried again."""
+        """Remove what a killed run left; faults are met again, since faulty images are always tried again."""
         if self.runtime.is_main:
             for kind in self.spec.tables:
                 sweep(self.folder / kind.folder)
@@ -210,7 +215,7 @@ class Job:
         return "picture" if world == 1 else f"process 1 of {world}: picture"
 
     def _faults_of_rows(self, faulty: dict[str, ImageFault]) -> list[Fault]:
-        """A faulty picture is a fault of every row that names it."""
+        """Return the fault of a faulty image for every row that names it."""
         if not faulty:
             return []
         return [

@@ -1,8 +1,8 @@
-"""What is left to do: the pictures of this process's share that the set lacks something of; and reading them."""
+"""The work that is left: the images of this process's share of which the set lacks something; and reading them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +27,7 @@ _CHUNK = 65536
 
 @dataclass(frozen=True)
 class Item:
-    """One picture, whatever the number of rows that name it."""
+    """One image, whatever the number of rows that name it."""
 
     name: str
     use: int  # what rows use it as: see `cache.spec`
@@ -36,7 +36,7 @@ class Item:
 
 @dataclass(frozen=True)
 class ReadImage:
-    """A picture that was read, cut and preprocessed as far as the set lacks it, or the reason why it was not."""
+    """An image that was read, cut and preprocessed as far as the set lacks it, or the reason why it was not."""
 
     item: Item
     record: Record | None  # to be noted; None: what is known of it still holds
@@ -45,7 +45,7 @@ class ReadImage:
 
 
 def share_of(manifest: Manifest, spec: CacheSpec, rank: int, world: int) -> list[Item]:
-    """The pictures that fall to one process; each falls to exactly one, by its name."""
+    """Return the images that fall to one process; each falls to exactly one, by its name."""
     found: dict[str, tuple[int, int]] = {}
     for number, row in enumerate(manifest.rows):
         for name, use in spec.uses(row):
@@ -55,8 +55,8 @@ def share_of(manifest: Manifest, spec: CacheSpec, rank: int, world: int) -> list
     return [Item(name, use, first) for name, (use, first) in found.items()]
 
 
-def missing(items: list[Item], prepared: PreparedSet, pictures: ImageFiles) -> tuple[list[Item], int]:
-    """The pictures that have to be read, and the bytes that what is made of them takes at most."""
+def missing(items: list[Item], prepared: PreparedSet, images: ImageFiles) -> tuple[list[Item], int]:
+    """Return the images that have to be read, and the most bytes that their encodings take."""
     left: list[Item] = []
     need_bytes = 0
     for start in range(0, len(items), _CHUNK):
@@ -64,35 +64,37 @@ def missing(items: list[Item], prepared: PreparedSet, pictures: ImageFiles) -> t
         places = prepared.index.places([item.name for item in chunk])
         there = prepared.all_there(places, np.array([item.use for item in chunk])).tolist()
         for item, record, is_there in zip(chunk, prepared.index.records(places), there, strict=True):
-            if not (is_there and record is not None and _still_holds(record, item.name, pictures)):
+            if not (is_there and record is not None and _still_holds(record, item.name, images)):
                 left.append(item)
                 need_bytes += PICTURES.row_bytes + (0 if is_there else _bytes_of(item, record, prepared.spec))
     return left, need_bytes
 
 
-def _still_holds(record: Record, name: str, pictures: ImageFiles) -> bool:
-    """Whether a picture need not be read again; one that is gone from the disk keeps what was made of it."""
+def _still_holds(record: Record, name: str, images: ImageFiles) -> bool:
+    """Return whether an image need not be read again; one that is gone from the disk keeps its encodings."""
     try:
-        status = pictures.stat(name)
+        status = images.stat(name)
     except ImageFault:
         return False
     return record.is_sound and (status is None or record.fits(status))
 
 
 def _bytes_of(item: Item, record: Record | None, spec: CacheSpec) -> int:
-    """Of everything that is made of a picture; one of unknown size is taken for a square."""
+    """Return the most bytes that an image's encodings take; one of unknown size is taken for a square."""
     size_px = record.size_px if record is not None and record.is_sound else (1, 1)
     return sum(view.kind.row_bytes for view in spec.views(b"", size_px, item.use))
 
 
 class MissingReader:
-    """Reads, cuts and preprocesses images as far as the set lacks them; used in data workers."""
+    """Reads, cuts and preprocesses images as far as the set lacks them; data workers call it."""
 
-    def __init__(self, prepared: PreparedSet, images: ImageFiles, config: CutConfig, preprocess: Preprocess) -> None:
+    def __init__(
+        self, prepared: PreparedSet, images: ImageFiles, config: CutConfig, preprocess: Mapping[str, Preprocess]
+    ) -> None:
         self._prepared, self._images, self._config, self._preprocess = prepared, images, config, preprocess
 
     def read(self, item: Item) -> ReadImage:
-        """Read one image; a fault is part of what is returned."""
+        """Return what was read of one image, or the fault for which it cannot be read."""
         known = self._prepared.index.find([item.name])[0]
         try:
             return self._read(item, known)
@@ -108,9 +110,9 @@ class MissingReader:
         views = self._prepared.spec.views(key, record.size_px, item.use)
         lacking = [v for v in views if self._prepared.tables[v.kind].find([v.key])[0] < 0]
         sides = {mirrored: crop.mirror(image) if mirrored else image for mirrored in {v.mirrored for v in lacking}}
-        alike: dict[tuple[object, bool], list[View]] = {}
+        alike: dict[tuple[object, bool, str], list[View]] = {}
         for view in lacking:
-            alike.setdefault((view.target_px, view.mirrored), []).append(view)
+            alike.setdefault((view.target_px, view.mirrored, view.role), []).append(view)
         pixels = tuple((tuple(views), self._pixels(views[0], sides[views[0].mirrored])) for views in alike.values())
         still_holds = known is not None and known.content == key and known.fits(status)
         return ReadImage(item, None if still_holds else record, pixels)
@@ -118,19 +120,19 @@ class MissingReader:
     def _pixels(self, view: View, image: Image) -> Tensor:
         if view.target_px is not None:
             return crop.to_tensor(crop.fit(image, view.target_px)[0])
-        return self._preprocess(framed(image, self._config, self._images))
+        return self._preprocess[view.role](framed(image, self._config, self._images))
 
 
 def read_all(
     items: Sequence[Item], reader: MissingReader, config: CutConfig, where: Callable[[int], str], poll: Poll
 ) -> Iterator[ReadImage]:
-    """Yield what is read of every item, in order, by data workers or by this process if there are none.
+    """Read every item in order, by data workers, or by this process if there are none.
 
     Args:
         items: what to read.
         reader: reads one.
         config: says how many workers there are, and how long each may take.
-        where: tells where a row stands.
+        where: the place of a row by its number, as faults name it.
         poll: called every now and then while an item is waited for.
 
     Raises:

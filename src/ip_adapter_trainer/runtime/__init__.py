@@ -1,1 +1,1 @@
-"""Where a command runs and with whom: launch, signals, stopping together, precision, progress."""
+"""The processes of a command: launch, signals, stopping together, precision, progress."""

@@ -29,7 +29,7 @@ _AGAIN = (
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process runs and with whom.
+    """The process that this is, its device, and the other processes of the command.
 
     Usage::
 
@@ -47,7 +47,7 @@ class Runtime:
     hosts: Any = None  # a group of the processes' hosts, where the first group is that of their devices
 
     def portion(self, count: int) -> range:
-        """This process's part of so many things, shared by the processes of each machine."""
+        """Return this process's part of `count` things that the processes of each machine share."""
         begin, end = (count * (self.local_rank + i) // self.local_world for i in (0, 1))
         return range(begin, end)
 
@@ -58,11 +58,11 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes."""
+        """True in the process that writes."""
         return self.rank == 0
 
     def gathered(self, value: T) -> list[T]:
-        """The values of all processes, by rank; each process must ask."""
+        """Return the values of all processes, by rank; every process must call it."""
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
@@ -70,18 +70,18 @@ class Runtime:
         return values
 
     def barrier(self) -> None:
-        """Waits for every process."""
+        """Wait for every process."""
         if self.world > 1:
             self.accelerator.wait_for_everyone()
 
     def total(self, number: int) -> int:
-        """The sum of every process's number."""
+        """Return the sum of every process's number."""
         if self.world == 1:
             return number
         return int(self.accelerator.reduce(torch.tensor(number, device=self.device), reduction="sum"))
 
     def highest(self, number: int) -> int:
-        """The greatest of every process's numbers, told from host to host: no device is waited for."""
+        """Return the greatest of every process's numbers; the hosts exchange them, so no device is waited for."""
         if self.world == 1:
             return number
         told = torch.tensor(number)
@@ -89,7 +89,7 @@ class Runtime:
         return int(told)
 
     def shared(self, value: T) -> T:
-        """The first process's value, on every process; each must ask."""
+        """Return the first process's value on every process; each must call it."""
         if self.world == 1:
             return value
         box = [value]
@@ -98,7 +98,7 @@ class Runtime:
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
-        """Raises a problem that any process meets in this block on all of them, once all are through it.
+        """Raise a problem that any process meets in this block on all of them, once all have left it.
 
         No collective may be in it: the processes that meet no problem would wait there for those that do.
 
@@ -113,7 +113,7 @@ class Runtime:
         self.agree(problem)
 
     def agree(self, problem: Problem | None) -> None:
-        """Raises a problem that any process found, on every process alike, so that none waits for another.
+        """Raise a problem that any process found on every process, so that none waits for another.
 
         Raises:
             Problem: there is one.
@@ -169,7 +169,7 @@ def _accelerator(trackers: Sequence[str], output_dir: str, logging_dir: str) -> 
 def start(
     *, mixed_precision: str | None, local_rank: int, trackers: Sequence[str] = (), output_dir: str, logging_dir: str
 ) -> Runtime:
-    """Joins the group that the launcher started, or runs alone.
+    """Join the group of processes that the launcher started, or run alone.
 
     Raises:
         Problem: the launcher started several processes and they do not form one group, or it asks for what is not done.
@@ -209,7 +209,7 @@ def start(
 
 
 def claim(folder: Path, runtime: Runtime, flag: str = "--output_dir") -> FileLock | None:
-    """The first process makes and claims the folder and removes what a killed run left half written in it.
+    """Make and claim the folder on the first process, and remove what a killed run left half written in it.
 
     Raises:
         Problem: another run holds it.

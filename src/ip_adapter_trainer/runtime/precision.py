@@ -15,9 +15,9 @@ _BF16_ARITHMETIC = ("amx_bf16", "avx512_bf16", "bf16")  # of Intel and AMD, and 
 
 
 def on_device(name: str, device_type: str) -> str:
-    """The precision that a device can compute in: fp16 does not run on a CPU and becomes bf16 there, which is told.
+    """Return the precision to compute in on a device: fp16 does not run on a CPU and becomes bf16, and a line says so.
 
-    A CPU that emulates bf16 is told of as well: frozen weights are half as large there, but a step takes longer.
+    A line also says that a CPU emulates bf16: frozen weights are half as large there, but a step takes longer.
 
     Raises:
         Problem: an unknown name.
@@ -33,7 +33,7 @@ def on_device(name: str, device_type: str) -> str:
 
 
 def _computes_bf16() -> bool:
-    """Whether the CPU has instructions for it, as far as PyTorch tells; its older releases do not."""
+    """Return whether the CPU has instructions for bf16, as far as PyTorch tells; its older releases do not."""
     import torch
 
     tell = getattr(torch.cpu, "get_capabilities", None)
@@ -41,7 +41,7 @@ def _computes_bf16() -> bool:
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """The torch dtype of a precision."""
+    """Return the torch dtype of a precision."""
     import torch
 
     return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]

@@ -31,7 +31,7 @@ def leave(number: int, line: str) -> NoReturn:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """In this block every stop signal raises KeyboardInterrupt with its number, as Python does for SIGINT alone.
+    """Raise KeyboardInterrupt with its number for every stop signal in this block, as Python does for SIGINT alone.
 
     While a module is imported it ends the process at once: there is nothing to save, and whoever is importing might
     take the exception for one of the module's.
@@ -90,7 +90,7 @@ class StopSignal:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """In this block a signal is kept for whoever asks; one that comes `ECHO_S` or more after it leaves at once."""
+        """Keep a signal in this block for whoever asks; a second one, `ECHO_S` or more later, ends the process."""
         self._is_noting, self._nothing_yet = True, ""
         try:
             yield

@@ -1,11 +1,12 @@
 """Stopping together: whichever process is asked to stop, all of them hear of it, even those that wait for another.
 
 A process that waits in a collective hears no signal. Where one works and the others wait, they wait here instead, and
-tell each other through the group's key-value store what they were asked.
+tell each other what they were asked through the key-value store over which their group met.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -21,16 +22,24 @@ Poll = Callable[[], None]  # called often in long work; raises `core.errors.Stop
 
 _LOOK_S = 0.2  # between looks at what the others were asked
 _WAIT_S = 0.05
-_ASKED, _MET = "ip_adapter_trainer/asked", "ip_adapter_trainer/met"
+_ASKED, _MET = "asked", "met"  # keys of the store
 _TERMINATED = 15
 
 
 def no_poll() -> None:
-    """The poll of a caller whom nobody stops."""
+    """Poll for a caller whom nobody stops."""
+
+
+def _meeting_store() -> Any:
+    """Connect to the store that the launcher names; a run that it starts again has keys of its own there."""
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # some builds of torch lack them
+
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return PrefixStore(f"stopping/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 class Stopping:
-    """What a run's processes were asked, over all of them; one for each process, made when the group is.
+    """Knows what a run's processes were asked, over all of them; one for each process, made when the group is.
 
     Usage::
 
@@ -41,22 +50,20 @@ class Stopping:
     """
 
     def __init__(self, signal: StopSignal, runtime: Runtime) -> None:
-        import torch
-
         self._signal, self._runtime = signal, runtime
-        self._store: Any = torch.distributed.distributed_c10d._get_default_store() if runtime.world > 1 else None
+        self._store = _meeting_store() if runtime.world > 1 else None
         self._told = False  # the others of what this process was asked
         self._heard: int | None = None  # what another one was asked
         self._looked_s = 0.0
         self._meetings = 0
 
     def noted(self) -> AbstractContextManager[None]:
-        """While in this block, signals are kept; see `StopSignal.noted`."""
+        """Keep signals while in this block; see `StopSignal.noted`."""
         return self._signal.noted()
 
     @property
     def asked(self) -> bool:
-        """Whether this process was asked to stop; the others are told."""
+        """Tell whether this process was asked to stop, and tell the others if it was."""
         number = self._signal.asked
         if number is not None and not self._told:
             self._told = True
@@ -65,12 +72,12 @@ class Stopping:
 
     @property
     def exit_code(self) -> int:
-        """Of a process that stopped because this or another one was asked to."""
+        """Give the exit code of a process that stopped because this or another one was asked to."""
         self._look()
         return 128 + (self._signal.asked or self._heard or _TERMINATED)
 
     def poll(self) -> None:
-        """Called often in long work.
+        """Look, often in long work, whether any process was asked to stop.
 
         Raises:
             Stopped: this or another process was asked to stop.
@@ -81,7 +88,7 @@ class Stopping:
             raise Stopped(self.exit_code)
 
     def together(self, work: Callable[[Poll], None]) -> None:
-        """Works on every process, each at its own pace, and waits until all are done.
+        """Work on every process, each at its own pace, and wait until all are done.
 
         Args:
             work: takes `poll`; no collective may be in it.
@@ -113,7 +120,7 @@ class Stopping:
             self._heard = int(self._ask_store(lambda store: store.get(_ASKED), otherwise=_TERMINATED))
 
     def _ask_store(self, question: Callable[[Any], Any], otherwise: Any = None) -> Any:
-        """The store's answer; `otherwise` where there is none, or its process is gone."""
+        """Return the store's answer; `otherwise` where there is no store, or its process is gone."""
         if self._store is None:
             return otherwise
         try:

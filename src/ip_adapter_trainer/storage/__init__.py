@@ -1,1 +1,1 @@
-"""Files that others wrote or that must survive: atomic folders, checkpoints, append-only lines, documents, limits."""
+"""Files that must survive, or that others wrote: atomic folders, checkpoints, documents."""

@@ -1,4 +1,4 @@
-"""Where a run's checkpoints lie, and whether their files are still what was written."""
+"""The checkpoints of a run's folder, and a look at whether their files are still what was written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def step_of(folder: Path) -> int | None:
-    """N of a folder named `checkpoint-N`.
+    """Return the N of a folder named `checkpoint-N`, or None for another name.
 
     >>> step_of(Path("run/checkpoint-500")), step_of(Path("run"))
     (500, None)
@@ -26,18 +26,18 @@ def step_of(folder: Path) -> int | None:
 
 
 def numbered_checkpoints(output: Path) -> list[tuple[int, Path]]:
-    """The `checkpoint-N` folders in a run's folder with their steps, oldest first."""
+    """Return the `checkpoint-N` folders in a run's folder with their steps, oldest first."""
     found = [(step, p) for p in output.glob("checkpoint-*") if (step := step_of(p)) is not None and p.is_dir()]
     return sorted(found)
 
 
 def all_checkpoints(output: Path) -> list[Path]:
-    """The `checkpoint-N` folders in a run's folder, oldest first."""
+    """Return the `checkpoint-N` folders in a run's folder, oldest first."""
     return [folder for _, folder in numbered_checkpoints(output)]
 
 
 def newest(output: Path, is_whole: Callable[[Path], bool]) -> Path | None:
-    """The newest checkpoint that is whole; a newer one that is not is passed over with a line that says so."""
+    """Return the newest checkpoint that is whole, and print a line for each newer one that is not."""
     for folder in reversed(all_checkpoints(output)):
         if is_whole(folder):
             return folder
@@ -46,13 +46,15 @@ def newest(output: Path, is_whole: Callable[[Path], bool]) -> Path | None:
 
 
 def sha256_of(file: Path) -> str:
-    """Hash of a file's bytes, hexadecimal."""
+    """Return the SHA-256 of a file's bytes in hexadecimal."""
     with open_regular(file) as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def verified(folder: Path, names: Iterable[str] | None = None, *, required: Iterable[str] = ()) -> bool:
-    """Whether a checkpoint's files have the size and hash that its manifest says; files elsewhere are never looked at.
+    """Return whether a checkpoint's files have the sizes and hashes that its manifest lists.
+
+    Files outside the folder are never looked at.
 
     Args:
         folder: a checkpoint.

@@ -15,7 +15,7 @@ _MANY = 256  # from so many on it pays to search in order: each step then finds 
 
 
 def digest(*parts: bytes | str | int) -> bytes:
-    """The 16 bytes under which a thing is kept: a hash of all that decides it, each part with its length."""
+    """Return the 16-byte key under which a thing is kept: a hash of all that decides it, each part with its length."""
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
     for part in parts:
         content = _content(part)
@@ -25,7 +25,7 @@ def digest(*parts: bytes | str | int) -> bytes:
 
 
 def framed(*parts: bytes | str | int) -> bytes:
-    """What `digest` hashes of some of its parts."""
+    """Return the bytes that `digest` hashes for these parts: each with its length before it."""
     contents = [_content(part) for part in parts]
     return b"".join([len(content).to_bytes(8, "little") + content for content in contents])
 
@@ -36,12 +36,12 @@ def _content(part: bytes | str | int) -> bytes:
 
 @dataclass(frozen=True)
 class Digests:
-    """Many addresses that differ in one part only.
+    """Many keys that differ in one part only.
 
     Usage::
 
-        contents = Addresses(framed("moments"), framed("vae"))
-        assert contents(b"a") == address("moments", b"a", "vae")
+        contents = Digests(framed("moments"), framed("vae"))
+        assert contents(b"a") == digest("moments", b"a", "vae")
     """
 
     before: bytes = b""  # parts before the one that differs, framed
@@ -52,7 +52,7 @@ class Digests:
         return self.of((part,))[0]
 
     def of(self, parts: Iterable[bytes]) -> list[bytes]:
-        """The address with each of the parts in its place."""
+        """Return the key for each of the parts, put in its place between the others."""
         before, after, blake2b = self.before, self.after, hashlib.blake2b
         return [
             blake2b(before + len(part).to_bytes(8, "little") + part + after, digest_size=KEY_BYTES).digest()
@@ -61,7 +61,7 @@ class Digests:
 
 
 def places_of(keys: Sequence[bytes], among: NDArray[np.bytes_]) -> NDArray[np.int64]:
-    """The first place of each address among sorted ones, -1 for one that is not there."""
+    """Return the first place of each key among sorted keys [N], as [keys]; -1 for one that is not there."""
     wanted = np.frombuffer(b"".join(keys), KEY)
     places = _search(among, wanted) if len(wanted) >= _MANY else np.searchsorted(among, wanted)
     there = places < len(among)

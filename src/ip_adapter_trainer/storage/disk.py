@@ -24,15 +24,18 @@ _OF_THE_PATH = {  # and what it means, where the system's words do not say it
 
 
 def refusals() -> tuple[type[Exception], ...]:
-    """What a writer of files or tensors raises: `torch.save` says of a full disk only that its archive has a wrong
-    length, in a RuntimeError."""
+    """Return the classes of error that writing files or tensors may raise.
+
+    RuntimeError is among them: on a full disk `torch.save` raises one that says only that its archive has a wrong
+    length.
+    """
     from safetensors import SafetensorError
 
     return OSError, SafetensorError, RuntimeError
 
 
 def reason_of(error: Exception) -> str:
-    """Why a file was not written, in a line."""
+    """Return the reason why a file was not written, in a line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return first_line(error)
@@ -40,11 +43,11 @@ def reason_of(error: Exception) -> str:
 
 @contextmanager
 def as_storage_problem() -> Iterator[None]:
-    """A disk that is full, read-only or broken is a problem of storage, whoever wrote; a path is one of its giver.
+    """Turn the system's errors about the disk or a path in this block into Problems, whoever was writing.
 
     Raises:
-        StorageProblem: in place of what the system said.
-        Problem: so too; there can be no file or folder of this path, or this user may not write there.
+        StorageProblem: the disk is full, read-only or broken.
+        Problem: there can be no file or folder of this path, or this user may not write there.
     """
     try:
         yield
@@ -60,7 +63,7 @@ def as_storage_problem() -> Iterator[None]:
 
 
 def demand_folder(folder: Path) -> None:
-    """Demand a folder to write into, or a path at which one can be made; nothing is made.
+    """Demand that a folder can be written into, or can be made at this path; make nothing.
 
     Raises:
         Problem: a file is there, or on the way to it, or this user may not write there.

@@ -16,7 +16,7 @@ _MAX_DEPTH = 3  # of settings: a mapping of lists
 
 
 def read_text(path: Path, max_bytes: int) -> str:
-    """The text of a regular UTF-8 file.
+    """Read a regular UTF-8 file.
 
     Raises:
         OSError: missing, no regular file, or not readable.
@@ -30,12 +30,12 @@ def read_text(path: Path, max_bytes: int) -> str:
 
 
 def read_json(path: Path, max_bytes: int = MAX_DOCUMENT_BYTES) -> Any:
-    """The value in a JSON file; see `json_of` and `read_text`."""
+    """Read a JSON file and return its value; see `json_of` and `read_text`."""
     return json_of(read_text(path, max_bytes))
 
 
 def json_of(text: str) -> Any:
-    """The value of a JSON text.
+    """Return the value of a JSON text.
 
     Raises:
         ValueError: no JSON, nested too deeply, or a number that is not finite.
@@ -58,7 +58,7 @@ def _finite(digits: str) -> float:
 
 
 def yaml_of(text: str) -> Any:
-    """The value of a YAML text of plain scalars, lists and mappings.
+    """Return the value of a YAML text of plain scalars, lists and mappings.
 
     Raises:
         ValueError: no YAML, a tag for anything else, an alias (a few of which can stand for billions of values), or

@@ -30,7 +30,7 @@ class NotRegularError(OSError):
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Opens a regular file for reading; never waits for a pipe's writer and never touches a device.
+    """Open a regular file for reading; never wait for a pipe's writer and never touch a device.
 
     Raises:
         NotRegularError: the path is something else than a file.
@@ -65,7 +65,7 @@ def mistaken(path: Path) -> tuple[str, str] | None:
 
 
 def refusal(name: str, *, allow_outside: bool = False) -> tuple[str, str] | None:
-    """Why a name in a data file is refused on sight, with a remedy; None if nothing speaks against it.
+    """Return why the spelling of a name in a data file is refused, with a remedy; None where it is not.
 
     The disk is not asked, so links are not seen: `safe_join` sees them.
     """
@@ -90,7 +90,7 @@ def refusal(name: str, *, allow_outside: bool = False) -> tuple[str, str] | None
 
 
 def safe_join(root: Path, name: str, *, allow_outside: bool = False) -> Path:
-    """The resolved path of `name` under `root`; refused if it leaves the root, by spelling or by a link.
+    """Return the resolved path of `name` under `root`; refuse one that leaves the root by its spelling or by a link.
 
     Args:
         root: a resolved folder.
@@ -98,7 +98,7 @@ def safe_join(root: Path, name: str, *, allow_outside: bool = False) -> Path:
         allow_outside: absolute paths, `..` and links that leave are taken as they are.
 
     Raises:
-        Problem: refused.
+        Problem: the path is refused, or no file can have it.
     """
     refused = refusal(name, allow_outside=allow_outside)
     if refused is not None:
@@ -113,7 +113,7 @@ def safe_join(root: Path, name: str, *, allow_outside: bool = False) -> Path:
 
 
 def stat_plain(root: Path, name: str) -> os.stat_result | None:
-    """What the system says of a file under a resolved root that no link leads to; of all else None: ask `safe_join`.
+    """Return the status of a file that no link leads to, under a resolved root; None: ask `safe_join`.
 
     A quick proof, as in `refusal`: without links and `..` there is nothing to resolve, and nothing leaves the root.
     """

@@ -23,7 +23,7 @@ class Lines:
         self._is_midway = False  # in a line of its own
 
     def add(self, lines: str) -> None:
-        """Appends lines, each with its end; one write where the disk takes them, as processes may share the file.
+        """Append lines, each with its end, by one write where the disk takes them, as processes may share the file.
 
         Without new ones, those that wait are tried again.
         """
@@ -45,7 +45,7 @@ class Lines:
         return len(self._left) + (self.path.stat().st_size if self.path.exists() else 0)
 
     def cut(self, size_bytes: int) -> None:
-        """Takes back what goes beyond a length."""
+        """Cut the file, and the lines that wait for it, to a length in bytes."""
         written_bytes = self.size_bytes - len(self._left)
         self._left = self._left[: max(size_bytes - written_bytes, 0)]
         if written_bytes > size_bytes:
@@ -63,7 +63,7 @@ class Lines:
 
 
 def _after_torn(file: BinaryIO) -> bytes:
-    """What parts new lines from a last one that a kill tore."""
+    """Return the line end to write first if a kill tore the last line, else nothing."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - 1))
     return b"" if file.read(1) in (b"", b"\n") else b"\n"

@@ -11,7 +11,7 @@ from ip_adapter_trainer.storage.documents import MAX_SETTINGS_BYTES, read_text, 
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """The settings in a YAML file: one flat mapping of setting to value.
+    """Read settings from a YAML file, which is one flat mapping of setting to value.
 
     Raises:
         Problem: no such file, no YAML, or no mapping.

@@ -49,7 +49,7 @@ def _settle(path: Path) -> None:
 
 @contextmanager
 def staged_file(final: Path) -> Iterator[Path]:
-    """Gives a path to write; renames it to `final` when the block ends well, removes it when it does not.
+    """Give a path to write; rename it to `final` when the block ends well, remove it when it does not.
 
     Usage::
 
@@ -69,7 +69,7 @@ def staged_file(final: Path) -> Iterator[Path]:
 
 @contextmanager
 def staged_folder(final: Path) -> Iterator[Path]:
-    """Gives an empty folder to fill; renames it to `final`, replacing an older one, when the block ends well."""
+    """Give an empty folder to fill; rename it to `final`, in place of an older one, when the block ends well."""
     stage, replaced = _stage_of(final), final.with_name(f".{final.name}{_REPLACED}")
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir()
@@ -88,7 +88,7 @@ def staged_folder(final: Path) -> Iterator[Path]:
 
 
 def sweep(parent: Path) -> None:
-    """Removes what died half written or half removed in a folder; call it while no one else writes there.
+    """Remove from a folder what was left half written or half removed; call it while no one else writes there.
 
     A folder that was being replaced when the process died gets its name back if no newer one has taken it.
     """
@@ -105,7 +105,7 @@ def sweep(parent: Path) -> None:
 
 
 def sweep_stages(final: Path) -> None:
-    """Removes what writers of one file that died left beside it; call it while no one else writes that file."""
+    """Remove what writers of one file left beside it when they died; call it while no one else writes that file."""
     stage = re.compile(rf"\.{re.escape(final.name)}\.\d+{re.escape(_STAGED + final.suffix)}")
     for path in final.parent.iterdir():
         if stage.fullmatch(path.name):
@@ -113,12 +113,12 @@ def sweep_stages(final: Path) -> None:
 
 
 def was_claimed(folder: Path) -> bool:
-    """Whether some run has claimed a folder, of which it may be done long since."""
+    """Return whether some run has ever claimed a folder; that run may have ended long ago."""
     return (folder / _LOCK).exists()
 
 
 def lock(folder: Path, flag: str = "--output_dir") -> FileLock:
-    """Claims a folder for this run.
+    """Claim a folder for this run.
 
     Args:
         folder: that is there.

@@ -1,1 +1,1 @@
-"""The training loop and what surrounds it: launch, optimizer, checkpoints, guard, tracking."""
+"""`ip-adapter train`: the loop, the optimizer, checkpoints, guards, trackers."""

@@ -34,7 +34,7 @@ def lies_in(checkpoint: Path, output: Path) -> bool:
 
 
 def set_aside(output: Path, parent: Path | None, step: int) -> None:
-    """Moves the checkpoints of a run's folder that do not lead to where the run goes on, and tells of it.
+    """Move those checkpoints of a run's folder aside that do not lead to where the run goes on, and say so.
 
     Whenever it is broken off, each of them is whole in one of the two places, and the folder's newest one stays so
     until the others have moved.

@@ -58,13 +58,13 @@ class Snapshot:
 
 
 def take(step: int, weights: Mapping[str, Tensor], card: AdapterCard, state: Mapping[str, Any]) -> Snapshot:
-    """Copies what a checkpoint holds.
+    """Copy all that a checkpoint holds into the host's memory.
 
     Args:
         step: optimizer steps done.
-        weights: the adapter's published state dict.
+        weights: the adapter's published state dict, tensors of any shape [...].
         card: the adapter's description.
-        state: nested state of JSON values and tensors.
+        state: nested state of JSON values and tensors [...].
     """
     tensors, skeleton = flatten(dict(state), "state")
     copied = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in weights.items()}
@@ -72,7 +72,7 @@ def take(step: int, weights: Mapping[str, Tensor], card: AdapterCard, state: Map
 
 
 def write(output: Path, snapshot: Snapshot) -> Path:
-    """Writes `checkpoint-<step>` into the run's folder so that it exists whole or not at all.
+    """Write `checkpoint-<step>` into the run's folder so that it exists whole or not at all.
 
     Raises:
         StorageProblem: not enough room, or the disk refused; earlier checkpoints are untouched.
@@ -109,9 +109,9 @@ def _check_room(output: Path, tensors: list[Tensor]) -> None:
 
 
 def prune(newest: Path, keep: int | None) -> None:
-    """Removes what is older than the `keep` newest whole checkpoints, by renaming first, once the newest has verified.
+    """Remove checkpoints older than the `keep` newest whole ones, by renaming first, once the newest has verified.
 
-    Of the others only the sizes are looked at. A disk that refuses is told of and asked again at the next save.
+    Of the others only the sizes are looked at. Where the disk refuses, a line says so and the next save tries again.
 
     Args:
         newest: the checkpoint that was just written; the others stand beside it.
@@ -141,7 +141,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def demand_whole(folder: Path) -> None:
-    """Demands a folder to be a checkpoint of this trainer, hashes verified.
+    """Demand that a folder is a checkpoint of this trainer with the hashes that its manifest lists.
 
     Raises:
         Problem: no checkpoint there, or one that is damaged or was saved by the published script.
@@ -155,7 +155,7 @@ def demand_whole(folder: Path) -> None:
 
 
 def read_settings(folder: Path) -> tuple[int, dict[str, Any]]:
-    """Step, and what a checkpoint remembers of its run but tensors: for a look before anything large is loaded.
+    """Read the step and what a checkpoint remembers of its run but tensors, before anything large is loaded.
 
     Raises:
         Problem: it is no run's.
@@ -180,7 +180,7 @@ def _unreadable(folder: Path, error: Exception) -> Problem:
 
 
 def read(folder: Path) -> Saved:
-    """Reads a checkpoint for resuming, hashes verified, no pickle executed.
+    """Read a checkpoint for resuming, hashes verified, no pickle executed.
 
     Raises:
         Problem: no checkpoint there, or one that is damaged, forged or was saved by the published script.

@@ -26,7 +26,9 @@ class ModelConfig(FrozenConfig):
     """Which frozen models, which adapter."""
 
     resume = Resume(
-        of_state="adapter_layers", may_change="quantize gradient_checkpointing", free="pretrained_ip_adapter_path"
+        of_state="adapter_layers layout",
+        may_change="quantize gradient_checkpointing",
+        free="pretrained_ip_adapter_path",
     )
 
     pretrained_ip_adapter_path: str | None = Field(
@@ -38,6 +40,11 @@ class ModelConfig(FrozenConfig):
         ("all",),
         min_length=1,
         description="Layers that carry an adapter: all, up, for SDXL style or layout, or beginnings of layers' names.",
+    )
+    layout: str | None = Field(
+        None,
+        description="Where the adapter sits in the denoiser: unet; unet_lora, with low-rank deltas on every attention "
+        "layer too, which only diffusers reads; None: the first that variant and base model list.",
     )
     quantize: Storage = Field(
         "none", description="How the frozen denoiser keeps its weights: as loaded, int8, or nf4 (4 bits; extra bnb)."
@@ -70,7 +77,7 @@ class SourceConfig(SetConfig):
 class LeanConfig(Part):
     """How the frozen denoiser computes; none of it changes what is computed beyond rounding."""
 
-    resume = Resume(may_change="compile lean_layers product_convolutions lean_attention channels_last")
+    resume = Resume(may_change="compile lean_layers product_convolutions channels_last")
 
     compile: Compile = Field(
         "off",
@@ -83,10 +90,6 @@ class LeanConfig(Part):
     product_convolutions: bool = Field(
         True,
         description="Lean layers on a CPU, channels-last: convolutions over few positions as matrix products.",
-    )
-    lean_attention: bool = Field(
-        True,
-        description="On a CPU, attention by single products where their backward is faster than the fused kernel's.",
     )
     channels_last: Literal["auto", "on", "off"] = Field(
         "auto", description="Channels-last weights in the denoiser; auto: where the frozen weights are bf16 or fp16."

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
 from ip_adapter_trainer.cache.prepared import PreparedSet
 from ip_adapter_trainer.core.errors import Problem
@@ -16,6 +15,7 @@ from ip_adapter_trainer.core.values import Batch
 from ip_adapter_trainer.feed.bucketing import Bucketing, assign_buckets
 from ip_adapter_trainer.feed.dataset import TrainingSet
 from ip_adapter_trainer.feed.loader import Loader
+from ip_adapter_trainer.feed.readers import Preprocess
 from ip_adapter_trainer.feed.sampler import Sampler
 from ip_adapter_trainer.manifest.faults import FaultLog
 from ip_adapter_trainer.runtime.launch import Runtime
@@ -25,8 +25,6 @@ from ip_adapter_trainer.train.fixed import FixedRows
 from ip_adapter_trainer.train.rows import RunRows, of_validation
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from ip_adapter_trainer.model import Model
 
 _NAMED = 5  # buckets in a message
@@ -49,7 +47,7 @@ class TrainingData:
         config: TrainConfig,
         runtime: Runtime,
         rows: RunRows,
-        preprocess: Callable[[Image], Tensor],
+        preprocess: Mapping[str, Preprocess],
         prepared: PreparedSet | None = None,
     ) -> None:
         self._config, self._runtime, self._manifest, self._prepared = config, runtime, rows.manifest, prepared
@@ -68,7 +66,7 @@ class TrainingData:
         )
         self.unseen = self._unseen(rows, bucketing, preprocess)
 
-    def _unseen(self, rows: RunRows, bucketing: Bucketing, preprocess: Callable[[Image], Tensor]) -> FixedRows | None:
+    def _unseen(self, rows: RunRows, bucketing: Bucketing, preprocess: Mapping[str, Preprocess]) -> FixedRows | None:
         if rows.validation:
             config = of_validation(self._config)
             return FixedRows(

@@ -45,7 +45,7 @@ def prepared_set(
 
 
 def _spec(config: TrainConfig, model: Model) -> CacheSpec:
-    return cache_spec(config, model.family, model.encoder, (model.variant.feature,), text=config.prepare_text)
+    return cache_spec(config, model.codec, model.encoders, model.variant.needs, text=config.prepare_text)
 
 
 def _opened(config: TrainConfig, runtime: Runtime, manifest: Manifest, spec: CacheSpec, folder: Path) -> PreparedSet:
@@ -87,5 +87,5 @@ def _prepared_if_it_pays(
         say(f"would prepare {math.ceil(job.need_bytes / 1e6)} MB in {folder} for {epochs:.1f} epochs")
         return None
     say(f"preparing first: {epochs:.1f} epochs, and it pays from {least} on")
-    say(str(job.run(model.family, model.encoder, config.encode_batch_size, stopping)))
+    say(str(job.run(model.codec, model.encoders, config.encode_batch_size, stopping)))
     return _opened(config, runtime, rows.manifest, spec, folder)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ip_adapter_trainer.cache.prepared import PreparedSet
 from ip_adapter_trainer.core.errors import DataProblem
@@ -16,13 +15,12 @@ from ip_adapter_trainer.core.rng import stream
 from ip_adapter_trainer.core.values import Batch, Encoded, map_tensors
 from ip_adapter_trainer.feed.bucketing import MAX_TRIES, Bucketing
 from ip_adapter_trainer.feed.dataset import TrainingSet
+from ip_adapter_trainer.feed.readers import Preprocess
 from ip_adapter_trainer.manifest.hold_out import one_an_image
 from ip_adapter_trainer.manifest.manifest import Manifest
 from ip_adapter_trainer.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from ip_adapter_trainer.model import Model
 
 _NO_CHANCE = {
@@ -49,7 +47,7 @@ class FixedRows:
         numbers: Sequence[int],
         config: TrainConfig,
         bucketing: Bucketing,
-        preprocess: Callable[[Image], Tensor],
+        preprocess: Mapping[str, Preprocess],
         prepared: PreparedSet | None = None,
     ) -> None:
         self._manifest, self._numbers, self._config = manifest, numbers, config
@@ -132,7 +130,7 @@ def _encoded(row: Batch, model: Model) -> Batch:
     """A batch with all that the frozen encoders say of it, on the host."""
     inputs = Encoded(
         model.moments_of(row.inputs).cpu(),
-        model.features_of(row.inputs).cpu(),
-        {name: tensor.cpu() for name, tensor in model.family.encode_captions(row.text).items()},
+        {need: feature.cpu() for need, feature in model.features_of(row.inputs).items()},
+        {name: tensor.cpu() for name, tensor in model.codec.text(row.text).items()},
     )
     return replace(row, inputs=inputs)

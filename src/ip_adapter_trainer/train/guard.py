@@ -1,4 +1,7 @@
-"""What a resumed run may change. Every setting is in one of the lists that its part keeps (`core.settings.Resume`)."""
+"""The guard of a resumed run: it compares settings, rows and models with the checkpoint's.
+
+Every setting is in one of the lists that its part keeps (`core.settings.Resume`).
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ BEFORE = {"timestep_density": "uniform", "validation_share": 0.0}
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What makes a run the one that it is, beside its settings.
+    """All that tells a run from others, beside its settings.
 
     Attributes:
         rows: of the training set.
@@ -40,7 +43,7 @@ class RunIdentity:
     world: int
 
     def to_json(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """Return the identity as a checkpoint keeps it."""
         own = {"images_per_step": self.images_per_step, "models": dict(self.models)}
         return {"rows": self.rows.sha256, "row_sums": self.rows.to_json(), **own}
 
@@ -57,7 +60,7 @@ class Difference:
 def check(
     saved: Mapping[str, Any], config: TrainConfig, identity: RunIdentity, tell: Callable[[str], None] = say
 ) -> list[str]:
-    """Compares a checkpoint's run with this one; tells what changed.
+    """Compare a checkpoint's run with this one, and print a line for each difference.
 
     Args:
         saved: `config` and all of `RunIdentity.to_json`, as the checkpoint has them.

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from ip_adapter_trainer.model import Model
-from ip_adapter_trainer.nn.attention import lean_attention
 from ip_adapter_trainer.nn.compiled import compiled_blocks
 from ip_adapter_trainer.nn.lean import lean_layers
 from ip_adapter_trainer.train.config import LeanConfig
@@ -17,21 +16,19 @@ from ip_adapter_trainer.train.config import LeanConfig
 
 @contextmanager
 def lean(model: Model, config: LeanConfig) -> Iterator[None]:
-    """Makes an attached model's training step lean; afterwards its layers, processors and layout are what they were.
+    """Make an attached model's training step lean; afterwards its layers, processors and layout are what they were.
 
     Usage::
 
         with model.attached(), lean(model, config):
             step(batch).backward()
     """
-    denoiser = model.family.denoiser
+    denoiser = model.denoiser.net
     with ExitStack() as stack:
         laid_out = _channels_last(config, model.dtype)
         if laid_out:
             _lay_out(denoiser, torch.channels_last)
             stack.callback(_lay_out, denoiser, torch.contiguous_format)
-        if config.lean_attention:
-            stack.enter_context(lean_attention(denoiser, model.prompt))
         if config.compile != "off":  # the compiler itself weighs what to keep, and cannot read the lean layers
             stack.enter_context(compiled_blocks(denoiser, config.compile))
         elif config.lean_layers:

@@ -105,7 +105,8 @@ class Trainer:
             self.spikes.restore(state["spikes"])
         self.global_step = self.saved = saved.step
         self.validated = state["validated"]
-        optim.wind(self.schedule, self.global_step)
+        steps = self.plan.total_steps, self.plan.warmup_steps, self.global_step
+        self.schedule = optim.make_schedule(self.optimizer, self.config, *steps)
         say(f"resuming from {folder.name}")
 
     def _state(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ _MAX_LINE_BYTES = 2**16  # a line takes some hundred
 
 
 def cut_metrics(output: Path, step: int, validated: int) -> None:
-    """Takes back the lines of later steps, and what a kill tore at the end.
+    """Take back the lines of later steps, and what a kill tore at the end.
 
     A validation's numbers of `step` itself stay only where the checkpoint knows of them: else it is done again.
 

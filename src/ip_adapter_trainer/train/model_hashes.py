@@ -21,18 +21,19 @@ _SAYS_NOTHING = ("_class_name", "_diffusers_version", "_name_or_path", "_use_def
 
 
 def hash_models(model: Model) -> dict[str, str]:
-    """A hash of each frozen module's sampled weights and dtype, by its name, and of the scheduler's settings.
+    """Hash each frozen module's sampled weights and dtype, by its name, and the scheduler's settings.
 
     Args:
         model: before any of its encoders is released.
     """
-    parts = {**model.family.pipeline.components, "image_encoder": model.encoder.model}
+    encoders = {f"{role}_encoder": encoder.model for role, encoder in model.encoders.items()}
+    parts = {**model.denoiser.pipeline.components, **encoders}
     model_hashes = {name: _of_weights(part) for name, part in parts.items() if isinstance(part, nn.Module)}
-    return model_hashes | {"scheduler": _of_settings(model.family.pipeline.scheduler.config)}
+    return model_hashes | {"scheduler": _of_settings(model.denoiser.pipeline.scheduler.config)}
 
 
 def compared(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Names of the parts that changed, and of those that were loaded in another way, whose hashes tell nothing."""
+    """Return the parts that changed, and those whose hashes cannot be compared since they were loaded differently."""
     both = [name for name in new if name in old and old[name] != new[name]]
     changed = [name for name in both if _way(old[name]) == _way(new[name])]
     return changed, [name for name in both if name not in changed]

@@ -19,7 +19,7 @@ _NORM_ROW = 4096  # gradients whose squares are added up one after another
 
 
 class Gradients:
-    """All gradients as views of one buffer, with room for a loss at its end.
+    """Holds all gradients as views of one buffer, with room for a loss at its end.
 
     One collective a step averages everything over the processes: gradients and the loss to report. The norm is that of
     the norms of short rows: 1e8 squares added up in one float32 sum come out a per cent too small on a CPU.
@@ -31,31 +31,25 @@ class Gradients:
         whole_rows = -(-size // _NORM_ROW) * _NORM_ROW  # what is beyond the gradients stays zero
         self._buffer = torch.zeros(whole_rows + 1, dtype=torch.float32, device=params[0].device)
         self.flat = self._buffer[:size]  # [P]
-        start = 0
-        for p in params:
-            p.grad = self.flat[start : start + p.numel()].view_as(p)
-            start += p.numel()
+        for p, gradient in zip(params, self.flat.split([p.numel() for p in params]), strict=True):
+            p.grad = gradient.view_as(p)
 
     def zero(self) -> None:
-        """Clears gradients and loss before a step."""
+        """Clear gradients and loss before a step."""
         self._buffer.zero_()
 
     def add_loss(self, loss: Tensor) -> None:
-        """Adds a micro batch's share of the loss to report."""
+        """Add a micro batch's share of the loss to report."""
         self._buffer[-1] += loss
 
     def average(self, world: int) -> None:
-        """Means over all processes; afterwards every one holds the same buffer.
-
-        A loss that is not finite makes the gradients so too, so that one look at their norm tells of both.
-        """
+        """Take means over all processes; afterwards every one holds the same buffer."""
         if world > 1:
             torch.distributed.all_reduce(self._buffer)
             self._buffer /= world
-        self.flat[0] += 0 * self._buffer[-1]
 
     def clip(self, max_norm: float | None) -> Tensor:
-        """Scales gradients down to a norm; returns the norm before, a scalar on the device."""
+        """Scale gradients down to a norm; return the norm before, a scalar on the device."""
         rows = torch.linalg.vector_norm(self._buffer[:-1].view(-1, _NORM_ROW), dim=1)
         norm = rows.square().sum().sqrt()
         if max_norm is not None:
@@ -63,17 +57,18 @@ class Gradients:
         return norm
 
     def report(self, norm: Tensor) -> Tensor:
-        """The step's numbers [3] on the device: loss, norm, one if not finite."""
-        return torch.stack((self._buffer[-1], norm, (~torch.isfinite(norm)).float()))
+        """Return the step's numbers [3] on the device: loss, norm, one if either is not finite."""
+        loss = self._buffer[-1]
+        return torch.stack((loss, norm, (~(loss.isfinite() & norm.isfinite())).float()))
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
-    """Steps, unless `bad`, a scalar on the device, is one: then weights and moments stay what they are.
+    """Step, unless `bad`, a scalar on the device, is one: then weights and moments stay what they are.
 
     A fused optimizer of PyTorch's looks at it on the device; for others the host must.
     """
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.found_inf = bad  # type: ignore[attr-defined]
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = bad  # type: ignore[attr-defined]  # as `torch.amp.GradScaler` tells such an optimizer
         optimizer.step()
     elif not bool(bad):
         optimizer.step()
@@ -81,12 +76,12 @@ def step_if_finite(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
 
 @torch.no_grad()
 def all_within(limit: float, tensors: Iterable[Tensor]) -> bool:
-    """Whether every number in them is between a limit and its negative, and so none is NaN; waits for the device."""
+    """Tell whether every number is between a limit and its negative, and so none is NaN; wait for the device."""
     return all(bool((tensor.abs() <= limit).all()) for tensor in tensors if tensor.is_floating_point())
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over the adapter alone: PyTorch's, fused or not, or bitsandbytes' 8-bit one.
+    """Make AdamW over the adapter alone: PyTorch's, fused or not, or bitsandbytes' 8-bit one.
 
     Raises:
         Problem: 8-bit asked for and bitsandbytes not installed.
@@ -110,22 +105,27 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
 
 
 def warmup_steps(config: OptimConfig, total_steps: int) -> int:
-    """Steps of linear warm-up: those asked for, else a tenth of the run, 500 at most."""
+    """Return the steps of linear warm-up: those asked for, else a tenth of the run, 500 at most."""
     if config.lr_warmup_steps is not None:
         return config.lr_warmup_steps
     return min(total_steps // 10, MAX_WARMUP_STEPS)
 
 
 def make_schedule(
-    optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int, warmup: int | None = None
+    optimizer: torch.optim.Optimizer,
+    config: OptimConfig,
+    total_steps: int,
+    warmup: int | None = None,
+    global_step: int = 0,
 ) -> Any:
-    """diffusers' learning-rate schedule over optimizer steps.
+    """Make diffusers' learning-rate schedule over optimizer steps.
 
     Args:
         optimizer: whose rates follow it.
         config: its shape.
         total_steps: of the whole run.
         warmup: steps of linear warm-up; None: as `warmup_steps` says.
+        global_step: from which on it goes; beyond 0 the optimizer must have had a schedule before.
 
     Raises:
         Problem: warm-up asked of a schedule that has none.
@@ -142,11 +142,12 @@ def make_schedule(
         num_training_steps=total_steps,
         num_cycles=config.lr_num_cycles,
         power=config.lr_power,
+        last_epoch=global_step - 1,
     )
 
 
 def make_ema(adapter: nn.Module, config: OptimConfig) -> Any:
-    """diffusers' EMAModel over the adapter, or None."""
+    """Make diffusers' EMAModel over the adapter, or None."""
     from diffusers.training_utils import EMAModel
 
     return EMAModel(adapter.parameters(), decay=config.ema_decay) if config.use_ema else None
@@ -154,7 +155,7 @@ def make_ema(adapter: nn.Module, config: OptimConfig) -> Any:
 
 @contextmanager
 def averaged(adapter: nn.Module, ema: Any) -> Iterator[dict[str, Tensor]]:
-    """The averaged weights in the adapter for a while, as a state dict; without an average, the live ones."""
+    """Put averaged weights, where there are any, into the adapter for a while; give its state dict."""
     if ema is None:
         yield adapter.state_dict()
         return
@@ -164,12 +165,3 @@ def averaged(adapter: nn.Module, ema: Any) -> Iterator[dict[str, Tensor]]:
         yield adapter.state_dict()
     finally:
         ema.restore(adapter.parameters())
-
-
-def wind(schedule: Any, steps: int) -> None:
-    """Sets a fresh schedule to where `steps` steps leave it, with the settings of now."""
-    schedule.last_epoch = steps
-    rates = [base * factor(steps) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    schedule._last_lr = rates

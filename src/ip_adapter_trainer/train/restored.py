@@ -1,4 +1,4 @@
-"""What a checkpoint must hold before a run takes it up: a folder that a stranger sent has true hashes too."""
+"""Demands on a checkpoint before a run takes it up: a folder that a stranger sent has true hashes too."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _Spikes(BaseModel):
 
 
 class _Settings(BaseModel):
-    """What tells which run a checkpoint is of."""
+    """The part of a checkpoint's state that tells which run it is of."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -71,7 +71,7 @@ class _State(_Settings):
 
 
 def demand_settings(step: object, state: object, where: Path) -> None:
-    """Demands that what a state tells of its run is of the kinds that a run writes.
+    """Demand that the state's settings of its run have the types that a run writes.
 
     Raises:
         Problem: something is missing or of another kind.
@@ -80,7 +80,7 @@ def demand_settings(step: object, state: object, where: Path) -> None:
 
 
 def demand_state(step: object, state: object, where: Path) -> None:
-    """Demands that all of a state's values are of the kinds that a run writes.
+    """Demand that all of a state's values have the types that a run writes.
 
     Raises:
         Problem: one that is missing or of another kind.
@@ -100,7 +100,7 @@ def _demand(kind: type[BaseModel], step: object, state: object, where: Path) -> 
 
 
 def length_settings(state: Mapping[str, Any]) -> OptimConfig:
-    """The settings in a checkpoint's state that its run's length and warm-up follow from; others at their defaults.
+    """Return the settings of a checkpoint's run that decide its length and warm-up, the others at their defaults.
 
     Raises:
         Problem: they are no run's.
@@ -116,13 +116,13 @@ def length_settings(state: Mapping[str, Any]) -> OptimConfig:
 def demand_fits(
     saved: Mapping[str, Tensor], mine: Mapping[str, Tensor], moments: Mapping[int, Any], trained: Sequence[Tensor]
 ) -> None:
-    """Demands a checkpoint's weights and moments to have this run's names and shapes; nothing is changed before.
+    """Demand that a checkpoint's weights and moments have this run's names and shapes, before anything is changed.
 
     Args:
-        saved: weights of the checkpoint.
-        mine: weights of this run's adapter.
+        saved: weights of the checkpoint, [...] each.
+        mine: weights of this run's adapter, [...] each.
         moments: the optimizer's state of each trained parameter, by its number.
-        trained: this run's trained parameters.
+        trained: this run's trained parameters, [...] each.
 
     Raises:
         Problem: the first that does not fit.

@@ -12,8 +12,11 @@ from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.diffusion import NoiseProcess, ObjectiveConfig
+from ip_adapter_trainer.families import FAMILIES
+from ip_adapter_trainer.layouts import choose_layout
+from ip_adapter_trainer.loading.config import part_of
 from ip_adapter_trainer.manifest.manifest import Manifest
-from ip_adapter_trainer.model import Model
+from ip_adapter_trainer.model import Architecture, Model
 from ip_adapter_trainer.prepare.cut import warn_of_cut_captions
 from ip_adapter_trainer.prepare.frozen import load_frozen
 from ip_adapter_trainer.runtime.launch import Runtime, claim, start
@@ -42,11 +45,14 @@ WriteResolved = Callable[[TrainConfig, Path], Path]
 def make_model(config: TrainConfig, runtime: Runtime) -> Model:
     """Loads the frozen models and makes the adapter, its first weights drawn from the run's seed; all on the host."""
     _demand_compilable(config, runtime)
-    family, encoder = load_frozen(config, runtime, storage=config.quantize)
     variant = VARIANTS[config.variant]
+    own = config.part(variant.Config)
+    base, encoders = load_frozen(config, runtime, own, storage=config.quantize)
+    layout = choose_layout(config.layout, config.variant, variant.layouts, base.family, base.denoiser.layouts)
+    architecture = Architecture(variant, own, layout, part_of(config, layout.Config), config.adapter_layers)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        model = Model(family, encoder, variant, config.part(variant.Config), config.adapter_layers)
+        model = Model(base, encoders, architecture)
     if config.gradient_checkpointing:
         model.checkpoint_activations()
     return model
@@ -128,13 +134,13 @@ def _make_trainer(
         if config.pretrained_ip_adapter_path:
             _start_from(config.pretrained_ip_adapter_path, model, point)
     if runtime.is_main:
-        warn_of_cut_captions(rows.manifest, model.family.tokenizers)
+        warn_of_cut_captions(rows.manifest, model.codec.tokenizers)
     model_hashes = hash_models(model)
     model.place_encoders(runtime.device)
     prepared = prepared_set(config, runtime, model, rows, stopping)
-    data = TrainingData(config, runtime, rows, model.encoder.preprocess, prepared)
-    pipeline = model.family.pipeline
-    process = NoiseProcess(pipeline.scheduler, config.part(ObjectiveConfig))
+    preprocess = {role: encoder.preprocess for role, encoder in model.encoders.items()}
+    data = TrainingData(config, runtime, rows, preprocess, prepared)
+    process = NoiseProcess(model.denoiser.pipeline.scheduler, config.part(ObjectiveConfig))
     plan = make_plan(model, config, data.rows, data.images_per_step, point.state)
     say("\n".join(plan.lines()))
     rows.tell(config)
@@ -150,7 +156,7 @@ def _make_trainer(
     if config.latents == "sample" and runtime.is_main and not config.dry_run:
         warn_of_posterior_noise(model, data.seen.batches(POSTERIOR_IMAGES), runtime.device)
     if config.low_memory:
-        chosen = {name: getattr(config, name) for name in model.family.small_cards[config.low_memory]}
+        chosen = {name: getattr(config, name) for name in FAMILIES[model.base.family].small_cards[config.low_memory]}
         say(f"low_memory {config.low_memory}: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
     return Trainer(config, runtime, model, data, Step(model, process, config.seed, runtime.device), plan, model_hashes)
 

@@ -1,4 +1,4 @@
-"""What a run will do, in numbers, before it does it: printed at every start, and all that `--dry_run` does."""
+"""The plan of a run in numbers: printed at every start, and all that `--dry_run` does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ip_adapter_trainer.train.restored import length_settings
 
 
 def parameters(*modules: nn.Module) -> int:
-    """Number of parameters of some modules, packed weights among them."""
+    """Count the parameters of some modules, packed weights among them."""
     return sum(packed_weights(m) + sum(p.numel() for p in m.parameters()) for m in modules)
 
 
@@ -40,7 +40,7 @@ class RunPlan:
         return self.total_steps * self.images_per_step / self.rows
 
     def lines(self) -> list[str]:
-        """The plan as aligned lines."""
+        """Return the plan as aligned lines."""
         total = sum(self.trained.values())
         out = ["trained parameters"]
         out += [f"  {name:<24}{count:>15,}" for name, count in [*self.trained.items(), ("total", total)]]
@@ -59,7 +59,7 @@ class RunPlan:
 
 
 def total_steps(config: OptimConfig, rows: int, images_per_step: int) -> int:
-    """Optimizer steps of a run."""
+    """Return the optimizer steps of a run."""
     return config.max_train_steps or math.ceil(config.num_train_epochs * rows / images_per_step)
 
 
@@ -88,14 +88,14 @@ def _warmup_steps(config: OptimConfig, steps: int, rows: int, resumed: Mapping[s
 def make_plan(
     model: Model, config: OptimConfig, rows: int, images_per_step: int, resumed: Mapping[str, Any] | None = None
 ) -> RunPlan:
-    """Derives a run's numbers from its model, its settings and, if it was resumed, the checkpoint's state."""
-    pairs = [model.adapter.adapter_modules[str(site.number)] for site in model.adapted]
+    """Derive a run's numbers from its model, its settings and, if it was resumed, the checkpoint's state."""
+    layers = [model.adapter.adapter_modules[str(layer.number)] for layer in model.adapted]
     trained = {
         "projector": parameters(model.adapter.image_proj_model),
-        f"{len(pairs)} key/value pairs": parameters(*pairs),
+        f"{len(layers)} attention layers": parameters(*layers),
     }
-    frozen = {"image encoder": parameters(model.encoder.model)}
-    frozen |= {n: parameters(m) for n, m in model.family.pipeline.components.items() if isinstance(m, nn.Module)}
+    frozen = {f"{role} encoder": parameters(encoder.model) for role, encoder in model.encoders.items()}
+    frozen |= {n: parameters(m) for n, m in model.denoiser.pipeline.components.items() if isinstance(m, nn.Module)}
     weights_bytes = 4 * parameters(model.adapter)  # layers that carry no adapter are written as zeros
     moments_bytes = 4 * sum(trained.values()) * (2 / 4 if config.use_8bit_adam else 2)
     copies = 3 if config.use_ema else 1  # published, and with an average also the average and the live weights

@@ -40,12 +40,12 @@ class Saver:
         self._refused_s: float | None = None  # when the disk refused it
 
     def start(self, snapshot: checkpoint.Snapshot) -> None:
-        """Begins to write; there must be none under way."""
+        """Begin to write a checkpoint; none may be under way."""
         self._refused_s = None
         self._begin(snapshot)
 
     def check(self) -> None:
-        """Tells of a failure since the last look, and begins another try when it is time; waits for nothing.
+        """Raise a failure since the last look, or begin another try when it is time; wait for nothing.
 
         Raises:
             StorageProblem: the disk refused a checkpoint for the first time; earlier ones are untouched.
@@ -57,10 +57,10 @@ class Saver:
             self._begin(self._snapshot)
 
     def settle(self) -> None:
-        """Returns once no write is under way.
+        """Wait until no write is under way.
 
         Raises:
-            StorageProblem: as `check`.
+            StorageProblem: see `check`.
         """
         under_way, self._under_way = self._under_way, None
         if under_way is None:
@@ -78,7 +78,7 @@ class Saver:
         self._snapshot = self._refused_s = None
 
     def finish(self) -> None:
-        """Returns once what was begun is on the disk; what was refused is tried a last time.
+        """Wait until the checkpoint that was begun is on the disk; try one that was refused a last time.
 
         Raises:
             StorageProblem: the disk refuses still.

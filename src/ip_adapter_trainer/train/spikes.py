@@ -26,7 +26,7 @@ class Spikes:
         self._is_high = False
 
     def excess(self, loss: float) -> float | None:
-        """How many times the usual loss this one is, where a spike begins with it.
+        """Return how many times the usual loss this one is, where a spike begins with it.
 
         Args:
             loss: finite.
@@ -45,9 +45,9 @@ class Spikes:
         return usual, usual + DEVIATIONS * max(deviation, LEAST)
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint, in JSON values."""
+        """Return what a checkpoint keeps, in JSON values."""
         return {"logs": list(self._logs), "is_high": self._is_high}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state` was given."""
+        """Go on where `state` was given."""
         self._logs, self._is_high = deque(state["logs"], WINDOW), state["is_high"]

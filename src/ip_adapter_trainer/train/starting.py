@@ -43,7 +43,7 @@ class StartingPoint:
         return is_newest and self.state is not None and self.state.get("validated") != self.step
 
     def demand_unchanged(self, output: Path) -> None:
-        """Demands that no other run has saved into the run's folder before this one claimed it.
+        """Demand that no other run has saved into the run's folder before this one claimed it.
 
         Raises:
             Problem: it holds other checkpoints than when this one was chosen.

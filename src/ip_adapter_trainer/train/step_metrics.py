@@ -23,17 +23,8 @@ class StepMetrics:
     is_finite: bool
 
 
-@dataclass(frozen=True)
-class _Sent:
-    step: int
-    rows: list[int]
-    rate: float
-    values: Tensor  # [3] on the host, once `arrived` says so
-    arrived: Any  # a CUDA event, or None
-
-
 class PendingMetrics:
-    """Steps whose numbers are on their way to the host.
+    """Keeps steps whose numbers are on their way to the host.
 
     Attributes:
         late: steps that may stay unread between two steps. While a GPU works at a step, the host reads the one before
@@ -42,24 +33,22 @@ class PendingMetrics:
 
     def __init__(self, device: torch.device) -> None:
         self.late = 1 if device.type == "cuda" else 0
-        self._sent: deque[_Sent] = deque()
+        self._sent: deque[tuple[int, list[int], float, Tensor, Any]] = deque()  # see `add`; last a CUDA event, or None
 
     def add(self, step: int, rows: list[int], rate: float, values: Tensor) -> None:
-        """Takes a step's numbers [3] on the device: loss, norm, one if not finite."""
-        if values.device.type != "cuda":
-            self._sent.append(_Sent(step, rows, rate, values, None))
-            return
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        host.copy_(values, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        self._sent.append(_Sent(step, rows, rate, host, arrived))
+        """Take a step's numbers [3] on the device: loss, norm, one if not finite."""
+        arrived = None
+        if values.device.type == "cuda":
+            values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._sent.append((step, rows, rate, values, arrived))
 
     def read(self, keep: int) -> Iterator[StepMetrics]:
-        """The oldest steps, all but `keep` of them; waits until their numbers have come."""
+        """Give the oldest steps, all but `keep` of them; wait until their numbers have come."""
         while len(self._sent) > keep:
-            sent = self._sent.popleft()
-            if sent.arrived is not None:
-                sent.arrived.synchronize()
-            loss, norm, bad = sent.values.tolist()
-            yield StepMetrics(sent.step, sent.rows, sent.rate, loss, norm, bad == 0)
+            step, rows, rate, values, arrived = self._sent.popleft()
+            if arrived is not None:
+                arrived.synchronize()
+            loss, norm, bad = values.tolist()
+            yield StepMetrics(step, rows, rate, loss, norm, bad == 0)

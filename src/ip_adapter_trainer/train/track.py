@@ -29,15 +29,15 @@ class Stopwatch:
         self._images = 0
 
     def waited(self, seconds: float) -> None:
-        """Adds time in which the step had no data."""
+        """Add time in which the step had no data."""
         self._waited_s += seconds
 
     def trained(self, images: int) -> None:
-        """Adds images that went through a step."""
+        """Add images that went through a step."""
         self._images += images
 
     def read(self) -> dict[str, float]:
-        """`images_per_s` and `data_wait_share` since the last call, which begin anew."""
+        """Return `images_per_s` and `data_wait_share` since the last call, and begin anew."""
         now = time.monotonic()
         spent_s = max(now - self._began, 1e-9)
         speeds = {"images_per_s": self._images / spent_s, "data_wait_share": self._waited_s / spent_s}
@@ -57,12 +57,12 @@ class Track:
         self._speeds = ""  # the last ones that were read, for people
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        """Notes the numbers of one optimizer step."""
+        """Note the numbers of one optimizer step."""
         self._pending.append((step, dict(values)))
         self._tell(1, values["loss"])
 
     def flush(self) -> None:
-        """Writes what is pending; the last step also goes to the tracker, with the speeds, which people are told."""
+        """Write the pending lines; report the last step to the trackers and the progress bar, with the speeds."""
         if not self._pending or not self._runtime.is_main:
             self._pending.clear()
             return
@@ -80,20 +80,20 @@ class Track:
         self._progress.update(steps, f"loss {loss:.4f}{self._speeds}")
 
     def event(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes numbers that do not come every step, such as a validation's, at once."""
+        """Write numbers that do not come every step, such as a validation's, at once."""
         self.flush()
         if self._runtime.is_main:
             self._append([{"step": step, **values}])
             self._report(step, dict(values))
 
     def image(self, step: int, name: str, image: Any) -> None:
-        """Hands a picture to trackers that take pictures."""
+        """Hand an image to the trackers that take images."""
         import numpy as np
 
         pixels = np.asarray(image)[None]
 
         def report(tracker: Any) -> None:
-            """To one that takes pictures."""
+            """Report to a tracker if it takes images."""
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({name: pixels}, step=step, **layout)
@@ -108,17 +108,17 @@ class Track:
         self._trackers.report(lambda tracker: tracker.log(values, step=step))
 
     def metrics_bytes(self) -> int:
-        """Length of metrics.jsonl with everything flushed, for `take_back`."""
+        """Return the length of metrics.jsonl with everything flushed, for `take_back`."""
         self.flush()
         return self._lines.size_bytes if self._runtime.is_main else 0
 
     def take_back(self, metrics_bytes: int) -> None:
-        """Cuts metrics.jsonl to an earlier length."""
+        """Cut metrics.jsonl to an earlier length."""
         if self._runtime.is_main:
             self._lines.cut(metrics_bytes)
 
     def close(self) -> None:
-        """Ends the progress and the trackers; lines that wait for room are tried a last time."""
+        """End the progress and the trackers; try lines that wait for room a last time."""
         self.flush()
         self._lines.add("")
         self._progress.close()

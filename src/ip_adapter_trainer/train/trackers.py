@@ -76,12 +76,12 @@ class Trackers:
             self._thread.start()
 
     def report(self, report: Callable[[Any], object]) -> None:
-        """Has a report made to each tracker."""
+        """Have a report made to each tracker."""
         if self._trackers:
             self._put(report)
 
     def close(self) -> None:
-        """Ends the trackers, once they have all reports."""
+        """End the trackers, once they have all reports."""
         self.report(lambda tracker: tracker.finish())
         if self._trackers:
             self._put(None)

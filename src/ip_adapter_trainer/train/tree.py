@@ -11,7 +11,7 @@ _TENSOR = "__tensor__"
 
 
 def flatten(tree: Any, prefix: str) -> tuple[Flat, Any]:
-    """Splits nested dicts, lists and tuples into tensors by path and a JSON-ready skeleton that refers to them.
+    """Split nested dicts, lists and tuples into tensors by path and a JSON-ready skeleton that refers to them.
 
     >>> flatten({"lr": 0.1, "state": {0: [1, 2]}}, "optimizer")[1]
     {'lr': 0.1, 'state': {'__int_keys__': {'0': [1, 2]}}}
@@ -19,7 +19,7 @@ def flatten(tree: Any, prefix: str) -> tuple[Flat, Any]:
     tensors: Flat = {}
 
     def walk(node: Any, path: str) -> Any:
-        """The skeleton of a node; its tensors go to `tensors` under their paths."""
+        """Return the skeleton of a node; put its tensors into `tensors` under their paths."""
         if isinstance(node, Tensor):
             tensors[path] = node.detach().cpu().contiguous().clone()
             return {_TENSOR: path}
@@ -34,7 +34,7 @@ def flatten(tree: Any, prefix: str) -> tuple[Flat, Any]:
 
 
 def unflatten(tensors: Flat, skeleton: Any) -> Any:
-    """The inverse of `flatten` (tuples come back as lists)."""
+    """Join what `flatten` split; tuples come back as lists."""
     if isinstance(skeleton, dict):
         if _TENSOR in skeleton:
             return tensors[skeleton[_TENSOR]]

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ip_adapter_trainer.core.log import say
-from ip_adapter_trainer.core.values import Batch, Encoded
+from ip_adapter_trainer.core.values import Batch
 from ip_adapter_trainer.evaluate.grid import validation_grid
 from ip_adapter_trainer.evaluate.losses import ValidationReport, validation_losses
-from ip_adapter_trainer.model import Model
+from ip_adapter_trainer.model import Features, Model
 from ip_adapter_trainer.runtime.stopping import Poll
 from ip_adapter_trainer.storage.disk import reason_of
 from ip_adapter_trainer.storage.staging import staged_file
@@ -77,7 +76,7 @@ class Validator:
         if not batches or (encoded and _numbers(batches) != _numbers(encoded)):
             say(f"step {global_step}: no grid, its images cannot be read, or are not those that were prepared")
             return
-        features = torch.cat([_features(batch.to(self.step.device)) for batch in encoded]) if encoded else None
+        features = _features(self.model, [batch.to(self.step.device) for batch in encoded]) if encoded else None
         grid = validation_grid(self.model, [batch.to(self.step.device) for batch in batches], config, poll, features)
         file = output / "grids" / f"step-{global_step:07d}.png"
         track.image(global_step, "validation/grid", grid)
@@ -95,6 +94,7 @@ def _numbers(batches: list[Batch]) -> list[int]:
     return [row for batch in batches for row in batch.row.tolist()]
 
 
-def _features(batch: Batch) -> Tensor:
-    assert isinstance(batch.inputs, Encoded)
-    return batch.inputs.features
+def _features(model: Model, batches: list[Batch]) -> Features:
+    """Features [R, ...] of batches that were encoded before."""
+    parts = [model.features_of(batch.inputs) for batch in batches]
+    return {need: torch.cat([part[need] for part in parts]) for need in parts[0]}

@@ -22,13 +22,13 @@ SAMPLER_STEPS, GUIDANCE = 30, 5.0
 
 
 def demand(stage: str, scores: Mapping[str, float], gate: float) -> None:
-    """Raises a Problem that names every score under the gate."""
+    """Raise a Problem that names every score under the gate."""
     low = {name: score for name, score in scores.items() if score < gate}
     if low:
         shown = ", ".join(f"{name} {score:.3f}" for name, score in low.items())
         raise Problem(
             f"the {stage} does not pass its gate of {gate}: {shown}",
-            remedy="raise the stage's steps in train.py, or MAX_CYCLES in build.py",
+            remedy="raise the stage's steps in tools/pocket/train.py, or MAX_CYCLES in tools/pocket/build.py",
         )
 
 
@@ -38,18 +38,18 @@ def _scenes(seed: int, purpose: str, count: int, held: bool | None) -> list[Scen
 
 
 def to_pixels(pictures: np.ndarray) -> Tensor:
-    """uint8 [N, S, S, 3] to floats [N, 3, S, S] in -1..1."""
+    """Convert uint8 images [N, S, S, 3] to floats [N, 3, S, S] in -1..1."""
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_pictures(pixels: Tensor) -> np.ndarray:
-    """Floats [N, 3, S, S] in -1..1 to uint8 [N, S, S, 3]."""
+    """Convert floats [N, 3, S, S] in -1..1 to uint8 images [N, S, S, 3]."""
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy().astype(np.uint8)
 
 
 @torch.no_grad()
 def reconstruction(vae: AutoencoderKL, seed: int, count: int = 1000) -> dict[str, float]:
-    """Fraction of each attribute that survives the autoencoder, on scenes of any combination."""
+    """Return the fraction of each attribute that survives the autoencoder, on scenes of any combination."""
     scenes = _scenes(seed, "gate-autoencoder", count, held=None)
     pictures = np.stack([world.render(s) for s in scenes])
     decoded = [vae.decode(vae.encode(to_pixels(part)).latent_dist.mean).sample for part in np.array_split(pictures, 10)]
@@ -58,7 +58,7 @@ def reconstruction(vae: AutoencoderKL, seed: int, count: int = 1000) -> dict[str
 
 @torch.no_grad()
 def embed(clip: CLIPModel, pictures: np.ndarray) -> np.ndarray:
-    """The image encoder's `image_embeds` [N, E] of uint8 pictures [N, S, S, 3]."""
+    """Return the image encoder's `image_embeds` [N, E] of uint8 images [N, S, S, 3]."""
     processor = models.image_processor()
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
     parts = [
@@ -68,7 +68,7 @@ def embed(clip: CLIPModel, pictures: np.ndarray) -> np.ndarray:
 
 
 def probe(clip: CLIPModel, seed: int, train: int = 4000, test: int = 1000) -> dict[str, float]:
-    """Accuracy of a ridge-regression probe of each attribute on the image feature, tested on held-out combinations."""
+    """Return each attribute's accuracy of a ridge-regression probe on the image feature, on held-out combinations."""
     splits = [_scenes(seed, "gate-probe", train, held=False), _scenes(seed, "gate-probe-test", test, held=True)]
     features = [embed(clip, np.stack([world.render(s) for s in scenes])) for scenes in splits]
     mean, scale = features[0].mean(0), features[0].std(0) + 1e-6
@@ -83,7 +83,7 @@ def probe(clip: CLIPModel, seed: int, train: int = 4000, test: int = 1000) -> di
 
 
 def unseen_captions(seed: int, count: int = BASE_CAPTIONS) -> list[Scene]:
-    """Held-out combinations, each once, in a seeded order."""
+    """Return held-out combinations, each once, in a seeded order."""
     held = [s for s in world.combinations() if world.held_out(s)]
     order = stream(seed, "gate-captions").permutation(len(held))
     return [held[i] for i in order[:count]]
@@ -92,7 +92,7 @@ def unseen_captions(seed: int, count: int = BASE_CAPTIONS) -> list[Scene]:
 def draw(
     pipeline: Any, captions: list[str], seed: int, steps: int = SAMPLER_STEPS, guidance: float = GUIDANCE
 ) -> np.ndarray:
-    """Pictures uint8 [N, S, S, 3] that the base draws for captions, one initial noise a caption."""
+    """Draw images uint8 [N, S, S, 3] by the base for captions, one initial noise a caption."""
     shape = (pipeline.unet.config.in_channels, models.LATENT_SIDE, models.LATENT_SIDE)
     noise = [stream(seed, "gate-noise", i).standard_normal(shape, dtype=np.float32) for i in range(len(captions))]
     pictures = []
@@ -106,7 +106,7 @@ def draw(
 
 
 def base_draws_text(pipeline: Any, seed: int, count: int = BASE_CAPTIONS) -> dict[str, float]:
-    """Fraction of each attribute that the base draws as its caption says, on unseen combinations."""
+    """Return the fraction of each attribute that the base draws as its caption says, on unseen combinations."""
     scenes = unseen_captions(seed, count)
     pictures = draw(pipeline, [world.caption(s) for s in scenes], seed)
     return oracle.accuracy(pictures, [s.attributes() for s in scenes])

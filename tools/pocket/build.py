@@ -1,4 +1,4 @@
-"""Builds every weight of the pocket base: `python -m ip_adapter_trainer.pocket.build --work DIR`.
+"""Build every weight of the pocket base: `python -m tools.pocket.build --work DIR`, from the top of the repository.
 
 Stages: `autoencoder` and `clip`, then `vision` and `denoiser`, then `pack`; the two of a pair may run side by side.
 Each is seeded, goes on from its last save when started again, and must pass its gate (`gates.py`) before what builds
@@ -16,21 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import CLIPModel
 
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.pocket import gates, models, train, write
+from ip_adapter_trainer.pocket import models, write
+from tools.pocket import gates, train
 
 MAX_CYCLES = 4
 STAGES = ("autoencoder", "clip", "vision", "denoiser", "pack")
 
 
 def log(line: str) -> None:
-    """Prints at once, also into a file."""
+    """Print a line at once, also into a file."""
     print(line, flush=True)
 
 
 def finished(name: str, net: Any, folder: Path) -> Any:
-    """A stage's final network, from `folder`.
+    """Return a stage's final network, from `folder`.
 
     Raises:
         Problem: the stage has not been trained to its end and passed its gate.
@@ -43,7 +45,7 @@ def finished(name: str, net: Any, folder: Path) -> Any:
 
 
 def train_to_gate(stage: train.Stage, folder: Path, look: Callable[[], dict[str, float]], gate: float | None) -> None:
-    """Trains a stage cycle by cycle until the oracle lets it through; keeps its weights and what was seen.
+    """Train a stage cycle by cycle until the oracle lets it through; keep its weights and scores.
 
     Raises:
         Problem: the gate is not passed after the last cycle allowed.
@@ -65,25 +67,25 @@ def train_to_gate(stage: train.Stage, folder: Path, look: Callable[[], dict[str,
 
 
 def build_autoencoder(seed: int, folder: Path) -> None:
-    """Trains and gates the autoencoder."""
+    """Train the autoencoder through its gate."""
     stage = train.autoencoder_stage(seed, train.make_pool(seed))
     train_to_gate(stage, folder, lambda: gates.reconstruction(stage.net, seed), gates.AUTOENCODER_GATE)
 
 
 def build_clip(seed: int, folder: Path) -> None:
-    """Trains both towers; the text tower is final after this, the image tower is gated after `vision`."""
+    """Train both towers; the text tower is final after this, the image tower is gated after `vision`."""
     stage = train.clip_stage(seed, train.make_pool(seed))
     train_to_gate(stage, folder, lambda: gates.probe(stage.net, seed), None)
 
 
 def build_vision(seed: int, folder: Path) -> None:
-    """Trains the image tower on and gates it."""
+    """Train the image tower on, through its gate."""
     stage = train.vision_stage(seed, finished("clip", models.clip(), folder).train())
     train_to_gate(stage, folder, lambda: gates.probe(stage.net, seed), gates.ENCODER_GATE)
 
 
 def build_denoiser(seed: int, folder: Path) -> None:
-    """Trains and gates the denoiser on the finished autoencoder and text tower."""
+    """Train the denoiser through its gate, on the finished autoencoder and text tower."""
     vae, clip = finished("autoencoder", models.autoencoder(), folder), finished("clip", models.clip(), folder)
     pool = train.make_pool(seed, train.DENOISER_SPREAD)
     train.fix_scaling_factor(vae, pool)
@@ -92,12 +94,24 @@ def build_denoiser(seed: int, folder: Path) -> None:
     train_to_gate(stage, folder, lambda: gates.base_draws_text(base, seed), gates.BASE_GATE)
 
 
+def save_weights(vae: Any, unet: Any, clip: CLIPModel) -> None:
+    """Write the package's weights: autoencoder and denoiser in fp16, CLIP in fp32.
+
+    diffusers reads any file as fp32 unless told otherwise; transformers would keep fp16 and users' CPUs would crawl.
+    """
+    folder = models.weights_dir()
+    for name, net in (("vae", vae), ("unet", unet)):
+        net.half().save_pretrained(folder / name)
+        net.float()
+    clip.save_pretrained(folder / "clip")
+
+
 def pack(seed: int, folder: Path) -> None:
-    """Writes the package's weights (autoencoder and denoiser in fp16) and gates what they read back as."""
+    """Write the package's weights (autoencoder and denoiser in fp16), read them back and gate them."""
     vae, clip = finished("autoencoder", models.autoencoder(), folder), finished("vision", models.clip(), folder)
     train.fix_scaling_factor(vae, train.make_pool(seed, train.DENOISER_SPREAD))
     unet = finished("denoiser", models.unet(), folder)
-    write.save_weights(vae, unet, clip)
+    save_weights(vae, unet, clip)
     scores = gates.base_draws_text(write.pipeline(), seed)
     gates.demand("packed base", scores, gates.BASE_GATE)
     record = {name: json.loads((folder / f"{name}.json").read_text()) for name in STAGES[:-1]}
@@ -107,8 +121,8 @@ def pack(seed: int, folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one stage or all of them in order; 0 when every gate is passed, 2 otherwise."""
-    parser = argparse.ArgumentParser(prog="python -m ip_adapter_trainer.pocket.build", description=__doc__)
+    """Run one stage or all of them in order; return 0 when every gate is passed, 2 otherwise."""
+    parser = argparse.ArgumentParser(prog="python -m tools.pocket.build", description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for saves; start again to go on")
     parser.add_argument("--stage", choices=("all", *STAGES), default="all")
     parser.add_argument("--seed", type=int, default=0)

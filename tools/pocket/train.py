@@ -55,24 +55,24 @@ class Pool:
     images: np.ndarray
 
     def pixels(self, index: np.ndarray) -> Tensor:
-        """The chosen pictures as floats [B, 3, S, S] in -1..1."""
+        """Return the chosen images as floats [B, 3, S, S] in -1..1."""
         return torch.from_numpy(self.images[index]).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def make_pool(seed: int, spread: float = 1.0) -> Pool:
-    """Renders the training pictures; the same seed gives the same pool."""
+    """Render the training images; the same seed gives the same pool."""
     rng = stream(seed, "pocket-pool")
     scenes = [world.random_scene(rng, spread=spread) for _ in range(POOL_IMAGES)]
     return Pool(scenes, np.stack([world.render(s) for s in scenes]))
 
 
 def total_steps(stage: Stage, cycles: int) -> int:
-    """Steps of so many cycles: the first has `stage.steps`, each later one half as many."""
+    """Return the steps of so many cycles: the first has `stage.steps`, each later one half as many."""
     return stage.steps + (cycles - 1) * (stage.steps // 2)
 
 
 def rate(step: int, stage: Stage) -> float:
-    """Linear warm-up over 2 % of a cycle, a cosine to zero over its horizon, a linear cool-down at its end.
+    """Return the learning rate: linear warm-up over 2 % of a cycle, a cosine to zero, a linear cool-down.
 
     A stage that misses its gate goes on with another cycle at half the rate, so its first one is the same however many
     follow.
@@ -89,7 +89,7 @@ def rate(step: int, stage: Stage) -> float:
 
 
 def run(stage: Stage, folder: Path, cycles: int, log: Callable[[str], None]) -> None:
-    """Trains a stage for some cycles, resuming from `folder`; leaves the final (averaged) weights in `stage.net`."""
+    """Train a stage for some cycles, resuming from `folder`; leave the final (averaged) weights in `stage.net`."""
     end = total_steps(stage, cycles)
     state_file = folder / f"{stage.name}.state"
     optimizer = torch.optim.AdamW(stage.net.parameters(), lr=stage.lr, weight_decay=0.01, fused=True)
@@ -144,7 +144,7 @@ def _restore(file: Path, stage: Stage, optimizer: torch.optim.Optimizer, ema: EM
 
 
 def autoencoder_stage(seed: int, pool: Pool, steps: int = 2600, batch: int = 24) -> Stage:
-    """Reconstruction (L1 + squared error) with a light KL, on random pictures of the pool."""
+    """Return the stage of reconstruction (L1 + squared error) with a light KL, on random images of the pool."""
     torch.manual_seed(seed)
     net: AutoencoderKL = models.autoencoder()
 
@@ -195,7 +195,7 @@ def _codes(scenes: list[Scene]) -> np.ndarray:
 
 
 def clip_stage(seed: int, pool: Pool, steps: int = 1500, batch: int = 128) -> Stage:
-    """Contrastive training of both towers, in which every picture that fits a caption counts as its partner.
+    """Return the stage of contrastive training of both towers; every image that fits a caption counts as its partner.
 
     Captions repeat in a small world, so the usual one-to-one targets would punish right answers.
     """
@@ -219,10 +219,10 @@ def clip_stage(seed: int, pool: Pool, steps: int = 1500, batch: int = 128) -> St
 
 
 def vision_stage(seed: int, clip: CLIPModel, steps: int = 2000, groups: int = 22) -> Stage:
-    """The image tower goes on alone against the locked text tower (LiT, arXiv 2111.07991), on hard batches.
+    """Return the stage in which the image tower trains alone against the locked text tower, on hard batches.
 
-    A batch holds groups of pictures that differ in nothing named but the shape, the attribute that a small ViT learns
-    last; among random pictures colour alone tells most pairs apart. Every picture is new.
+    This is LiT (arXiv 2111.07991). A batch holds groups of images that differ in nothing named but the shape, the
+    attribute that a small ViT learns last; among random images colour alone tells most pairs apart. Every image is new.
     """
     clip.text_model.requires_grad_(False)
     clip.text_projection.requires_grad_(False)
@@ -243,20 +243,20 @@ def vision_stage(seed: int, clip: CLIPModel, steps: int = 2000, groups: int = 22
 
 @torch.no_grad()
 def encode_pool(vae: AutoencoderKL, pool: Pool) -> tuple[Tensor, Tensor]:
-    """Posterior mean and standard deviation of every picture, each [N, 4, h, w], unscaled."""
+    """Return posterior mean and standard deviation of every image, each [N, 4, h, w], unscaled."""
     parts = [vae.encode(pool.pixels(i)).latent_dist for i in np.array_split(np.arange(len(pool.scenes)), 200)]
     return torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts])
 
 
 def fix_scaling_factor(vae: AutoencoderKL, pool: Pool) -> None:
-    """Sets `scaling_factor` so that sampled latents of the pool have unit deviation, as latent diffusion assumes."""
+    """Set `scaling_factor` so that sampled latents of the pool have unit deviation, as latent diffusion assumes."""
     mean, std = encode_pool(vae, Pool(pool.scenes[:4000], pool.images[:4000]))
     vae.register_to_config(scaling_factor=round(float((mean.var() + std.square().mean()).rsqrt()), 4))
 
 
 @torch.no_grad()
 def encode_texts(clip: CLIPModel, texts: list[str]) -> Tensor:
-    """The text encoder's last hidden states [B, MAX_TOKENS, TEXT_WIDTH], as the pipeline computes them."""
+    """Return the text encoder's last hidden states [B, MAX_TOKENS, TEXT_WIDTH], as the pipeline computes them."""
     hidden: Tensor = clip.text_model(input_ids=_tokens(texts)).last_hidden_state
     return hidden
 
@@ -264,7 +264,7 @@ def encode_texts(clip: CLIPModel, texts: list[str]) -> Tensor:
 def denoiser_stage(
     seed: int, pool: Pool, vae: AutoencoderKL, clip: CLIPModel, steps: int = 3500, batch: int = 48
 ) -> Stage:
-    """Noise prediction with min-SNR weights (gamma 5, Hang et al. 2303.09556) over cached latents and texts.
+    """Return the stage of noise prediction with min-SNR weights (gamma 5, 2303.09556) over cached latents and texts.
 
     Captions name all attributes six times in ten, a random subset otherwise, nothing now and then, so that "a star"
     and the empty prompt are ordinary inputs. Three timesteps in four come from the upper 70 %, where shapes are

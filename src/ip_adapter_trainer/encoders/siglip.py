@@ -1,0 +1,47 @@
+"""SigLIP (arXiv 2303.15343) and SigLIP 2 of fixed resolution (arXiv 2502.14786), which have the same architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ip_adapter_trainer.encoders._encoder import ENCODERS, ImageEncoder, folder_preprocess
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+
+@ENCODERS.register("siglip")
+class SiglipEncoder(ImageEncoder):
+    """A `SiglipVisionModel`: no CLS; its embedding is what its attention pooling gives."""
+
+    known_as = ("siglip_vision_model", "siglip")
+    model_class = "SiglipVisionModel"
+    spare = r"^text_model\."
+
+    def make_preprocess(self, folder: Path) -> Any:
+        """See `ImageEncoder.make_preprocess`; as the folder's own settings say."""
+        return folder_preprocess(folder, self)
+
+    @property
+    def features(self) -> Mapping[str, tuple[int, ...]]:
+        """See `ImageEncoder.features`."""
+        config = self.model.config
+        width, patches = int(config.hidden_size), (int(config.image_size) // int(config.patch_size)) ** 2
+        return {"image_embeds": (width,), "penultimate": (patches, width)}
+
+    @property
+    def last_layer(self) -> nn.Module:
+        """See `ImageEncoder.last_layer`."""
+        return getattr(self.model, "vision_model", self.model).encoder.layers[-1]
+
+    def embeds(self, output: Any) -> Tensor:
+        """See `ImageEncoder.embeds`."""
+        return output.pooler_output
+
+    @classmethod
+    def unread(cls, settings: Mapping[str, Any], names: Sequence[str], features: Sequence[str]) -> str | None:
+        """See `ImageEncoder.unread`: the pooling head."""
+        return None if "image_embeds" in features else r"^(vision_model\.)?(head|post_layernorm)\."

@@ -1,0 +1,1 @@
+"""The trainings behind the pocket base, whose weights the package carries, and the gates they had to pass."""

@@ -98,7 +98,7 @@ SPOKEN = {
     "storage", "train",
 }  # fmt: skip
 LATER = {
-    "core/classes.py", "feed/loader.py", "feed/workers.py", "manifest/images.py", "nn/attention.py", "nn/lean.py",
+    "core/classes.py", "nn/attention.py", "nn/lean.py",
     "nn/packed.py", "prepare/frozen.py", "runtime/early.py", "train/data.py", "train/encoded.py", "train/fixed.py",
     "train/loop.py", "train/run.py", "train/validate.py",
     *(f"{name}/config.py" for name in SPOKEN),

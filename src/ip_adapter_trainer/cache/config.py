@@ -30,7 +30,7 @@ class CutConfig(ReadConfig):
     )
     prompt_flip: bool = Field(False, description="Mirror half of the image prompts, whatever happens to the target.")
     prompt_pad_square: bool = Field(
-        False, description="Pad image prompts to a square with the alpha ground, so that the encoder crops nothing."
+        False, description="Pad image prompts to a square with the alpha background, so that the encoder crops nothing."
     )
 
     @field_validator("resolution", "bucket_step_px")

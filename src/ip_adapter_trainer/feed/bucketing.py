@@ -10,15 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ip_adapter_trainer.cache.config import CutConfig
-from ip_adapter_trainer.core.values import Fault
+from ip_adapter_trainer.core.values import Fault, Size
 from ip_adapter_trainer.images.buckets import Buckets
 from ip_adapter_trainer.images.decode import ImageFault
 from ip_adapter_trainer.manifest.images import ImageFiles, fault_of, map_rows
 from ip_adapter_trainer.manifest.manifest import Manifest
 
 MAX_TRIES = 16  # rows tried for one image; so many broken neighbours are no accident
-
-Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Bucketing:
         return self.buckets.sizes_px[self.bucket_of_row[row]]
 
     def only(self, wanted: NDArray[np.bool_]) -> Bucketing:
-        """Return the layout of the rows that `wanted` [rows] marks, all keeping their numbers."""
+        """Return the bucketing of the rows that `wanted` [rows] marks, all keeping their numbers."""
         return replace(self, bucket_of_row=np.where(wanted, self.bucket_of_row, np.int16(-1)))
 
 

@@ -1,4 +1,4 @@
-"""One process's micro-batches, in order, from any step on; lost data workers are replaced at the exact place."""
+"""The micro-batches of one process, in order, from any step on."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ip_adapter_trainer.runtime.workers import Pool
 
 
 class Loader:
-    """The batches of one process.
+    """Gives the batches of one process.
 
     Usage::
 
-        loader = Loader(samples, order, log, rank=0, world=1)
+        loader = Loader(samples, sampler, log, rank=0, world=1)
         batches = loader.from_step(1200)
         for _ in range(loader.micro_per_step):
             batch = next(batches)
@@ -37,10 +37,10 @@ class Loader:
         assert rest == 0, "a step's images are train_batch_size * processes * accumulation"
 
     def from_step(self, step: int, poll: Poll = no_poll) -> Iterator[Batch]:
-        """Micro-batches without end, beginning with the first of `step`; `poll` is called while one is waited for.
+        """Yield micro-batches without end, from the first of `step` on; `poll` is called while one is waited for.
 
         Raises:
-            DataProblem: too many faulty rows, or workers that are lost at one place again and again.
+            DataProblem: too many faulty rows, or workers that are lost over one batch again and again.
         """
         config = self._samples.config
         pool = Pool(
@@ -57,7 +57,7 @@ class Loader:
             yield batch
 
     def _micros(self, first: int) -> Iterator[Sequence[Pair]]:
-        """The pairs of this process's micro-batches from a step on."""
+        """Yield the pairs of this process's micro-batches from a step on."""
         for step in count(first):
             pairs = self._sampler.step(step)
             yield from share(pairs, rank=self._rank, world=self._world, micro_images=self._micro_images)

@@ -14,7 +14,7 @@ HELD_OUT_SHARE = 0.01  # of the images, unless a run says otherwise
 
 
 class ReadConfig(Part):
-    """Where rows and pictures are, and which of them are refused."""
+    """The rows and their images: where they are, and which are refused."""
 
     resume = Resume(
         must_match="allow_outside_root alpha_background min_side_px max_aspect max_image_megapixels max_image_mb "

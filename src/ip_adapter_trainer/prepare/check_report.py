@@ -13,8 +13,8 @@ from pydantic import Field
 from tqdm import tqdm
 
 from ip_adapter_trainer.cache.config import CutConfig
-from ip_adapter_trainer.core.values import Fault
-from ip_adapter_trainer.feed.bucketing import Size, assign_buckets, first_without_stand_in
+from ip_adapter_trainer.core.values import Fault, Size
+from ip_adapter_trainer.feed.bucketing import assign_buckets, first_without_stand_in
 from ip_adapter_trainer.feed.config import DataConfig
 from ip_adapter_trainer.images.buckets import Buckets
 from ip_adapter_trainer.images.decode import DecodedImage, ImageFault, Note

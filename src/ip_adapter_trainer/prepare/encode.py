@@ -17,12 +17,11 @@ from ip_adapter_trainer.cache.index import PICTURES, Record, name_key
 from ip_adapter_trainer.cache.shards import TableKind, TableWriter
 from ip_adapter_trainer.cache.spec import Views
 from ip_adapter_trainer.core.errors import NotFiniteProblem
-from ip_adapter_trainer.core.values import Need
+from ip_adapter_trainer.core.values import Need, Size
 from ip_adapter_trainer.encoders import ImageEncoder
 from ip_adapter_trainer.families import Codec
 
 Encode = Callable[[Tensor, str, Sequence[str]], Mapping[str, Tensor]]  # pixels, role, tables; [B, ...] for each table
-Size = tuple[int, int]
 Kinds = tuple[TableKind, ...]  # tables that one pass of an encoder fills
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from faults.chains import SEED, differing
 from faults.files import Rows, rows_of
 from faults.lab import Finding, Lab, Process
-from ip_adapter_trainer.feed.workers import MAX_REPLACEMENTS
+from ip_adapter_trainer.runtime.workers import MAX_REPLACEMENTS
 from ip_adapter_trainer.train.checkpoint import TENSORS, WEIGHTS
 
 STEPS = 60
@@ -24,7 +24,7 @@ _GAP_S = 3.0  # at most, between one blow and the next
 _KINDS = {signal.SIGKILL: "dies", signal.SIGSTOP: "hangs"}
 _PATIENCE_S = 90.0
 _READING_S = 0.2  # in which the pictures of the lab are read
-_REPLACED = "data workers were lost and are replaced"
+_REPLACED = "a data worker was lost and is replaced"
 _EXIT_DATA = 3
 
 

@@ -6,7 +6,6 @@ import json
 import pickle
 import time
 import tracemalloc
-from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +20,6 @@ from ip_adapter_trainer.feed.bucketing import MAX_TRIES
 from ip_adapter_trainer.feed.dataset import TrainingSet
 from ip_adapter_trainer.manifest import json_array
 from ip_adapter_trainer.manifest.config import ReadConfig
-from ip_adapter_trainer.manifest.images import map_rows
 from ip_adapter_trainer.manifest.manifest import read_manifest
 from ip_adapter_trainer.manifest.table import RowTable
 from ip_adapter_trainer.storage import files
@@ -110,17 +108,8 @@ def test_the_quick_look_at_a_name_lets_nothing_pass(name: str, allow_outside: bo
 @pytest.mark.parametrize("buckets", [1, 3, 400])
 def test_stand_ins_are_the_next_of_the_bucket_around_the_end(buckets: int) -> None:
     numbers = (np.arange(2000) ** 2 % buckets).astype(np.int16)
-    samples = SimpleNamespace(_max_tries=MAX_TRIES, layout=SimpleNamespace(bucket_of_row=numbers))
+    samples = SimpleNamespace(_max_tries=MAX_TRIES, bucketing=SimpleNamespace(bucket_of_row=numbers))
     for row in (0, 777, 1999):
         around = [*range(row, len(numbers)), *range(row)]
         expected = [n for n in around if numbers[n] == numbers[row]][:MAX_TRIES]
         assert list(TrainingSet._candidates(samples, row)) == expected  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_rows_are_handed_to_processes_as_they_are_wanted(workers: int) -> None:
-    endless = count(-5)
-    results = map_rows(abs, endless, workers)
-    assert [next(results) for _ in range(200)] == [abs(n) for n in range(-5, 195)]
-    results.close()  # type: ignore[attr-defined]
-    assert next(endless) < 2000

@@ -92,15 +92,3 @@ def test_a_run_that_is_started_again_hears_nothing_of_the_stop_before(monkeypatc
     assert group.work(_endless, _endless) == [143, 143]
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert Group(2, monkeypatch, group.server).work(lambda poll: None, lambda poll: poll()) == [None, None]
-
-
-def test_data_workers_that_die_of_the_same_signal_are_part_of_the_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    group = Group(1, monkeypatch)
-
-    def dies(poll: Callable[[], None]) -> None:
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
-
-    with pytest.raises(RuntimeError, match="Terminated"):
-        group.members[0].together(dies)
-    group.signals[0].asked = signal.SIGTERM
-    assert group.work(dies) == [143]

@@ -56,7 +56,7 @@ class CutConfig(BucketConfig):
     )
     prompt_flip: bool = Field(False, description="Mirror half of the image prompts, whatever happens to the target.")
     prompt_pad_square: bool = Field(
-        False, description="Pad image prompts to a square with the alpha ground, so that the encoder crops nothing."
+        False, description="Pad image prompts to a square with the alpha background, so that the encoder crops nothing."
     )
     data_timeout_s: int = Field(
         300, gt=0, description="Longest wait for a data worker in seconds; then the workers are replaced."

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ip_adapter_trainer.cache.shards import Table, TableKind
+from ip_adapter_trainer.core.values import Size
 from ip_adapter_trainer.storage.digests import KEY_BYTES, Digests, framed, places_of
 
 _LAYOUT = np.dtype(
@@ -43,16 +44,16 @@ def name_key(name: str) -> bytes:
 
 @dataclass(frozen=True)
 class Record:
-    """A picture file as it was when it was read."""
+    """An image file as it was when it was read."""
 
     file_bytes: int
     mtime_ns: int
     noted_ns: int  # when it was read
-    size_px: tuple[int, int]  # height, width of the upright picture
-    content: bytes  # hash of the file; zeros: no picture could be read
+    size_px: Size  # of the upright image
+    content: bytes  # hash of the file; zeros: no image could be read
 
     @classmethod
-    def of(cls, status: os.stat_result, size_px: tuple[int, int], content: bytes) -> Record:
+    def of(cls, status: os.stat_result, size_px: Size, content: bytes) -> Record:
         """Record an image that was read now."""
         return cls(status.st_size, status.st_mtime_ns, time.time_ns(), size_px, content)
 
@@ -79,11 +80,11 @@ class Record:
 
 
 class ImageIndex:
-    """The newest record of each picture, all in memory: 64 bytes each.
+    """The newest record of each image, all in memory: 64 bytes each.
 
     Attributes:
-        contents: hash of each picture's file, [pictures].
-        sizes_px: height and width of each, [pictures, 2]; zeros: no picture could be read.
+        contents: hash of each image's file, [images].
+        sizes_px: height and width of each, [images, 2]; zeros: no image could be read.
 
     Raises:
         Problem: a damaged shard.

@@ -1,4 +1,4 @@
-"""A prepared set: what the frozen encoders said of each picture, looked up by what was encoded and how."""
+"""A prepared set: the encodings of images and captions, looked up by what was encoded and how."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ip_adapter_trainer.cache.index import ImageIndex, Record
 from ip_adapter_trainer.cache.shards import Table, TableKind
-from ip_adapter_trainer.cache.spec import ALL_USES, CacheSpec, Size
-from ip_adapter_trainer.core.values import Encoded, Geometry, Row
+from ip_adapter_trainer.cache.spec import ALL_USES, CacheSpec
+from ip_adapter_trainer.core.values import Encoded, Geometry, Row, Size
 from ip_adapter_trainer.images import crop
 from ip_adapter_trainer.images.decode import ImageFault, check_bytes, check_density, check_size
 from ip_adapter_trainer.manifest.images import ImageFiles
@@ -53,8 +53,8 @@ class PreparedSet:
         Problem: a damaged shard.
     """
 
-    def __init__(self, root: Path, spec: CacheSpec, pictures: ImageFiles) -> None:
-        self.root, self.spec, self._images = root, spec, pictures
+    def __init__(self, root: Path, spec: CacheSpec, images: ImageFiles) -> None:
+        self.root, self.spec, self._images = root, spec, images
         self.index = ImageIndex(root)
         kinds = spec.tables
         self.tables = {kind: Table(root, kind, max(1, _MAX_MAPS // len(kinds))) for kind in kinds}
@@ -121,7 +121,7 @@ class PreparedSet:
         return there
 
     def _buckets(self, sizes_px: NDArray[np.uint32]) -> NDArray[np.int64]:
-        """The bucket of each picture by its size, [pictures, 2]; -1 for one that could not be read."""
+        """Return the bucket of each image by its size [images, 2], [images]; -1 for one that could not be read."""
         buckets = self.spec.buckets
         if len(buckets) == 1:
             return np.where(sizes_px[:, 0] > 0, 0, -1)
@@ -157,7 +157,7 @@ class PreparedSet:
         return [one if isinstance(one, ImageFault) else one.geometry for one in found]
 
     def _found(self, asked: Sequence[Asked], target_px: Size) -> list[_Found | ImageFault]:
-        """The addresses of each row's values, if its pictures are what they were when they were encoded."""
+        """Return the keys of each row's values, or a fault where an image is not what it was when it was encoded."""
         own = [row.prompt_image_file for row, _, _ in asked]
         records = self._records([row.image_file for row, _, _ in asked] + [name for name in own if name is not None])
         others, text_keys = iter(records[len(asked) :]), self.spec.text.keys if self.spec.text else ()
@@ -190,7 +190,7 @@ class PreparedSet:
                 found[number] = ImageFault("damaged_values", what, f"remove {table.file_of(place)} and {_AGAIN}")
 
     def _records(self, names: Sequence[str]) -> list[Record | ImageFault]:
-        """The record of each picture whose file, if there still is one, holds what was encoded."""
+        """Return the record of each image whose file, if there still is one, holds what was encoded; else a fault."""
         records: list[Record | ImageFault] = []
         for name, record in zip(names, self.index.find(names), strict=True):
             try:

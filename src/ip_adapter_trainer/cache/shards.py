@@ -1,6 +1,6 @@
-"""Tables of fixed-size rows under content addresses: safetensors files that are whole when they are there.
+"""Tables of fixed-size rows, each found by a digest: safetensors files that are whole when they are there.
 
-A table is a folder of shards. A shard holds three tensors, `key` [R, 16] uint8 (addresses), `value` [R, ...] of the
+A table is a folder of shards. A shard holds three tensors, `key` [R, 16] uint8 (digests), `value` [R, ...] of the
 table's one shape and dtype and `sum` [R, 8] uint8 (checksums, by which bits that flip on a disk are found). A shard is
 written beside its place and renamed, and is named after what it holds, so writers of any number never collide and
 nothing but the shards says what a table holds. Readers sort the keys once; after that a row costs one binary search and
@@ -57,7 +57,7 @@ class TableKind:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row with its address and checksum."""
+        """Bytes of a row with its key and checksum."""
         return KEY_BYTES + SUM_BYTES + self.value_bytes
 
 

@@ -12,21 +12,19 @@ from functools import cached_property
 
 from ip_adapter_trainer.cache.config import CutConfig
 from ip_adapter_trainer.cache.shards import TableKind
-from ip_adapter_trainer.core.values import Need, Row
+from ip_adapter_trainer.core.values import Need, Row, Size
 from ip_adapter_trainer.images.background import Colour
 from ip_adapter_trainer.images.buckets import Buckets
 from ip_adapter_trainer.storage.digests import Digests, framed
 
-Size = tuple[int, int]
-
-FORMAT = 3  # part of every address; raise it when the same settings give other pixels or other encodings than before
+FORMAT = 3  # part of every key; raise it when the same settings give other pixels or other encodings than before
 TEXT_FORMAT = 1  # the same for captions
-TARGET, PROMPT, MIRRORED_PROMPT, ALL_USES = 1, 2, 4, 8  # what a picture is used as; added up, less than the last
+TARGET, PROMPT, MIRRORED_PROMPT, ALL_USES = 1, 2, 4, 8  # what an image is used as; added up, less than the last
 
 
 @dataclass(frozen=True)
 class View:
-    """One encoding of one picture, and where it is kept."""
+    """One encoding of one image, and where it is kept."""
 
     kind: TableKind
     key: bytes
@@ -55,15 +53,15 @@ class TextSpec:
         )
 
 
-Views = tuple[View, ...]  # of one picture, by the same pixels
+Views = tuple[View, ...]  # of one image, by the same pixels
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way of encoding pictures: all that decides a `View` but for the picture."""
+    """One way of encoding images: all that decides a `View` but for the image."""
 
     kind: TableKind
-    keys: Digests  # by the hash of the picture's file
+    keys: Digests  # by the hash of the image's file
     target_px: Size | None
     mirrored: bool
     role: str = ""
@@ -75,13 +73,13 @@ class Way:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """All that decides what a picture is encoded to, but for the picture.
+    """All that decides what an image is encoded to, but for the image.
 
     Attributes:
         buckets: sizes of the targets.
-        ground: colour under transparent pictures.
+        background: colour under transparent images.
         pad_square: whether prompts are padded to a square.
-        mirrors: whether mirrored pictures are wanted too.
+        mirrors: whether mirrored images are wanted too.
         autoencoder: identity of the latents' encoder, config and weights.
         encoders: digests of the image encoders, by role.
         moments: the table of each size.

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 P = TypeVar("P", bound="Pixels | Encoded")
 
+Size = tuple[int, int]  # height, width in pixels
+
 
 @dataclass(frozen=True)
 class Row:
@@ -22,7 +24,7 @@ class Row:
 
     image_file: str
     text: str | tuple[str, ...]  # the caption, empty if there is none; or several, of which each use draws one
-    prompt_image_file: str | None = None  # another picture to prompt with; None: the target itself
+    prompt_image_file: str | None = None  # another image to prompt with; None: the target itself
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -60,9 +62,9 @@ class Fault:
 class Geometry:
     """The cut of a target in pixels (height, width), as SDXL's micro-conditioning wants it."""
 
-    original_px: tuple[int, int]
-    crop_px: tuple[int, int]  # top, left, in the resized picture
-    target_px: tuple[int, int]
+    original_px: Size
+    crop_px: tuple[int, int]  # top, left, in the resized image
+    target_px: Size
 
 
 @dataclass(frozen=True, order=True)

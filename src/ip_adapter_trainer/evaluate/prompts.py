@@ -1,4 +1,4 @@
-"""The rows that an evaluation draws: chosen at random, their pictures tried first, read again when they are needed."""
+"""The rows that an evaluation draws: chosen at random, their images tried first, read again when they are needed."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ip_adapter_trainer.images.decode import ImageFault
 from ip_adapter_trainer.manifest.faults import demand_usable
 from ip_adapter_trainer.manifest.hold_out import plain_name
 from ip_adapter_trainer.manifest.images import ImageFiles, fault_of, map_rows
-from ip_adapter_trainer.manifest.manifest import usable_manifest
+from ip_adapter_trainer.manifest.manifest import Manifest, usable_manifest
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row: a picture and the caption that belongs to it."""
+    """One row: an image and the caption that belongs to it."""
 
     read: Callable[[], Image]
     caption: str
-    image: str  # name of the picture; rows may share it
+    image: str  # its name; rows may share it
     number: int  # of the row in its manifest, by which its seeds are drawn
 
 
@@ -36,29 +36,30 @@ def read_prompts(config: EvaluateConfig) -> tuple[list[Prompt], tuple[Fault, ...
         DataProblem: more rows are faulty than the settings allow, or none is left.
     """
     manifest = usable_manifest(config)
-    pictures = ImageFiles.of(manifest.root, config)
+    images = ImageFiles.of(manifest.root, config)
     chosen = sorted(stream(config.seed, "evaluate-rows").permutation(len(manifest.rows))[: config.num_rows].tolist())
-    prompts = [_prompt(pictures, manifest.rows[number], number, config.seed) for number in chosen]
-    errors = list(map_rows(_error, prompts, config.dataloader_num_workers))
-    unread = tuple(fault_of(e, manifest.where(p.number)) for p, e in zip(prompts, errors, strict=True) if e is not None)
+    faults = list(map_rows(partial(_fault, manifest, images), chosen, manifest, config))
+    unread = tuple(fault for fault in faults if fault is not None)
     demand_usable(unread, len(chosen), config.max_fault_rate)
-    sound = [prompt for prompt, error in zip(prompts, errors, strict=True) if error is None]
-    return sound, (*manifest.faults, *unread)
+    sound = [number for number, fault in zip(chosen, faults, strict=True) if fault is None]
+    prompts = [_prompt(images, manifest.rows[number], number, config.seed) for number in sound]
+    return prompts, (*manifest.faults, *unread)
 
 
-def _prompt(pictures: ImageFiles, row: Row, number: int, seed: int) -> Prompt:
+def _prompt(images: ImageFiles, row: Row, number: int, seed: int) -> Prompt:
     name = row.prompt_image_file or row.image_file
-    return Prompt(partial(_read, pictures, name), row.caption(seed, number), plain_name(name, pictures.root), number)
+    return Prompt(partial(_read, images, name), row.caption(seed, number), plain_name(name, images.root), number)
 
 
-def _read(pictures: ImageFiles, name: str) -> Image:
-    return pictures.read(name).image
+def _read(images: ImageFiles, name: str) -> Image:
+    return images.read(name).image
 
 
-def _error(prompt: Prompt) -> ImageFault | None:
-    """Return the fault for which a row's image cannot be read, or None."""
+def _fault(manifest: Manifest, images: ImageFiles, number: int) -> Fault | None:
+    """Return the fault for which a row's image prompt cannot be read, or None."""
+    row = manifest.rows[number]
     try:
-        prompt.read()
+        images.read(row.prompt_image_file or row.image_file)
     except ImageFault as error:
-        return error
+        return fault_of(error, manifest.where(number))
     return None

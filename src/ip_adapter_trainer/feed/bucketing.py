@@ -10,15 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ip_adapter_trainer.cache.config import BucketConfig
-from ip_adapter_trainer.core.values import Fault
+from ip_adapter_trainer.core.values import Fault, Size
 from ip_adapter_trainer.images.buckets import Buckets
 from ip_adapter_trainer.images.decode import ImageFault
 from ip_adapter_trainer.manifest.images import ImageFiles, fault_of, map_rows
 from ip_adapter_trainer.manifest.manifest import Manifest
 
 MAX_TRIES = 16  # rows tried for one image; so many broken neighbours are no accident
-
-Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Bucketing:
         return self.buckets.sizes_px[self.bucket_of_row[row]]
 
     def only(self, wanted: NDArray[np.bool_]) -> Bucketing:
-        """Return the layout of the rows that `wanted` [rows] marks, all keeping their numbers."""
+        """Return the bucketing of the rows that `wanted` [rows] marks, all keeping their numbers."""
         return replace(self, bucket_of_row=np.where(wanted, self.bucket_of_row, np.int16(-1)))
 
 
@@ -82,16 +80,15 @@ def scan_sizes(
 
     See `assign_buckets`.
     """
-    size_of = partial(_size_of, ImageFiles.of(manifest.root, config))
+    size_of = partial(_size_of, manifest, ImageFiles.of(manifest.root, config))
     sizes: Sequence[Size | None] = known or [None] * len(manifest.rows)
-    names = ((manifest.rows[number].image_file, manifest.where(number)) for number, s in enumerate(sizes) if s is None)
-    read = map_rows(size_of, names, config.dataloader_num_workers)
+    unknown = (number for number, size in enumerate(sizes) if size is None)
+    read = map_rows(size_of, unknown, manifest, config)
     return [next(read) if size is None else size for size in sizes]
 
 
-def _size_of(pictures: ImageFiles, name: tuple[str, str]) -> Size | Fault:
-    image_file, where = name
+def _size_of(manifest: Manifest, images: ImageFiles, number: int) -> Size | Fault:
     try:
-        return pictures.size_px(image_file)
+        return images.size_px(manifest.rows[number].image_file)
     except ImageFault as error:
-        return fault_of(error, where)
+        return fault_of(error, manifest.where(number))

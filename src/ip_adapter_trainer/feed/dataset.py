@@ -1,4 +1,4 @@
-"""From places in the endless order to a batch: what is drawn by chance, what is read, what stands in for it."""
+"""Batches of training images: drawn by index, read from rows, with other rows in place of faulty ones."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from ip_adapter_trainer.cache.prepared import PreparedSet
 from ip_adapter_trainer.core.errors import DataProblem
 from ip_adapter_trainer.core.rng import stream
-from ip_adapter_trainer.core.values import Batch, Fault, Geometry, Row
-from ip_adapter_trainer.feed.bucketing import MAX_TRIES, Bucketing, Size
+from ip_adapter_trainer.core.values import Batch, Fault, Geometry, Row, Size
+from ip_adapter_trainer.feed.bucketing import MAX_TRIES, Bucketing
 from ip_adapter_trainer.feed.config import DataConfig
 from ip_adapter_trainer.feed.readers import CacheSlotReader, Cutter, ImageSlotReader, Preprocess, Slot, SlotReader
 from ip_adapter_trainer.feed.sampler import Pair
@@ -28,10 +28,10 @@ class TrainingSet:
 
     Usage::
 
-        samples = TrainingSet(manifest, config, layout, seed=0, preprocess={"image": encoder.preprocess})
-        batch = samples.batch(order.step(0))
+        samples = TrainingSet(manifest, config, bucketing, seed=0, preprocess={"image": encoder.preprocess})
+        batch = samples.batch(sampler.step(0))
 
-    With a prepared set, batches hold what the encoders said of the same pictures; every draw and every replacement of
+    With a prepared set, batches hold the encodings of the same images; every draw and every replacement of
     a faulty row is the same.
 
     Raises:
@@ -65,31 +65,31 @@ class TrainingSet:
         Raises:
             DataProblem: neither a row nor those after it can be read.
         """
-        settled = [self._settled(index) for index, _ in pairs]
-        reading = self._reader(settled, self.bucketing.size_px(pairs[0][1]))
-        taken = self._read(reading, [row for _, row in pairs])
+        slots = [self._slot(index) for index, _ in pairs]
+        reader = self._reader(slots, self.bucketing.size_px(pairs[0][1]))
+        taken = self._read(reader, [row for _, row in pairs])
         return Batch(
-            index=torch.tensor([slot.index for slot in settled]),
+            index=torch.tensor([slot.index for slot in slots]),
             row=torch.tensor([one.number for one in taken]),
-            inputs=reading.inputs(),
-            text=tuple(slot.text_of(one.row) for slot, one in zip(settled, taken, strict=True)),
+            inputs=reader.inputs(),
+            text=tuple(slot.text_of(one.row) for slot, one in zip(slots, taken, strict=True)),
             geometry=tuple(one.geometry for one in taken),
-            drop_text=torch.tensor([slot.drop_text for slot in settled]),
-            drop_image=torch.tensor([slot.drop_image for slot in settled]),
+            drop_text=torch.tensor([slot.drop_text for slot in slots]),
+            drop_image=torch.tensor([slot.drop_image for slot in slots]),
             faults=tuple(fault for one in taken for fault in one.faults),
         )
 
-    def _settled(self, index: int) -> Slot:
+    def _slot(self, index: int) -> Slot:
         mirrored = self.config.random_flip and stream(self.seed, "flip", index).random() < 0.5
         drop_text, drop_image = drops(stream(self.seed, "drop", index).random(), self.config)
         return Slot(self.seed, index, mirrored, drop_text, drop_image)
 
-    def _reader(self, settled: Sequence[Slot], target_px: Size) -> SlotReader:
+    def _reader(self, slots: Sequence[Slot], target_px: Size) -> SlotReader:
         if self.prepared is None:
-            return ImageSlotReader(self._cutter, settled, target_px)
-        return CacheSlotReader(self.prepared, settled, target_px)
+            return ImageSlotReader(self._cutter, slots, target_px)
+        return CacheSlotReader(self.prepared, slots, target_px)
 
-    def _read(self, reading: SlotReader, numbers: Sequence[int]) -> list[_Taken]:
+    def _read(self, reader: SlotReader, numbers: Sequence[int]) -> list[_Taken]:
         """Fills every slot, with the row of that number or with one that stands in for it."""
         turns = [_Turn(self._candidates(number)) for number in numbers]
         waiting = list(range(len(numbers)))
@@ -97,7 +97,7 @@ class TrainingSet:
         while waiting:
             chosen = [turns[slot].next() for slot in waiting]
             rows = [self.manifest.rows[number] for number in chosen]
-            read = reading.read(rows, waiting)
+            read = reader.read(rows, waiting)
             for slot, number, row, found in zip(waiting, chosen, rows, read, strict=True):
                 if isinstance(found, ImageFault):
                     turns[slot].faults.append(fault_of(found, self.manifest.where(number)))

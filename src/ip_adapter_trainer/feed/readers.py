@@ -13,18 +13,17 @@ from torch import Tensor
 from ip_adapter_trainer.cache.config import CutConfig
 from ip_adapter_trainer.cache.prepared import Asked, PreparedSet
 from ip_adapter_trainer.core.rng import stream
-from ip_adapter_trainer.core.values import Geometry, Inputs, Pixels, Row, map_tensors
-from ip_adapter_trainer.feed.bucketing import Size
+from ip_adapter_trainer.core.values import Geometry, Inputs, Pixels, Row, Size, map_tensors
 from ip_adapter_trainer.images import crop
 from ip_adapter_trainer.images.decode import ImageFault
 from ip_adapter_trainer.manifest.images import ImageFiles
 
-Preprocess: TypeAlias = Callable[[Image.Image], Tensor]  # RGB picture to [3, S, S], as the image encoder wants it
+Preprocess: TypeAlias = Callable[[Image.Image], Tensor]  # RGB image to [3, S, S], as the image encoder wants it
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One image of a batch, as settled before its row is read."""
+    """One image of a batch, as drawn before its row is read."""
 
     seed: int
     index: int  # in the endless order
@@ -48,7 +47,7 @@ class SlotReader(Protocol):
 
 
 class Cutter:
-    """Reads and cuts pictures. All chance is drawn from (seed, purpose, index)."""
+    """Reads and cuts images. All chance is drawn from (seed, purpose, index)."""
 
     def __init__(self, images: ImageFiles, config: CutConfig, preprocess: Mapping[str, Preprocess], seed: int) -> None:
         self._images, self._config, self._preprocess, self._seed = images, config, preprocess, seed
@@ -85,13 +84,13 @@ class Cutter:
         return chance.random(), chance.random()
 
 
-def framed(prompt: Image.Image, config: CutConfig, pictures: ImageFiles) -> Image.Image:
+def framed(prompt: Image.Image, config: CutConfig, images: ImageFiles) -> Image.Image:
     """Return an image prompt as the encoder's preprocessing takes it: padded to a square where the settings say so."""
-    return crop.pad_to_square(prompt, pictures.background) if config.prompt_pad_square else prompt
+    return crop.pad_to_square(prompt, images.background) if config.prompt_pad_square else prompt
 
 
 class ImageSlotReader:
-    """A batch of pictures read from their files."""
+    """Fills a batch with images read from their files."""
 
     def __init__(self, cutter: Cutter, batch: Sequence[Slot], target_px: Size) -> None:
         self._cutter, self._batch, self._target_px = cutter, batch, target_px
@@ -102,9 +101,9 @@ class ImageSlotReader:
         return [self._read(row, slot) for row, slot in zip(rows, slots, strict=True)]
 
     def _read(self, row: Row, slot: int) -> Geometry | ImageFault:
-        settled = self._batch[slot]
+        drawn = self._batch[slot]
         try:
-            self._pixels[slot], geometry = self._cutter.cut(row, settled.index, self._target_px, settled.mirrored)
+            self._pixels[slot], geometry = self._cutter.cut(row, drawn.index, self._target_px, drawn.mirrored)
         except ImageFault as fault:
             return fault
         return geometry
@@ -116,7 +115,7 @@ class ImageSlotReader:
 
 
 class CacheSlotReader:
-    """A batch of what the encoders said of the pictures."""
+    """Fills a batch with the encodings of a prepared set."""
 
     def __init__(self, prepared: PreparedSet, batch: Sequence[Slot], target_px: Size) -> None:
         self._prepared, self._batch, self._target_px = prepared, batch, target_px
@@ -124,8 +123,8 @@ class CacheSlotReader:
 
     def read(self, rows: Sequence[Row], slots: Sequence[int]) -> list[Geometry | ImageFault]:
         """See `SlotReader.read`."""
-        settled = [self._batch[slot] for slot in slots]
-        asked = [Asked(row, slot.mirrored, slot.text_of(row)) for row, slot in zip(rows, settled, strict=True)]
+        drawn = [self._batch[slot] for slot in slots]
+        asked = [Asked(row, slot.mirrored, slot.text_of(row)) for row, slot in zip(rows, drawn, strict=True)]
         return self._prepared.read(asked, self._target_px, self._encoded, slots)
 
     def inputs(self) -> Inputs:

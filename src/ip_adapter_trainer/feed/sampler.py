@@ -35,8 +35,8 @@ class Sampler:
 
     Usage::
 
-        order = Order(layout.bucket_of_row, seed=0, batch_images=64)
-        for index, row in order.step(1234): ...
+        sampler = Sampler(bucketing.bucket_of_row, seed=0, batch_images=64)
+        for index, row in sampler.step(1234): ...
     """
 
     def __init__(self, bucket_of_row: ArrayLike, *, seed: int, batch_images: int) -> None:

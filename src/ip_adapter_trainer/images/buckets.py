@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: the few sizes that pictures are cut to, each of about the same area."""
+"""Aspect-ratio buckets: the few sizes that images are cut to, each of about the same area."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 from bisect import bisect
 from dataclasses import dataclass, field
 from itertools import pairwise
+
+from ip_adapter_trainer.core.values import Size
 
 LATENT_STEP_PX = 8  # pixels per latent in each direction, of every autoencoder here
 
@@ -21,7 +23,7 @@ class Buckets:
         height, width = buckets.sizes_px[number]
     """
 
-    sizes_px: tuple[tuple[int, int], ...]
+    sizes_px: tuple[Size, ...]
     _limits: tuple[float, ...] = field(init=False, repr=False)  # log-aspects half-way between neighbours
 
     def __post_init__(self) -> None:
@@ -47,7 +49,7 @@ class Buckets:
         if resolution_px % step_px:
             why = f"resolution {resolution_px} is no multiple of bucket_step_px {step_px}"
             raise ValueError(f"{why}; take a step that divides it and is a multiple of {LATENT_STEP_PX}")
-        by_aspect: dict[float, tuple[int, int]] = {}
+        by_aspect: dict[float, Size] = {}
         for short in range(step_px, resolution_px + 1, step_px):
             long = resolution_px**2 // short // step_px * step_px
             if long <= max_aspect * short:
@@ -57,10 +59,10 @@ class Buckets:
     def __len__(self) -> int:
         return len(self.sizes_px)
 
-    def nearest(self, size_px: tuple[int, int]) -> int:
+    def nearest(self, size_px: Size) -> int:
         """Return the number of the bucket whose log-aspect is nearest to that of (height, width)."""
         return bisect(self._limits, _log_aspect(size_px))
 
 
-def _log_aspect(size_px: tuple[int, int]) -> float:
+def _log_aspect(size_px: Size) -> float:
     return math.log(size_px[0] / size_px[1])

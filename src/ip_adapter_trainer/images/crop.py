@@ -1,4 +1,4 @@
-"""Cuts of an upright RGB picture. Every function is pure: chance comes in as fractions in [0, 1)."""
+"""Cuts of an upright RGB image. Every function is pure: chance comes in as fractions in [0, 1)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from ip_adapter_trainer.core.values import Geometry
+from ip_adapter_trainer.core.values import Geometry, Size
 from ip_adapter_trainer.images.background import Colour
 
 if TYPE_CHECKING:
@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 _REDUCING_GAP = 3.0  # box-average first down to 3 times the target: indistinguishable, and 3 to 5 times faster
 
 
-def fit(
-    image: Image.Image, target_px: tuple[int, int], place: tuple[float, float] | None = None
-) -> tuple[Image.Image, Geometry]:
+def fit(image: Image.Image, target_px: Size, place: tuple[float, float] | None = None) -> tuple[Image.Image, Geometry]:
     """Resize (Lanczos) until the target is just covered, then crop the target out.
 
     Args:
@@ -36,9 +34,7 @@ def fit(
     return image.crop((left, top, left + width, top + height)), geometry
 
 
-def plan(
-    original_px: tuple[int, int], target_px: tuple[int, int], place: tuple[float, float] | None = None
-) -> tuple[tuple[int, int], Geometry]:
+def plan(original_px: Size, target_px: Size, place: tuple[float, float] | None = None) -> tuple[Size, Geometry]:
     """Return what `fit` does to an image of this size: the size that it is resized to, and the cut out of that."""
     height, width = target_px
     scale = max(height / original_px[0], width / original_px[1])
@@ -46,7 +42,7 @@ def plan(
     return covered_px, Geometry(original_px, _corner(covered_px, target_px, place), target_px)
 
 
-def _corner(whole_px: tuple[int, int], part_px: tuple[int, int], place: tuple[float, float] | None) -> tuple[int, int]:
+def _corner(whole_px: Size, part_px: Size, place: tuple[float, float] | None) -> tuple[int, int]:
     down, right = whole_px[0] - part_px[0], whole_px[1] - part_px[1]
     if place is None:
         return down // 2, right // 2

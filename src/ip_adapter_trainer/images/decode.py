@@ -20,6 +20,7 @@ from typing import BinaryIO, Literal
 
 from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
+from ip_adapter_trainer.core.values import Size
 from ip_adapter_trainer.images.background import Colour
 from ip_adapter_trainer.images.colour import NotFiniteSamplesError, fold_key, has_other_colours, to_rgb
 from ip_adapter_trainer.images.formats import HEAD_BYTES, is_known, package_for, readable
@@ -104,7 +105,7 @@ def decode(source: Path | bytes, limits: Limits, background: Colour = (255, 255,
     return DecodedImage(upright, tuple(note for note, is_so in noted.items() if is_so))
 
 
-def read_size(source: Path | bytes, limits: Limits) -> tuple[int, int]:
+def read_size(source: Path | bytes, limits: Limits) -> Size:
     """Return height and width of the upright image in pixels, from the header alone.
 
     Raises:

@@ -14,7 +14,7 @@ HELD_OUT_SHARE = 0.01  # of the images, unless a run says otherwise
 
 
 class ReadConfig(Part):
-    """Where rows and pictures are, and which of them are refused."""
+    """The rows and their images: where they are, and which are refused."""
 
     group = "Data"
     resume = Resume(
@@ -22,7 +22,7 @@ class ReadConfig(Part):
         "max_pixels_per_byte",
         may_change="data_json_file data_root_path image_column text_column prompt_image_column image_hashes_file "
         "caption_extension missing_captions",
-        free="max_fault_rate dataloader_num_workers",
+        free="max_fault_rate dataloader_num_workers data_timeout_s",
     )
 
     data_json_file: str = Field(
@@ -65,6 +65,11 @@ class ReadConfig(Part):
     )
     dataloader_num_workers: int = Field(
         0, ge=0, le=512, description="Processes that read pictures; 0: the main process reads."
+    )
+    data_timeout_s: int = Field(
+        300,
+        gt=0,
+        description="Longest time in seconds that one of them may take for a picture or a batch; then it is replaced.",
     )
 
     @field_validator("caption_extension")

@@ -22,7 +22,7 @@ class Entry(NamedTuple):
     number: int  # as people count: from 1
     fields: Any
     complaints: tuple[Complaint, ...] = ()
-    detail: str = ""  # more about the place: the line of an element, the picture of a caption
+    detail: str = ""  # more about the place: the line of an element, the image of a caption
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, bytes | None]]:

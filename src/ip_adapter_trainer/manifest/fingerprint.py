@@ -24,7 +24,7 @@ class Fingerprint:
     """A summary of all rows, by which they are known again.
 
     Attributes:
-        sha256: over names, captions and prompt names in their order, hexadecimal; not over the pictures' bytes.
+        sha256: over names, captions and prompt names in their order, hexadecimal; not over the images' bytes.
         rows: how many.
         lines: sum of each line's CRC-32, [ceil(rows / SIDE)] uint64.
         columns: sum of each column's, [SIDE] uint64.

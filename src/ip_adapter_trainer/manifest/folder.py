@@ -1,4 +1,4 @@
-"""A folder of pictures with their captions in files beside them.
+"""A folder of images with their captions in files beside them.
 
 What is passed over is counted and named: nobody trains on less than the folder seems to hold without knowing.
 """
@@ -41,9 +41,9 @@ _CLOSED = "folders that cannot be read"
 
 
 class _Pair(NamedTuple):
-    """A picture and the file that holds its caption, or should."""
+    """An image and the file that holds its caption, or should."""
 
-    picture: str
+    image: str
     caption: str
 
 
@@ -57,7 +57,7 @@ def read_folder(folder: Path, columns: Columns, config: ReadConfig, noticed: Not
     """Yield an entry for each image, in the order of their names, each with the text file beside it.
 
     Raises:
-        DataProblem: no picture has a caption file.
+        DataProblem: no image has a caption file.
     """
     root, number, missing = folder.resolve(), 0, 0
     for number, pair in enumerate(_pairs(folder, config, noticed), 1):
@@ -66,9 +66,9 @@ def read_folder(folder: Path, columns: Columns, config: ReadConfig, noticed: Not
             missing += 1
             text = _instead(pair, config, noticed)
         if isinstance(text, Complaint):
-            yield Entry(number, None, (text,), pair.picture)
+            yield Entry(number, None, (text,), pair.image)
         else:
-            yield Entry(number, {columns.image: pair.picture, columns.text: text}, (), pair.picture)
+            yield Entry(number, {columns.image: pair.image, columns.text: text}, (), pair.image)
     if 0 < number == missing and config.missing_captions == "error":
         raise _no_captions(folder, number, pair.caption, noticed)
 
@@ -76,16 +76,16 @@ def read_folder(folder: Path, columns: Columns, config: ReadConfig, noticed: Not
 def _instead(pair: _Pair, config: ReadConfig, noticed: Noticed) -> str | Complaint:
     """Return what takes the place of a caption that is missing."""
     if config.missing_captions == "empty":
-        noticed.add(_EMPTY, pair.picture)
+        noticed.add(_EMPTY, pair.image)
         return ""
     return Complaint("missing_caption", f"there is no {_own(pair.caption)}", "write one; it may be empty")
 
 
-def _no_captions(folder: Path, pictures: int, caption: str, noticed: Noticed) -> DataProblem:
+def _no_captions(folder: Path, images: int, caption: str, noticed: Noticed) -> DataProblem:
     ways = [f"give --caption_extension {suffix}" for suffix in _CAPTIONS if _unused(suffix) in noticed.counts]
     ways += [f"give --data_json_file {folder / name}" for name in noticed.first.get(_LISTED, [])[:1]]
     ways += ["write these files, which may be empty", "give --missing_captions empty"]
-    what = f"none of {pictures} pictures has a caption file beside it, such as {caption}"
+    what = f"none of {images} pictures has a caption file beside it, such as {caption}"
     return DataProblem(what, where=str(folder), remedy=", or ".join(ways))
 
 
@@ -135,7 +135,7 @@ def _split(name: str, extension: str) -> _File:
 
 
 def _notice(place: str, files: list[_File], pictured: set[str], extension: str, noticed: Noticed) -> None:
-    """Note what was passed over in one folder: pictures that are not read, captions and lists."""
+    """Note what was passed over in one folder: images that are not read, captions and lists."""
     not_read = [file for file in files if file.suffix in _NOT_READ]
     for name, _, suffix in not_read:
         without = " without pillow-heif" if suffix in (".heic", ".heif") else ""

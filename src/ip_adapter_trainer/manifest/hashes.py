@@ -1,4 +1,4 @@
-"""The pictures' recorded hashes, a list as `sha256sum` writes it: they tell a flipped bit that no decoder sees."""
+"""The recorded hashes of images, a list as `sha256sum` writes it: they tell a flipped bit that no decoder sees."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SUM_BYTES = 32
 
 
 class Hashes:
-    """SHA-256 of each listed picture, 48 bytes each; names are relative to the root of the image paths.
+    """SHA-256 of each listed image, 48 bytes each; names are relative to the root of the image paths.
 
     Usage::
 

@@ -1,35 +1,30 @@
-"""The pictures that rows name: found under the root, decoded, within the limits of the settings."""
+"""The images that rows name: found under the root, decoded, within the limits of the settings."""
 
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.core.values import Fault
+from ip_adapter_trainer.core.values import Fault, Size
 from ip_adapter_trainer.images.background import Colour, parse_colour
 from ip_adapter_trainer.images.decode import DecodedImage, ImageFault, decode, read_file, read_size
 from ip_adapter_trainer.images.limits import Limits
 from ip_adapter_trainer.manifest.config import ReadConfig
 from ip_adapter_trainer.manifest.hashes import Hashes
+from ip_adapter_trainer.manifest.manifest import Manifest
+from ip_adapter_trainer.runtime.workers import Pool
 from ip_adapter_trainer.storage.files import safe_join, stat_plain
 
-In = TypeVar("In")
-Out = TypeVar("Out")
-
-_CHUNK_ROWS = 64
-_CHUNKS_AHEAD = 4  # per process, submitted before their results are wanted; no more items are held than these
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Opens pictures by the names that rows give them."""
+    """Opens images by the names that rows give them."""
 
     root: Path  # resolved
     limits: Limits
@@ -39,7 +34,7 @@ class ImageFiles:
 
     @classmethod
     def of(cls, root: Path, config: ReadConfig) -> ImageFiles:
-        """The pictures under `root` as the settings want them read."""
+        """Return what opens the images under `root` as the settings want them read."""
         limits = Limits(
             max_pixels=int(config.max_image_megapixels * 1e6),
             max_file_bytes=int(config.max_image_mb * 2**20),
@@ -51,19 +46,19 @@ class ImageFiles:
         return cls(root, limits, parse_colour(config.alpha_background), config.allow_outside_root, hashes)
 
     def read(self, name: str) -> DecodedImage:
-        """The decoded picture.
+        """Read and decode an image.
 
         Raises:
-            PictureFault: there is none to be had.
+            ImageFault: there is none to be had.
         """
         source = self._path(name) if self.hashes is None else self.read_file(name)[0]
         return decode(source, self.limits, self.background)
 
     def read_file(self, name: str) -> tuple[bytes, os.stat_result]:
-        """The picture's file, undecoded, and what the system says of it.
+        """Return the content of an image's file, undecoded, and the file's status.
 
         Raises:
-            PictureFault: there is none to be had.
+            ImageFault: there is none to be had.
         """
         content, status = read_file(self._path(name), self.limits)
         if self.hashes is not None:
@@ -71,14 +66,14 @@ class ImageFiles:
         return content, status
 
     def decode(self, content: bytes) -> DecodedImage:
-        """The picture of a file's content; raises as `read` does."""
+        """Decode the content of a file; raises as `read` does."""
         return decode(content, self.limits, self.background)
 
     def stat(self, name: str) -> os.stat_result | None:
-        """What the system says of the picture's file; None if there is no such file.
+        """Return the status of an image's file; None if there is no such file.
 
         Raises:
-            PictureFault: the name is refused.
+            ImageFault: the name is refused.
         """
         status = stat_plain(self.root, name)
         try:
@@ -86,11 +81,11 @@ class ImageFiles:
         except OSError:
             return None
 
-    def size_px(self, name: str) -> tuple[int, int]:
-        """Height and width of the upright picture, from its header.
+    def size_px(self, name: str) -> Size:
+        """Return height and width of the upright image, from its header.
 
         Raises:
-            PictureFault: as far as the header tells.
+            ImageFault: as far as the header tells.
         """
         return read_size(self._path(name), self.limits)
 
@@ -102,25 +97,17 @@ class ImageFiles:
 
 
 def fault_of(error: ImageFault, where: str) -> Fault:
-    """The fault of the row that stands at `where`."""
+    """Return the fault of the row that stands at `where`."""
     return Fault(error.kind, error.what, where, error.remedy)
 
 
-def map_rows(function: Callable[[In], Out], items: Iterable[In], workers: int) -> Iterator[Out]:
-    """`function` of each item, in order; by `workers` processes, or by this one if 0."""
-    if workers == 0:
-        yield from map(function, items)
-        return
-    rest = iter(items)
-    with ProcessPoolExecutor(workers) as pool:
-        ahead: deque[Future[list[Out]]] = deque()
-        while True:
-            while len(ahead) < _CHUNKS_AHEAD * workers and (chunk := list(islice(rest, _CHUNK_ROWS))):
-                ahead.append(pool.submit(_each, function, chunk))
-            if not ahead:
-                return
-            yield from ahead.popleft().result()
+def map_rows(
+    function: Callable[[int], V], numbers: Iterable[int], manifest: Manifest, config: ReadConfig
+) -> Iterator[V]:
+    """Yield what a function returns for each row of a manifest, given its number; data workers call it.
 
-
-def _each(function: Callable[[In], Out], items: list[In]) -> list[Out]:
-    return [function(item) for item in items]
+    Raises:
+        DataProblem: workers are lost over one row again and again.
+    """
+    workers, timeout_s = config.dataloader_num_workers, config.data_timeout_s
+    return Pool(function, where=manifest.where, workers=workers, timeout_s=timeout_s, chunk=64).values(numbers)

@@ -1,4 +1,4 @@
-"""Rows of kohya's lists, `meta_cap.json` and `meta_lat.json`: what is known of each picture, by its name or stem."""
+"""Rows of kohya's lists, `meta_cap.json` and `meta_lat.json`: what is known of each image, by its name or stem."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Manifest:
     faults: tuple[Fault, ...]
     fingerprint: Fingerprint  # of the rows
     unread_columns: tuple[str, ...]  # of the first sound entry: columns that nothing reads
-    unit: str  # what a place is called: line, element, picture
+    unit: str  # name of a place: line, element, picture
     places: Sequence[int]  # of each row, counted from 1
     noticed: Noticed  # in its folder, and no fault: what was passed over
 

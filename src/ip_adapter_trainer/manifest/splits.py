@@ -1,4 +1,4 @@
-"""Folders as `datasets` lays them out: `train`, `validation` and other splits, and a list of the pictures in each."""
+"""Folders as `datasets` lays them out: `train`, `validation` and other splits, and a list of the images in each."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.images.decode import SUFFIXES as IMAGE_SUFFIXES
 from ip_adapter_trainer.manifest.noticed import Noticed
 
-METADATA = "metadata"  # name of the list in a folder of pictures
-METADATA_IMAGE_KEY = "file_name"  # and its key of the picture's path
+METADATA = "metadata"  # name of the list in a folder of images
+METADATA_IMAGE_KEY = "file_name"  # and its key of the image's path
 
 _LISTS = (".jsonl", ".csv", ".tsv", ".json")
 _TRAINED = ("train", "training")
@@ -19,7 +19,7 @@ _OTHERS = ("validation", "valid", "val", "dev", "test", "testing", "eval", "eval
 
 
 def metadata_in(folder: Path) -> Path | None:
-    """Return the list that a folder keeps of its pictures; None if it keeps none.
+    """Return the list that a folder keeps of its images; None if it keeps none.
 
     Raises:
         Problem: there are two.
@@ -52,12 +52,12 @@ def trained_part(folder: Path, noticed: Noticed, *, follows: bool) -> Path:
     for name in others:
         way = f"validate on one by train --validation_data {folder / others[0]}"
         noticed.add(f"splits beside {trained[0]}, not trained on ({way})", name)
-    for name in _names(folder, lambda name: name not in splits and (_is_picture(name) or (folder / name).is_dir())):
+    for name in _names(folder, lambda name: name not in splits and (_is_image(name) or (folder / name).is_dir())):
         noticed.add(f"folders and pictures beside {trained[0]}, not read", name)
     return folder / trained[0]
 
 
-def _is_picture(name: str) -> bool:
+def _is_image(name: str) -> bool:
     return PurePath(name).suffix.lower() in IMAGE_SUFFIXES
 
 

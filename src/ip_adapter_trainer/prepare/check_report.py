@@ -11,8 +11,8 @@ from statistics import median
 
 from tqdm import tqdm
 
-from ip_adapter_trainer.core.values import Fault, Row
-from ip_adapter_trainer.feed.bucketing import Size, assign_buckets, first_without_stand_in
+from ip_adapter_trainer.core.values import Fault, Size
+from ip_adapter_trainer.feed.bucketing import assign_buckets, first_without_stand_in
 from ip_adapter_trainer.images.decode import DecodedImage, ImageFault, Note
 from ip_adapter_trainer.manifest.faults import allowed_rows, excess
 from ip_adapter_trainer.manifest.hold_out import hold_out
@@ -89,10 +89,9 @@ def check(config: RowsCheckConfig) -> CheckReport:
         Problem: the manifest cannot be read at all.
     """
     manifest = read_manifest(config)
-    see = partial(_see, ImageFiles.of(manifest.root, config))
-    named = ((row, manifest.where(number)) for number, row in enumerate(manifest.rows))
+    see = partial(_see, manifest, ImageFiles.of(manifest.root, config))
     faults, faulty, notes, sides_px = list(manifest.faults), list[int](), Counter[str](), array("i")
-    rows = map_rows(see, named, config.dataloader_num_workers)
+    rows = map_rows(see, range(len(manifest.rows)), manifest, config)
     for number, seen in enumerate(tqdm(rows, total=len(manifest.rows), unit="images", disable=None)):
         faults += seen.faults
         faulty += [number] if seen.faults else []
@@ -109,21 +108,21 @@ def _stuck_at(manifest: Manifest, faulty: list[int], config: RowsCheckConfig) ->
     return "" if number is None else manifest.where(number)
 
 
-def _see(pictures: ImageFiles, named: tuple[Row, str]) -> Seen:
-    row, where = named
-    target, faults = _try(pictures, row.image_file, where)
+def _see(manifest: Manifest, images: ImageFiles, number: int) -> Seen:
+    row, where = manifest.rows[number], manifest.where(number)
+    target, faults = _try(images, row.image_file, where)
     prompt = None
     if row.prompt_image_file is not None:
-        prompt, more = _try(pictures, row.prompt_image_file, where)
+        prompt, more = _try(images, row.prompt_image_file, where)
         faults += tuple(Fault(f.kind, f"prompt image: {f.what}", f.where, f.remedy) for f in more)
-    notes = {note for picture in (target, prompt) if picture is not None for note in picture.notes}
+    notes = {note for image in (target, prompt) if image is not None for note in image.notes}
     size_px = None if target is None else (target.image.height, target.image.width)
     return Seen(size_px, tuple(sorted(notes)), faults)
 
 
-def _try(pictures: ImageFiles, name: str, where: str) -> tuple[DecodedImage | None, tuple[Fault, ...]]:
+def _try(images: ImageFiles, name: str, where: str) -> tuple[DecodedImage | None, tuple[Fault, ...]]:
     try:
-        return pictures.read(name), ()
+        return images.read(name), ()
     except ImageFault as error:
         return None, (fault_of(error, where),)
 

@@ -1,6 +1,6 @@
 """Pixels to rows of tables: gathered into batches of one size, run through the frozen encoders, written down.
 
-Every batch has the same number of pictures, the last one filled up with its first: what is written then depends
+Every batch has the same number of images, the last one filled up with its first: what is written then depends
 neither on how the work was shared nor on where a run was broken off.
 """
 
@@ -10,21 +10,18 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ip_adapter_trainer.cache.index import PICTURES, Record, name_key
 from ip_adapter_trainer.cache.shards import TableKind, TableWriter
 from ip_adapter_trainer.cache.spec import Views
 from ip_adapter_trainer.core.errors import NotFiniteProblem
-from ip_adapter_trainer.core.values import Need
+from ip_adapter_trainer.core.values import Need, Size
 from ip_adapter_trainer.encoders import ImageEncoder
 from ip_adapter_trainer.families import Codec
 
 Encode = Callable[[Tensor, str, Sequence[str]], Mapping[str, Tensor]]  # pixels, role, tables; [B, ...] for each table
-Size = tuple[int, int]
 Kinds = tuple[TableKind, ...]  # tables that one pass of an encoder fills
 
 
@@ -54,20 +51,20 @@ class Encoding:
         encoding.seal()
 
     Attributes:
-        encoded: pictures that went through an encoder, counted each time.
+        encoded: images that went through an encoder, counted each time.
     """
 
     def __init__(self, root: Path, encode: Encode, batch_images: int) -> None:
         self._root, self._encode_with, self._batch_images = root, encode, batch_images
         self._writers: dict[TableKind, TableWriter] = {}
-        self._waiting: dict[tuple[str, Kinds, Size | None], list[tuple[Views, NDArray[np.float32]]]] = {}
+        self._waiting: dict[tuple[str, Kinds, Size | None], list[tuple[Views, Tensor]]] = {}
         self.encoded = 0
 
     def note(self, name: str, record: Record) -> None:
         """Write down the record of an image."""
         self._writer(PICTURES).add(name_key(name), record.packed())
 
-    def take(self, views: Views, pixels: NDArray[np.float32]) -> None:
+    def take(self, views: Views, pixels: Tensor) -> None:
         """Encode pixels [3, H, W] once there are enough of their size; the views say what is made of them."""
         role, kinds = views[0].role, tuple(view.kind for view in views)
         waiting = self._waiting.setdefault((role, kinds, views[0].target_px), [])
@@ -88,9 +85,9 @@ class Encoding:
         for writer in self._writers.values():
             writer.seal()
 
-    def _encode(self, role: str, kinds: Kinds, waiting: list[tuple[Views, NDArray[np.float32]]]) -> None:
+    def _encode(self, role: str, kinds: Kinds, waiting: list[tuple[Views, Tensor]]) -> None:
         filled = [pixels for _, pixels in waiting] + [waiting[0][1]] * (self._batch_images - len(waiting))
-        made = self._encode_with(torch.from_numpy(np.stack(filled)), role, [kind.name for kind in kinds])
+        made = self._encode_with(torch.stack(filled), role, [kind.name for kind in kinds])
         for number, kind in enumerate(kinds):
             self.keep(kind, [views[number].key for views, _ in waiting], made[kind.name][: len(waiting)])
         self.encoded += len(waiting)

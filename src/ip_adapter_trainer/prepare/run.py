@@ -27,7 +27,7 @@ from ip_adapter_trainer.prepare.config import PrepareConfig
 from ip_adapter_trainer.prepare.cut import warn_of_cut_captions
 from ip_adapter_trainer.prepare.encode import Encoding, encode_with
 from ip_adapter_trainer.prepare.frozen import cache_spec, load_base_of
-from ip_adapter_trainer.prepare.work import PrepareDataset, missing, read_all, share_of
+from ip_adapter_trainer.prepare.work import MissingReader, missing, read_all, share_of
 from ip_adapter_trainer.runtime.launch import Runtime, claimed, start
 from ip_adapter_trainer.runtime.progress import Progress
 from ip_adapter_trainer.runtime.signals import StopSignal
@@ -42,7 +42,7 @@ class PrepareReport:
     """The counts and faults of a run of `prepare`, over all processes."""
 
     folder: Path
-    pictures: int = 0  # that the rows name
+    images: int = 0  # that the rows name
     read: int = 0  # of them, now; once for each image encoder
     encoded: int = 0  # passes of one of them through an encoder
     captions: int = 0  # encoded now
@@ -55,7 +55,7 @@ class PrepareReport:
 
     def __str__(self) -> str:
         return (
-            f"{self.folder}: {self.pictures} pictures, {self.read} read and {self.encoded} encodings made now, "
+            f"{self.folder}: {self.images} pictures, {self.read} read and {self.encoded} encodings made now, "
             f"{self.captions} captions encoded now, {self.faulty_rows} faulty rows"
         )
 
@@ -121,10 +121,10 @@ class Job:
 
     def __init__(self, config: CutConfig, runtime: Runtime, manifest: Manifest, spec: CacheSpec, folder: Path) -> None:
         self.config, self.runtime, self.manifest, self.spec, self.folder = config, runtime, manifest, spec, folder
-        self.pictures = ImageFiles.of(manifest.root, config)
-        self.prepared = PreparedSet(folder, spec, self.pictures)
+        self.images = ImageFiles.of(manifest.root, config)
+        self.prepared = PreparedSet(folder, spec, self.images)
         self.items = share_of(manifest, spec, runtime.rank, runtime.world)
-        self.left, need_bytes = missing(self.items, self.prepared, self.pictures)
+        self.left, need_bytes = missing(self.items, self.prepared, self.images)
         self.captions = missing_captions(manifest, self.prepared, runtime.rank, runtime.world)
         need_bytes += len(self.captions) * sum(kind.row_bytes for kind in (spec.text.tables if spec.text else ()))
         self.need_bytes = runtime.total(need_bytes)
@@ -148,12 +148,12 @@ class Job:
             self._begin()
             encoding = Encoding(self.folder, encode_with(codec, encoders), batch_images)
             preprocess = {role: encoder.preprocess for role, encoder in encoders.items()}
-            reading = PrepareDataset(self.prepared, self.pictures, self.config, preprocess)
+            reader = MissingReader(self.prepared, self.images, self.config, preprocess)
 
             def fill(poll: Poll) -> None:
                 """Do this process's share."""
                 try:
-                    self._fill(encoding, reading, poll)
+                    self._fill(encoding, reader, poll)
                     encode_captions(self.captions, codec, encoding, self.prepared, batch_images, poll)
                 finally:
                     encoding.seal()
@@ -162,13 +162,13 @@ class Job:
                 stopping.together(fill)
             log = self._log()
             log.demand_limit()
-        pictures, encoded = self.runtime.total(len(self.items)), self.runtime.total(encoding.encoded)
+        images, encoded = self.runtime.total(len(self.items)), self.runtime.total(encoding.encoded)
         captions = self.runtime.total(len(self.captions))
-        return PrepareReport(self.folder, pictures, read, encoded, captions, log.faulty_rows)
+        return PrepareReport(self.folder, images, read, encoded, captions, log.faulty_rows)
 
     @contextmanager
     def _told_if_stopped(self, encoding: Encoding) -> Iterator[None]:
-        """Tells what a stop, which comes to all processes alike, leaves behind."""
+        """Tell what a stop, which comes to all processes alike, leaves behind."""
         try:
             yield
         except Stopped:
@@ -177,7 +177,7 @@ class Job:
             raise
 
     def _begin(self) -> None:
-        """Removes what a killed run left; faults are met again, since faulty pictures are always tried again."""
+        """Remove what a killed run left; faults are met again, since faulty images are always tried again."""
         if self.runtime.is_main:
             for kind in self.spec.tables:
                 sweep(self.folder / kind.folder)
@@ -187,12 +187,12 @@ class Job:
     def _log(self) -> FaultLog:
         return FaultLog(self.folder, self.manifest.entries, self.config.max_fault_rate)
 
-    def _fill(self, encoding: Encoding, reading: PrepareDataset, poll: Poll) -> None:
+    def _fill(self, encoding: Encoding, reader: MissingReader, poll: Poll) -> None:
         log, faulty = self._log(), dict[str, ImageFault]()
         if self.runtime.is_main:
             log.add(self.manifest.faults)
         with Progress(len(self.left), self._unit, shown=self.runtime.is_main) as progress:
-            for read in read_all(self.left, reading, self.config, self.manifest.where, poll):
+            for read in read_all(self.left, reader, self.config, self.manifest.where, poll):
                 poll()
                 if read.record is not None:
                     encoding.note(read.item.name, read.record)
@@ -211,7 +211,7 @@ class Job:
         return "picture" if world == 1 else f"process 1 of {world}: picture"
 
     def _faults_of_rows(self, faulty: dict[str, ImageFault]) -> list[Fault]:
-        """A faulty picture is a fault of every row that names it."""
+        """Return the fault of a faulty image for every row that names it."""
         if not faulty:
             return []
         return [

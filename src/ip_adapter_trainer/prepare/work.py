@@ -6,30 +6,28 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL.Image import Image
-from torch.utils.data import Dataset
+from torch import Tensor
 
 from ip_adapter_trainer.cache.config import CutConfig
 from ip_adapter_trainer.cache.index import PICTURES, Record, name_key
 from ip_adapter_trainer.cache.prepared import PreparedSet
 from ip_adapter_trainer.cache.spec import CacheSpec, View, Views
 from ip_adapter_trainer.feed.readers import Preprocess, framed
-from ip_adapter_trainer.feed.workers import Pool, lost
 from ip_adapter_trainer.images import crop
 from ip_adapter_trainer.images.decode import ImageFault
 from ip_adapter_trainer.manifest.images import ImageFiles
 from ip_adapter_trainer.manifest.manifest import Manifest
 from ip_adapter_trainer.runtime.stopping import Poll
+from ip_adapter_trainer.runtime.workers import Pool
 from ip_adapter_trainer.storage.digests import digest
 
 _CHUNK = 65536
-_AHEAD = 2  # pictures that each data worker reads ahead
 
 
 @dataclass(frozen=True)
 class Item:
-    """One picture, whatever the number of rows that name it."""
+    """One image, whatever the number of rows that name it."""
 
     name: str
     use: int  # what rows use it as: see `cache.spec`
@@ -38,11 +36,11 @@ class Item:
 
 @dataclass(frozen=True)
 class ReadImage:
-    """A picture that was read, cut and preprocessed as far as the set lacks it, or the reason why it was not."""
+    """An image that was read, cut and preprocessed as far as the set lacks it, or the reason why it was not."""
 
     item: Item
     record: Record | None  # to be noted; None: what is known of it still holds
-    pixels: tuple[tuple[Views, NDArray[np.float32]], ...] = ()  # [3, H, W] each, and what is wanted of them
+    pixels: tuple[tuple[Views, Tensor], ...] = ()  # [3, H, W] each, and what is wanted of them
     fault: ImageFault | None = None
 
 
@@ -57,7 +55,7 @@ def share_of(manifest: Manifest, spec: CacheSpec, rank: int, world: int) -> list
     return [Item(name, use, first) for name, (use, first) in found.items()]
 
 
-def missing(items: list[Item], prepared: PreparedSet, pictures: ImageFiles) -> tuple[list[Item], int]:
+def missing(items: list[Item], prepared: PreparedSet, images: ImageFiles) -> tuple[list[Item], int]:
     """Return the images that have to be read, and the most bytes that their encodings take."""
     left: list[Item] = []
     need_bytes = 0
@@ -66,36 +64,37 @@ def missing(items: list[Item], prepared: PreparedSet, pictures: ImageFiles) -> t
         places = prepared.index.places([item.name for item in chunk])
         there = prepared.all_there(places, np.array([item.use for item in chunk])).tolist()
         for item, record, is_there in zip(chunk, prepared.index.records(places), there, strict=True):
-            if not (is_there and record is not None and _still_holds(record, item.name, pictures)):
+            if not (is_there and record is not None and _still_holds(record, item.name, images)):
                 left.append(item)
                 need_bytes += PICTURES.row_bytes + (0 if is_there else _bytes_of(item, record, prepared.spec))
     return left, need_bytes
 
 
-def _still_holds(record: Record, name: str, pictures: ImageFiles) -> bool:
+def _still_holds(record: Record, name: str, images: ImageFiles) -> bool:
     """Return whether an image need not be read again; one that is gone from the disk keeps its encodings."""
     try:
-        status = pictures.stat(name)
+        status = images.stat(name)
     except ImageFault:
         return False
     return record.is_sound and (status is None or record.fits(status))
 
 
 def _bytes_of(item: Item, record: Record | None, spec: CacheSpec) -> int:
-    """Of everything that is made of a picture; one of unknown size is taken for a square."""
+    """Return the most bytes that an image's encodings take; one of unknown size is taken for a square."""
     size_px = record.size_px if record is not None and record.is_sound else (1, 1)
     return sum(view.kind.row_bytes for view in spec.views(b"", size_px, item.use))
 
 
-class PrepareDataset(Dataset[ReadImage]):
-    """Items to what has to be encoded; runs in data workers."""
+class MissingReader:
+    """Reads, cuts and preprocesses images as far as the set lacks them; data workers call it."""
 
     def __init__(
-        self, prepared: PreparedSet, pictures: ImageFiles, config: CutConfig, preprocess: Mapping[str, Preprocess]
+        self, prepared: PreparedSet, images: ImageFiles, config: CutConfig, preprocess: Mapping[str, Preprocess]
     ) -> None:
-        self._prepared, self._images, self._config, self._preprocess = prepared, pictures, config, preprocess
+        self._prepared, self._images, self._config, self._preprocess = prepared, images, config, preprocess
 
-    def __getitem__(self, item: Item) -> ReadImage:
+    def read(self, item: Item) -> ReadImage:
+        """Return what was read of one image, or the fault for which it cannot be read."""
         known = self._prepared.index.find([item.name])[0]
         try:
             return self._read(item, known)
@@ -106,11 +105,11 @@ class PrepareDataset(Dataset[ReadImage]):
 
     def _read(self, item: Item, known: Record | None) -> ReadImage:
         content, status = self._images.read_file(item.name)
-        key, picture = digest(content), self._images.decode(content).image
-        record = Record.of(status, (picture.height, picture.width), key)
+        key, image = digest(content), self._images.decode(content).image
+        record = Record.of(status, (image.height, image.width), key)
         views = self._prepared.spec.views(key, record.size_px, item.use)
         lacking = [v for v in views if self._prepared.tables[v.kind].find([v.key])[0] < 0]
-        sides = {mirrored: crop.mirror(picture) if mirrored else picture for mirrored in {v.mirrored for v in lacking}}
+        sides = {mirrored: crop.mirror(image) if mirrored else image for mirrored in {v.mirrored for v in lacking}}
         alike: dict[tuple[object, bool, str], list[View]] = {}
         for view in lacking:
             alike.setdefault((view.target_px, view.mirrored, view.role), []).append(view)
@@ -118,35 +117,32 @@ class PrepareDataset(Dataset[ReadImage]):
         still_holds = known is not None and known.content == key and known.fits(status)
         return ReadImage(item, None if still_holds else record, pixels)
 
-    def _pixels(self, view: View, picture: Image) -> NDArray[np.float32]:
-        """As numpy: arrays travel from worker to worker without an open file each."""
+    def _pixels(self, view: View, image: Image) -> Tensor:
         if view.target_px is not None:
-            return crop.to_tensor(crop.fit(picture, view.target_px)[0]).numpy()
-        return self._preprocess[view.role](framed(picture, self._config, self._images)).numpy()
+            return crop.to_tensor(crop.fit(image, view.target_px)[0])
+        return self._preprocess[view.role](framed(image, self._config, self._images))
 
 
 def read_all(
-    items: Sequence[Item], reading: PrepareDataset, config: CutConfig, where: Callable[[int], str], poll: Poll
+    items: Sequence[Item], reader: MissingReader, config: CutConfig, where: Callable[[int], str], poll: Poll
 ) -> Iterator[ReadImage]:
-    """Read every item in order, by data workers a few ahead, or by this process if there are none.
+    """Read every item in order, by data workers, or by this process if there are none.
 
     Args:
-        items: to read.
-        reading: reads one.
-        config: how many workers, and how long to wait for one.
+        items: what to read.
+        reader: reads one.
+        config: says how many workers there are, and how long each may take.
         where: the place of a row by its number, as faults name it.
-        poll: called while one is waited for.
+        poll: called every now and then while an item is waited for.
 
     Raises:
         DataProblem: workers are lost over one image again and again.
     """
     pool = Pool(
-        dataset=reading,
-        keys=lambda place: iter(items[place:]),
-        problem=lambda item, reason: lost(f"picture, {item.name!r}", [where(item.row)], reason),
+        reader.read,
+        where=lambda item: f"{where(item.row)}: {item.name!r}",
         workers=config.dataloader_num_workers,
-        ahead=_AHEAD,
         timeout_s=config.data_timeout_s,
         poll=poll,
     )
-    return pool.values()
+    return pool.values(items)

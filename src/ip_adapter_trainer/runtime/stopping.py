@@ -10,11 +10,13 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ip_adapter_trainer.core.errors import Stopped
-from ip_adapter_trainer.runtime.launch import Runtime
-from ip_adapter_trainer.runtime.signals import StopSignal
+
+if TYPE_CHECKING:
+    from ip_adapter_trainer.runtime.launch import Runtime
+    from ip_adapter_trainer.runtime.signals import StopSignal
 
 Poll = Callable[[], None]  # called often in long work; raises `core.errors.Stopped` when the run is to stop
 
@@ -100,10 +102,6 @@ class Stopping:
             work(self.poll)
             self._meet()
         except Stopped:
-            stopped = True
-        except RuntimeError:  # data workers die of a signal that reached them too
-            if not self.asked:
-                raise
             stopped = True
         if self._runtime.total(int(stopped)):
             raise Stopped(self.exit_code)

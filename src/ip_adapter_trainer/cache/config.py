@@ -45,9 +45,7 @@ class BucketConfig(ReadConfig):
 class CutConfig(BucketConfig):
     """How rows become targets and image prompts."""
 
-    resume = Resume(
-        must_match="center_crop random_flip prompt_crop_min_share prompt_flip prompt_pad_square", free="data_timeout_s"
-    )
+    resume = Resume(must_match="center_crop random_flip prompt_crop_min_share prompt_flip prompt_pad_square")
 
     center_crop: bool = Field(True, description="Crop at the centre; off: at a random place.")
     random_flip: bool = Field(False, description="Mirror half of the pictures, target and prompt alike.")
@@ -57,7 +55,4 @@ class CutConfig(BucketConfig):
     prompt_flip: bool = Field(False, description="Mirror half of the image prompts, whatever happens to the target.")
     prompt_pad_square: bool = Field(
         False, description="Pad image prompts to a square with the alpha background, so that the encoder crops nothing."
-    )
-    data_timeout_s: int = Field(
-        300, gt=0, description="Longest wait for a data worker in seconds; then the workers are replaced."
     )

@@ -19,13 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.pictures import write_pictures
+from benchmarks.pictures import clip_preprocess, write_pictures
 from ip_adapter_trainer.cache.index import PICTURES, Record, name_key
 from ip_adapter_trainer.cache.prepared import Asked, PreparedSet
 from ip_adapter_trainer.cache.shards import TableKind, TableWriter, checksums_of
 from ip_adapter_trainer.cache.spec import CacheSpec
-from ip_adapter_trainer.core.values import Row
-from ip_adapter_trainer.encoders.clip import ClipPreprocess
+from ip_adapter_trainer.core.values import Need, Row
 from ip_adapter_trainer.feed.bucketing import assign_buckets
 from ip_adapter_trainer.feed.config import DataConfig
 from ip_adapter_trainer.feed.dataset import TrainingSet
@@ -37,7 +36,10 @@ from ip_adapter_trainer.storage.digests import KEY, digest
 MOMENTS = TableKind("moments", (8, 64, 64), torch.bfloat16)
 EMBEDS = TableKind("image_embeds", (1024,), torch.bfloat16)
 SIZE_PX = (512, 512)
-SPEC = CacheSpec(Buckets.square(512), (255, 255, 255), False, False, "vae", "clip", {SIZE_PX: MOMENTS}, (EMBEDS,))
+NEED = Need("image", "image_embeds")
+SPEC = CacheSpec(
+    Buckets.square(512), (255, 255, 255), False, False, "vae", {"image": "clip"}, {SIZE_PX: MOMENTS}, {NEED: EMBEDS}
+)
 PICTURES_ON_DISK, SHARD_ROWS, BATCH, ASKED = 64, 4096, 16, 1000
 
 
@@ -93,7 +95,7 @@ def write_sparse(root: Path, rows: int) -> None:
         writer.add(name_key(f"{number}.jpg"), Record(1, 1, 1, (768, 1024), digest(number)).packed())
     writer.seal()
     sparse_table(root, MOMENTS, rows, lambda number: SPEC.targets[SIZE_PX, False].keys(digest(number)))
-    sparse_table(root, EMBEDS, rows, lambda number: SPEC.prompts[EMBEDS, False].keys(digest(number)))
+    sparse_table(root, EMBEDS, rows, lambda number: SPEC.prompts[NEED, False].keys(digest(number)))
 
 
 def each_us(prepared: PreparedSet, asked: list[int]) -> float:
@@ -130,7 +132,7 @@ def rates(rounds: int, scratch: Path | None = None) -> list[tuple[float, float]]
         folder = Path(name)
         config = DataConfig(data_json_file=str(write_pictures(folder, SIZE_PX[0], PICTURES_ON_DISK)))
         manifest = read_manifest(config)
-        preprocess, bucketing = ClipPreprocess(224), assign_buckets(manifest, config)
+        preprocess, bucketing = clip_preprocess(224), assign_buckets(manifest, config)
         raw = TrainingSet(manifest, config, bucketing, seed=0, preprocess=preprocess)
         prepared = write_set(folder / "set", config)
         encoded = TrainingSet(manifest, config, bucketing, seed=0, preprocess=preprocess, prepared=prepared)

@@ -71,7 +71,7 @@ def measure(path: Path) -> dict[str, float]:
     manifest = read_manifest(config)
     opened = time.monotonic()
     bucketing = assign_buckets(manifest, config)
-    samples = TrainingSet(manifest, config, bucketing, seed=0, preprocess=_no_image)
+    samples = TrainingSet(manifest, config, bucketing, seed=0, preprocess={"image": _no_image})
     order = Sampler(bucketing.bucket_of_row, seed=0, batch_images=BATCH_IMAGES)
     order.step(0)
     ready = time.monotonic()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from benchmarks.aside import DoesNotFit, Failed
 from benchmarks.pictures import Files
-from benchmarks.worker import Contender, Sampler, Worker
+from benchmarks.worker import Contender, Order, Worker
 
 _BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
@@ -129,21 +129,21 @@ def _begin(schedule: Schedule, worker: Worker, found: Measured) -> None:
 
 
 def _train(schedule: Schedule, worker: Worker, found: Measured, *, counts: bool) -> None:
-    turn = worker.turn(Sampler(schedule.untimed, schedule.timed))
+    turn = worker.turn(Order(schedule.untimed, schedule.timed))
     found.train_s += [turn.seconds / (turn.steps * found.images)] if counts else []
     found.peak_bytes = turn.peak_bytes
 
 
 def _train_from_files(schedule: Schedule, worker: Worker, found: Measured) -> None:
     if worker.contender.side == "ours":
-        turn = worker.turn(Sampler(schedule.untimed, schedule.timed, reads=True))
+        turn = worker.turn(Order(schedule.untimed, schedule.timed, reads=True))
         found.waited.append(turn.waited_s / turn.seconds)
 
 
 def _save(schedule: Schedule, worker: Worker, found: Measured) -> None:
     """Steps with a checkpoint among them, all written when they end, and as many without."""
-    saving = worker.turn(Sampler(schedule.untimed, schedule.saving, saves=True))
-    plain = worker.turn(Sampler(schedule.untimed, saving.steps))
+    saving = worker.turn(Order(schedule.untimed, schedule.saving, saves=True))
+    plain = worker.turn(Order(schedule.untimed, saving.steps))
     found.save_s.append(saving.seconds - plain.seconds)
 
 

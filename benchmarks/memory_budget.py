@@ -24,14 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from benchmarks.sizes import SIZES, Size, build
-from ip_adapter_trainer.adapters import VARIANTS
-from ip_adapter_trainer.core.values import TextCondition
-from ip_adapter_trainer.encoders import ClipImageEncoder
+from benchmarks.sizes import SIZES, Size, build, model_of
+from ip_adapter_trainer.core.values import Geometry
 from ip_adapter_trainer.families import FAMILIES
-from ip_adapter_trainer.families._unet import pack_denoiser
 from ip_adapter_trainer.model import Model
-from ip_adapter_trainer.nn.packed import Storage
+from ip_adapter_trainer.nn.packed import Storage, pack
 from ip_adapter_trainer.train.config import LeanConfig
 from ip_adapter_trainer.train.lean import lean
 
@@ -128,10 +125,11 @@ def budget(
         torch.set_default_dtype(torch.bfloat16)
         nets = build(size, "cpu")
         torch.set_default_dtype(torch.float32)
-        pipeline, encoder = nets.pipeline, ClipImageEncoder(nets.image_encoder, "fake")
-        pack_denoiser(pipeline.unet, storage, "cpu")
-        entry: Any = FAMILIES[size.family]
-        model = Model(entry(pipeline), encoder, VARIANTS["base"], VARIANTS["base"].Config(), layers)
+        pipeline = nets.pipeline
+        pack(pipeline.unet, storage, "cpu", FAMILIES[size.family].spared)
+        vae, pipeline.vae = pipeline.vae, None  # a codec would lay it out anew, which fake weights do not bear
+        model = model_of(size, nets, layers)
+        pipeline.vae = vae
         if recompute:
             model.checkpoint_activations()
         trained = [p for p in model.adapter.parameters() if p.requires_grad]
@@ -146,7 +144,7 @@ def budget(
         return Budget(
             bytes_of(pipeline.unet),
             sum(map(bytes_of, texts)),
-            bytes_of(pipeline.vae) + bytes_of(encoder.model),
+            bytes_of(pipeline.vae) + bytes_of(nets.image_encoder),
             bytes_of(pipeline.vae.decoder),
             sum(p.numel() for p in trained),
             live.peak,
@@ -158,20 +156,20 @@ def budget(
 @torch.no_grad()
 def _encoding(model: Model, side_px: int) -> int:
     """Peak bytes of one picture's way through the encoders."""
-    _lay_channels_last(model.family.autoencoder)
+    _lay_channels_last(model.codec.autoencoder)
     with LiveBytes() as live:
-        model.family.encode_moments(torch.randn(1, 3, side_px, side_px))
-        model.features(torch.randn(1, 3, model.encoder.side_px, model.encoder.side_px))
+        model.codec.moments(torch.randn(1, 3, side_px, side_px))
+        model.features({"image": torch.randn(1, 3, model.encoder.side_px, model.encoder.side_px)})
     return live.peak
 
 
 @torch.no_grad()
 def _drawing(model: Model, size: Size, side_px: int) -> int:
     """Peak bytes of a guided step of one picture, with prompts and without, and of decoding it."""
-    latents = torch.randn(1, *model.family.latent_shape(side_px, side_px), dtype=model.dtype)
+    latents = torch.randn(1, *model.codec.latent_shape(side_px, side_px), dtype=model.dtype)
     with model.attached(), LiveBytes() as live:
         predicted(model, size, side_px, images=2)
-        model.family.autoencoder.decode(latents)
+        model.codec.autoencoder.decode(latents)
     return live.peak
 
 
@@ -192,16 +190,15 @@ def step(model: Model, size: Size, side_px: int, images: int) -> None:
 
 def predicted(model: Model, size: Size, side_px: int, images: int) -> Tensor:
     """The denoiser's output over an encoded batch."""
-    config, dtype = model.family.denoiser.config, model.dtype
-    noisy = torch.randn(images, *model.family.latent_shape(side_px, side_px), dtype=dtype)
+    dtype, (need,) = model.dtype, model.variant.needs
+    noisy = torch.randn(images, *model.codec.latent_shape(side_px, side_px), dtype=dtype)
     features = torch.randn(images, size.image["projection_dim"], dtype=dtype)
-    context = torch.randn(images, TEXT_TOKENS, config.cross_attention_dim, dtype=dtype)
-    extra = {}
+    text = {"context": torch.randn(images, TEXT_TOKENS, model.denoiser.context_dim, dtype=dtype)}
     if size.family == "sdxl":
-        pooled = torch.randn(images, size.texts[1]["projection_dim"], dtype=dtype)
-        extra = {"text_embeds": pooled, "time_ids": torch.randn(images, 6, dtype=dtype)}
-    timesteps = torch.zeros(images, dtype=torch.long)
-    return model.predict(noisy, timesteps, TextCondition(context, extra), model.project(features))
+        text["text_embeds"] = torch.randn(images, size.texts[1]["projection_dim"], dtype=dtype)
+    timesteps, side = torch.zeros(images, dtype=torch.long), (side_px, side_px)
+    image = model.project({need: features})
+    return model.predict(noisy, timesteps, text, [Geometry(side, (0, 0), side)] * images, image)
 
 
 def table(names: list[str], **how: Any) -> list[str]:

@@ -12,18 +12,14 @@ import argparse
 import statistics
 import time
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 
 from benchmarks.memory_budget import STORAGES, step
-from benchmarks.sizes import SIZES, build
-from ip_adapter_trainer.adapters import VARIANTS
-from ip_adapter_trainer.encoders import ClipImageEncoder
+from benchmarks.sizes import SIZES, build, model_of
 from ip_adapter_trainer.families import FAMILIES
-from ip_adapter_trainer.families._unet import pack_denoiser
 from ip_adapter_trainer.model import Model
-from ip_adapter_trainer.nn.packed import Storage
+from ip_adapter_trainer.nn.packed import Storage, pack
 from ip_adapter_trainer.train.config import LeanConfig
 from ip_adapter_trainer.train.lean import lean
 
@@ -35,18 +31,16 @@ def random_model(storage: Storage) -> Model:
     size = SIZES[SIZE]
     nets = build(size, "cpu")
     nets.pipeline.to(dtype=torch.bfloat16)
-    pack_denoiser(nets.pipeline.unet, storage, "cpu")
-    entry: Any = FAMILIES[size.family]
-    encoder = ClipImageEncoder(nets.image_encoder.to(torch.bfloat16), "random weights")
-    return Model(entry(nets.pipeline), encoder, VARIANTS["base"], VARIANTS["base"].Config())
+    nets.image_encoder.to(torch.bfloat16)
+    pack(nets.pipeline.unet, storage, "cpu", FAMILIES[size.family].spared)
+    return model_of(size, nets)
 
 
 def _recompute(model: Model, on: bool) -> None:
-    denoiser: Any = model.family.denoiser
     if on:
         model.checkpoint_activations()
     else:
-        denoiser.disable_gradient_checkpointing()
+        model.denoiser.net.disable_gradient_checkpointing()
 
 
 def measure(rounds: int) -> dict[tuple[Storage, bool], list[float]]:

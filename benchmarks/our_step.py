@@ -13,20 +13,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.pictures import Files
-from benchmarks.sizes import SEED, Nets, Size
-from ip_adapter_trainer.adapters import VARIANTS
+from benchmarks.sizes import SEED, Nets, Size, model_of
 from ip_adapter_trainer.cache.prepared import PreparedSet
 from ip_adapter_trainer.cache.spec import CacheSpec
 from ip_adapter_trainer.config import compose
 from ip_adapter_trainer.core.values import Batch, Encoded
 from ip_adapter_trainer.diffusion import NoiseProcess, ObjectiveConfig
-from ip_adapter_trainer.encoders import ClipImageEncoder
-from ip_adapter_trainer.families import FAMILIES
-from ip_adapter_trainer.families._unet import lay_out_autoencoder
 from ip_adapter_trainer.manifest.fingerprint import Digest
 from ip_adapter_trainer.manifest.images import ImageFiles
 from ip_adapter_trainer.manifest.manifest import read_manifest
-from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.prepare.frozen import cache_spec
 from ip_adapter_trainer.prepare.run import Job
 from ip_adapter_trainer.runtime.launch import Runtime, start
@@ -124,11 +119,9 @@ class OurStep:
         self.precision, self.device, self.size = precision, device, size
         dtype = dtype_of(precision)
         nets.pipeline.to(dtype=dtype)
-        lay_out_autoencoder(nets.pipeline.vae)
-        entry: Any = FAMILIES[size.family]
-        encoder = ClipImageEncoder(nets.image_encoder.to(dtype), "random weights")
+        nets.image_encoder.to(dtype)
         with torch.device(device):
-            self.model = Model(entry(nets.pipeline), encoder, VARIANTS["base"], VARIANTS["base"].Config())
+            self.model = model_of(size, nets)
         self.model.adapter.image_proj_model.load_state_dict(weights)
         if self.settings.get("gradient_checkpointing"):
             self.model.checkpoint_activations()
@@ -139,7 +132,7 @@ class OurStep:
     def encode(self, batch: Batch) -> Encoded:
         """What preparing a set makes of a batch, once for all steps."""
         keeps_text = self.settings.get("prepare_text")
-        text = self.model.family.encode_captions(batch.text) if keeps_text else {}
+        text = self.model.codec.text(batch.text) if keeps_text else {}
         return Encoded(self.model.moments_of(batch.inputs), self.model.features_of(batch.inputs), text)
 
     def release_encoders(self) -> None:
@@ -179,31 +172,32 @@ class OurStep:
         """This process, alone."""
         return start(mixed_precision=self.precision, local_rank=-1, output_dir="", logging_dir="")
 
-    def _recipe(self, files: Files) -> CacheSpec:
+    def _spec(self, files: Files) -> CacheSpec:
         """What a set of the pictures holds; made once, for it hashes the encoders, which are let go of later."""
         if self._made is None:
-            config, kinds = self.config(Path("none"), **files.settings), (self.model.variant.feature,)
-            self._made = cache_spec(config, self.model.family, self.model.encoder, kinds, text=False)
+            config, model = self.config(Path("none"), **files.settings), self.model
+            self._made = cache_spec(config, model.codec, model.encoders, model.variant.needs, text=False)
         return self._made
 
     def preparation(self, files: Files, folder: Path) -> Job:
         """`ip-adapter prepare` of some pictures, ready to run."""
         config = self.config(folder, **files.settings)
-        return Job(config, self.runtime, read_manifest(config), self._recipe(files), folder)
+        return Job(config, self.runtime, read_manifest(config), self._spec(files), folder)
 
     def prepare(self, job: Job) -> None:
         """Reads, encodes and writes."""
         images = self.config(Path("none")).encode_batch_size
         with StopSignal() as signal:
-            job.run(self.model.family, self.model.encoder, images, Stopping(signal, self.runtime))
+            job.run(self.model.codec, self.model.encoders, images, Stopping(signal, self.runtime))
 
     def prepared_batches(self, files: Files, folder: Path, images: int, output: Path) -> Iterator[Batch]:
         """Batches as a run reads them from the set that `prepare` left in a folder, with the default data workers."""
         config = self.config(output, images, data_json_file=str(files.manifest), resolution=files.side_px)
         manifest = read_manifest(config)
-        prepared = PreparedSet(folder, self._recipe(files), ImageFiles.of(manifest.root, config))
+        prepared = PreparedSet(folder, self._spec(files), ImageFiles.of(manifest.root, config))
         rows = RunRows(manifest, np.zeros(len(manifest.rows), np.bool_))
-        return TrainingData(config, self.runtime, rows, self.model.encoder.preprocess, prepared).batches(0, no_poll)
+        preprocess = {role: encoder.preprocess for role, encoder in self.model.encoders.items()}
+        return TrainingData(config, self.runtime, rows, preprocess, prepared).batches(0, no_poll)
 
     def run(self, batches: Iterator[Batch], images: int, output: Path) -> Path:
         """The whole training loop until there are no more batches, and one step after; returns its last checkpoint."""

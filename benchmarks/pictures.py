@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from ip_adapter_trainer.core.values import Batch
-from ip_adapter_trainer.encoders.clip import ClipPreprocess
+from ip_adapter_trainer.encoders.clip import ClipEncoder
 from ip_adapter_trainer.feed.bucketing import assign_buckets
 from ip_adapter_trainer.feed.config import DataConfig
 from ip_adapter_trainer.feed.dataset import TrainingSet
 from ip_adapter_trainer.feed.loader import Loader
+from ip_adapter_trainer.feed.readers import Preprocess
 from ip_adapter_trainer.feed.sampler import Sampler
 from ip_adapter_trainer.manifest.faults import FaultLog
 from ip_adapter_trainer.manifest.manifest import read_manifest
@@ -58,12 +61,19 @@ def write_pictures(folder: Path, side_px: int, count: int) -> Path:
     return manifest
 
 
+def clip_preprocess(side_px: int) -> dict[str, Preprocess]:
+    """How a CLIP encoder of some side gets its images, by the only role; the encoder itself has no weights."""
+    with torch.device("meta"):
+        model = CLIPVisionModelWithProjection(CLIPVisionConfig(image_size=side_px, num_hidden_layers=1))
+    return {"image": ClipEncoder(model, Path("none"), "no weights").preprocess}
+
+
 def raw_batches(files: Files, images: int, prompt_px: int, *, pin: bool) -> Iterator[Batch]:
     """Batches without end, of pictures that are decoded, cut and preprocessed anew for each step."""
     config = DataConfig(train_batch_size=images, **files.settings)
     manifest = read_manifest(config)
     layout = assign_buckets(manifest, config)
-    samples = TrainingSet(manifest, config, layout, seed=0, preprocess=ClipPreprocess(prompt_px))
+    samples = TrainingSet(manifest, config, layout, seed=0, preprocess=clip_preprocess(prompt_px))
     order = Sampler(layout.bucket_of_row, seed=0, batch_images=images)
     log = FaultLog(files.manifest.parent, manifest.entries, config.max_fault_rate)
     return Loader(samples, order, log, pin=pin).from_step(0)

@@ -20,7 +20,7 @@ from ip_adapter_trainer.core.values import Batch, Geometry, Pixels
 from ip_adapter_trainer.demo import ASKED_OF_IMAGE, ASKED_OF_TEXT, Pair, score
 from ip_adapter_trainer.diffusion import NoiseProcess, ObjectiveConfig
 from ip_adapter_trainer.evaluate.losses import SHUFFLED, Gap, validation_losses
-from ip_adapter_trainer.evaluate.sample import Sampling, image_tokens, sample
+from ip_adapter_trainer.evaluate.sample import Sampling, image_features, sample
 from ip_adapter_trainer.pocket import world, write
 from ip_adapter_trainer.pocket.world import Scene
 
@@ -154,7 +154,7 @@ class Measure:
 
     def _gap(self, model: Model) -> tuple[Gap, float]:
         """Timesteps lie evenly over all that the base model has, however the run drew them."""
-        process = NoiseProcess(model.family.pipeline.scheduler, ObjectiveConfig())
+        process = NoiseProcess(model.denoiser.pipeline.scheduler, ObjectiveConfig())
         report = validation_losses(model, process, self._batches, seed=self.laid.seed)
         return report.gaps[SHUFFLED], report.losses["right"]
 
@@ -182,9 +182,9 @@ class Measure:
 
     def _scores(self, model: Model) -> dict[str, float]:
         how = Sampling(world.SIZE_PX, world.SIZE_PX, steps=STEPS, guidance_scale=GUIDANCE, batch_images=50)
-        tokens = image_tokens(model, [[_image(p.reference)] for p in self.pairs])
+        features = image_features(model, [[_image(p.reference)] for p in self.pairs])
         prompts = [world.caption(replace(p.reference, shape=p.text_shape), ASKED_OF_TEXT) for p in self.pairs]
-        return score(sample(model, tokens, prompts, range(len(self.pairs)), how), self.pairs)
+        return score(sample(model, features, prompts, range(len(self.pairs)), how), self.pairs)
 
 
 def _image(scene: Scene) -> Any:
@@ -201,4 +201,4 @@ def _batch(first: int, targets: Sequence[Scene], prompts: Sequence[Scene], prepr
     no = torch.zeros(len(targets), dtype=torch.bool)
     geometry = (Geometry(square, (0, 0), square),) * len(targets)
     texts = tuple(world.caption(s, ASKED_OF_TEXT) for s in targets)
-    return Batch(places, places, Pixels(pixels, shown), texts, geometry, no, no)
+    return Batch(places, places, Pixels(pixels, {"image": shown}), texts, geometry, no, no)

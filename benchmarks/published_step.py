@@ -135,7 +135,7 @@ class PublishedStep:
         assert isinstance(batch.inputs, Pixels)
         vae = self.pipeline.vae
         posterior = vae.encode(batch.inputs.pixels.to(vae.dtype)).latent_dist
-        features = self.image_encoder(batch.inputs.prompt_pixels.to(self.dtype)).image_embeds
+        features = self.image_encoder(batch.inputs.prompts["image"].to(self.dtype)).image_embeds
         kept = [torch.zeros_like(f) if drop else f for f, drop in zip(features, batch.drop_image.tolist(), strict=True)]
         return posterior, torch.stack(kept)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,11 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from ip_adapter_trainer.adapters import VARIANTS
+from ip_adapter_trainer.encoders.clip import ClipEncoder
+from ip_adapter_trainer.families import FAMILIES, BaseModel
+from ip_adapter_trainer.layouts import make_layout
+from ip_adapter_trainer.model import Architecture, Model
 from ip_adapter_trainer.pocket import models
 
 SEED = 0
@@ -154,3 +161,11 @@ def projector_weights(size: Size, device: torch.device | str, seed: int = SEED) 
         "norm.bias": torch.zeros(context_dim),
     }
     return {name: tensor.to(device) for name, tensor in weights.items()}
+
+
+def model_of(size: Size, nets: Nets, layers: Sequence[str] = ("all",)) -> Model:
+    """The package's model of the base variant on frozen parts; `layers` as `--adapter_layers`."""
+    entry: Any = FAMILIES[size.family]
+    base = BaseModel(size.family, entry.codec(nets.pipeline, None), entry.denoiser(nets.pipeline))
+    encoder, kind = ClipEncoder(nets.image_encoder, Path("none"), "random weights"), VARIANTS["base"]
+    return Model(base, {"image": encoder}, Architecture(kind, kind.Config(), make_layout("unet"), layers=layers))

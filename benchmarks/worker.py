@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from benchmarks import sizes
 from benchmarks.aside import Process
@@ -24,7 +26,7 @@ from benchmarks.pictures import Files, raw_batches
 from benchmarks.published_step import PublishedStep
 from benchmarks.rows import at_step, make_batch
 from ip_adapter_trainer.core.log import quiet_loading
-from ip_adapter_trainer.core.values import Batch, Encoded
+from ip_adapter_trainer.core.values import Batch, Encoded, map_tensors
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class Sampler:
+class Order:
     """What a turn is to be."""
 
     untimed: int  # steps
@@ -176,9 +178,7 @@ class Child:
             self._make_batch(images)
             if self.ours:  # any encoded row will do to see what fits
                 assert isinstance(one.inputs, Encoded)
-                parts = (one.inputs.moments, one.inputs.features)
-                moments, features = (t[:1].expand(images, *t.shape[1:]).contiguous() for t in parts)
-                self.batch = replace(self.batch, inputs=Encoded(moments, features))
+                self.batch = replace(self.batch, inputs=map_tensors(partial(_repeated, images), one.inputs))
             try:
                 self.step.try_step(self.batch)
             except torch.cuda.OutOfMemoryError:
@@ -209,7 +209,7 @@ class Child:
                 yield next(batches)
             yield from self._timed(order, batches)
 
-    def _timed(self, order: Sampler, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _timed(self, order: Order, batches: Iterator[Batch]) -> Iterator[Batch]:
         steps, waited_s = 0, 0.0
         self.meter.start()
         while steps < order.timed or self.step.is_writing:
@@ -223,6 +223,11 @@ class Child:
         self.step.saves = False
         self.meter.rest()
         self._pipe.send(Turn(seconds, steps, waited_s, self.meter.peak_bytes()))
+
+
+def _repeated(images: int, tensor: Tensor) -> Tensor:
+    """The first of [B, ...], so many times."""
+    return tensor[:1].expand(images, *tensor.shape[1:]).contiguous()
 
 
 def _serve(pipe: Connection, contender: Contender, folder: Path) -> None:
@@ -260,7 +265,7 @@ class Worker(Process):
         """Starts the training."""
         self.send(("run", ()))
 
-    def turn(self, order: Sampler) -> Turn:
+    def turn(self, order: Order) -> Turn:
         """Lets the training go on for some steps."""
         self.send(order)
         return self.answer()

@@ -18,6 +18,7 @@ from ip_adapter_trainer.cache.shards import Table, TableWriter
 from ip_adapter_trainer.config import check_keys, compose
 from ip_adapter_trainer.core.values import Fault
 from ip_adapter_trainer.inspection import examine
+from ip_adapter_trainer.layouts import make_layout
 from ip_adapter_trainer.manifest.faults import FILE_NAME, FaultLog
 from ip_adapter_trainer.manifest.manifest import read_manifest
 from ip_adapter_trainer.prepare.check_config import RowsCheckConfig as CheckConfig
@@ -47,7 +48,7 @@ def targets(folder: Path) -> dict[str, Target]:
     )  # fmt: skip
     made = {suffix: folder / f"adapter{suffix}" for suffix in (".safetensors", ".bin")}
     for path in made.values():
-        write_adapter(path, weights, card.to_metadata())
+        write_adapter(path, weights, card.to_metadata(), make_layout("unet"))
     flat = tensors.File.read(made[".safetensors"])
     unsigned = tensors.packed(
         json.dumps({k: v for k, v in flat.header.items() if k != "__metadata__"}).encode(), flat.body

@@ -32,9 +32,9 @@ def _watch() -> None:
 
     def watched(self: Step, batch: Any) -> Any:
         """Writes, then trains."""
-        picture, indices = batch.inputs, batch.index.tolist()
-        shown = picture.pixels if hasattr(picture, "pixels") else picture.moments
-        shape = self.model.family.latent_shape(*shown.shape[-2:]) if hasattr(picture, "pixels") else _half(shown)
+        inputs, indices = batch.inputs, batch.index.tolist()
+        shown = inputs.pixels if hasattr(inputs, "pixels") else inputs.moments
+        shape = self.model.codec.latent_shape(*shown.shape[-2:]) if hasattr(inputs, "pixels") else _half(shown)
         noise, timesteps = self.process.draw(self.seed, indices, shape)
         with file.open("a") as lines:
             for number, index in enumerate(indices):

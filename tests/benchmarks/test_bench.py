@@ -27,7 +27,7 @@ from benchmarks.published_step import PublishedStep
 from benchmarks.report import Row
 from benchmarks.rows import at_step, make_batch
 from benchmarks.sizes import SIZES, build, projector_weights
-from benchmarks.worker import Contender, Sampler, Worker
+from benchmarks.worker import Contender, Order, Worker
 from ip_adapter_trainer.core.values import Batch
 from ip_adapter_trainer.nn.lean import product_convolution
 from ip_adapter_trainer.train.config import LeanConfig
@@ -123,7 +123,7 @@ def products_of(step: OurStep, settings: Settings) -> int:
     """Convolutions of the denoiser that are computed as products."""
     chosen = {name: value for name, value in settings.items() if name in LeanConfig.model_fields}
     with step.model.attached(), lean(step.model, LeanConfig(**chosen)):
-        return lean_forwards(step.model.family.denoiser).count(product_convolution)
+        return lean_forwards(step.model.denoiser.net).count(product_convolution)
 
 
 def test_every_technique_is_tried_on_some_device() -> None:
@@ -187,7 +187,7 @@ def test_what_is_counted_of_checkpoints_is_what_is_written(sides: list[Measured]
 
 
 def test_our_side_holds_what_a_run_on_a_prepared_set_does(batch: Batch) -> None:
-    vae = ours("no", batch)[0].model.family.pipeline.vae
+    vae = ours("no", batch)[0].model.codec.autoencoder
     assert vae.encoder is None and vae.decoder is not None
 
 
@@ -208,7 +208,7 @@ def test_the_largest_batch_is_found_by_whole_steps(tmp_path: Path) -> None:
             worker.ask("prepare")
             assert worker.ask("largest", (1, 3)) == 3
             worker.begin()
-            assert worker.turn(Sampler(0, 1)).steps == 1
+            assert worker.turn(Order(0, 1)).steps == 1
 
 
 def test_trying_a_step_changes_no_weight(batch: Batch) -> None:

@@ -8,8 +8,8 @@ import torch
 pytest.importorskip("bitsandbytes")
 from benchmarks.memory_budget import LiveBytes, budget, bytes_of
 from benchmarks.sizes import SIZES, build
-from ip_adapter_trainer.families._unet import pack_denoiser
-from ip_adapter_trainer.nn.packed import Storage
+from ip_adapter_trainer.families import FAMILIES
+from ip_adapter_trainer.nn.packed import Storage, pack
 
 
 def test_bytes_count_while_they_live_and_views_and_inputs_do_not() -> None:
@@ -28,7 +28,7 @@ def test_bytes_count_while_they_live_and_views_and_inputs_do_not() -> None:
 @pytest.mark.parametrize("storage", ["none", "int8", "nf4"])
 def test_a_budget_is_that_of_real_weights(storage: Storage) -> None:
     unet = build(SIZES["tiny"], "cpu").pipeline.unet.to(torch.bfloat16)
-    pack_denoiser(unet, storage, "cpu")
+    pack(unet, storage, "cpu", FAMILIES["sd"].spared)
     assert budget(SIZES["tiny"], 32, storage, recompute=False).denoiser == bytes_of(unet)
 
 

@@ -80,8 +80,8 @@ def test_a_second_run_reads_and_encodes_nothing(go: Callable, tmp_path: Path) ->
     first = go()
     before = content(tmp_path / "set")
     second = go()
-    assert (first.pictures, first.read, first.encoded) == (8, 8, 16)
-    assert (second.pictures, second.read, second.encoded) == (8, 0, 0)
+    assert (first.images, first.read, first.encoded) == (8, 8, 16)
+    assert (second.images, second.read, second.encoded) == (8, 0, 0)
     assert content(tmp_path / "set") == before and [len(table) for table in before.values()] == [8, 8]
 
 
@@ -290,6 +290,6 @@ def test_two_processes_give_the_same_set(go: Callable, flags: Callable, tmp_path
 def test_one_run_prepares_for_several_encoders(go: Callable, tmp_path: Path, encoder_folder: Path) -> None:
     other = tiny.make_encoder(tmp_path / "other", seed=2)
     both = go(more_image_encoders=other)
-    assert (both.pictures, both.read, both.encoded) == (8, 16, 24), "latents once, features for each"
+    assert (both.images, both.read, both.encoded) == (8, 16, 24), "latents once, features for each"
     for encoder in (encoder_folder, other):
         assert go(image_encoder_path=encoder).encoded == 0

@@ -68,7 +68,7 @@ def test_losses_and_adapter_are_those_of_the_raw_rows(
     run: Callable, flags: Callable, tmp_path: Path, extra: dict[str, object]
 ) -> None:
     report = prepared(flags, tmp_path / "raw", tmp_path / "set", **extra)
-    assert report.pictures == 24 and report.encoded == 24 and not report.faulty_rows
+    assert report.images == 24 and report.encoded == 24 and not report.faulty_rows
     assert_same_training(
         run(tmp_path / "raw", **extra), run(tmp_path / "encoded", prepared_dir=tmp_path / "set", **extra)
     )

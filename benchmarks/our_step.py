@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from ip_adapter_trainer.cache.spec import CacheSpec
 from ip_adapter_trainer.config import compose
 from ip_adapter_trainer.core.values import Batch, Encoded
 from ip_adapter_trainer.diffusion import NoiseProcess, ObjectiveConfig
+from ip_adapter_trainer.loading.config import part_of
 from ip_adapter_trainer.manifest.fingerprint import Digest
 from ip_adapter_trainer.manifest.images import ImageFiles
 from ip_adapter_trainer.manifest.manifest import read_manifest
@@ -29,15 +29,19 @@ from ip_adapter_trainer.runtime.precision import dtype_of
 from ip_adapter_trainer.runtime.signals import StopSignal
 from ip_adapter_trainer.runtime.stopping import Poll, Stopping, no_poll
 from ip_adapter_trainer.storage.checkpoints import all_checkpoints
+from ip_adapter_trainer.train.build import make_loop
 from ip_adapter_trainer.train.config import LeanConfig, TrainConfig
 from ip_adapter_trainer.train.data import TrainingData
+from ip_adapter_trainer.train.guard import RunIdentity
 from ip_adapter_trainer.train.lean import lean
-from ip_adapter_trainer.train.loop import Trainer
+from ip_adapter_trainer.train.loop import Loop
 from ip_adapter_trainer.train.optim import make_optimizer
+from ip_adapter_trainer.train.record import RunRecord
 from ip_adapter_trainer.train.rows import RunRows
+from ip_adapter_trainer.train.run import run_loop
 from ip_adapter_trainer.train.run_plan import make_plan
+from ip_adapter_trainer.train.state import TrainState
 from ip_adapter_trainer.train.step import Step
-from ip_adapter_trainer.train.track import Track
 
 Settings = dict[str, Any]
 
@@ -58,7 +62,7 @@ _ENDLESS = 10**9  # steps: a run ends when its batches do
 
 
 class Rows:
-    """Batches for a `Trainer` in place of those of a manifest."""
+    """Batches for a run's loop in place of those of a manifest."""
 
     fingerprint = Digest().fingerprint()
 
@@ -74,24 +78,6 @@ class Rows:
         return f"row {row}"
 
 
-class SteeredTrainer(Trainer):
-    """The training loop, which is told from outside after which steps it saves and which is its last.
-
-    Attributes:
-        saves: the step under way is followed by a checkpoint.
-        ends: and by the end.
-    """
-
-    saves = ends = False
-
-    def _between_steps(self, track: Track, stopping: Stopping, resumed: bool = False) -> None:
-        """See `Trainer`."""
-        self.config = self.config.model_copy(update={"save_steps": self.global_step if self.saves else _ENDLESS})
-        if self.ends:
-            self.plan = replace(self.plan, total_steps=self.global_step)
-        super()._between_steps(track, stopping, resumed)
-
-
 class OurStep:
     """The package's model with frozen weights in a precision, and the step over it.
 
@@ -104,11 +90,11 @@ class OurStep:
         settings: of the run, where they are not the defaults.
 
     Attributes:
-        trainer: the training loop, while it runs.
+        loop: of the run that is going on.
         saves: the step under way is followed by a checkpoint.
     """
 
-    trainer: SteeredTrainer
+    loop: Loop
     saves = False
 
     def __init__(
@@ -141,7 +127,7 @@ class OurStep:
 
     def gradients(self, batch: Batch) -> dict[str, Tensor]:
         """Gradients of the trained weights for a batch, by published training key; nothing is stepped."""
-        with self.model.attached(), lean(self.model, self.config(Path("none")).part(LeanConfig)):
+        with self.model.attached(), lean(self.model, part_of(self.config(Path("none")), LeanConfig)):
             self.loss(batch).backward()
         found = {name: p.grad.float() for name, p in self.model.adapter.named_parameters() if p.grad is not None}
         self.model.adapter.zero_grad()
@@ -152,7 +138,7 @@ class OurStep:
         trained = [p for p in self.model.adapter.parameters() if p.requires_grad]
         still = self.config(Path("none")).model_copy(update={"learning_rate": 0.0})
         optimizer = make_optimizer(trained, still)
-        with self.model.attached(), lean(self.model, still.part(LeanConfig)):
+        with self.model.attached(), lean(self.model, part_of(still, LeanConfig)):
             self.loss(batch).backward()
             optimizer.step()
         self.model.adapter.zero_grad()
@@ -205,20 +191,23 @@ class OurStep:
         output.mkdir(parents=True, exist_ok=True)
         rows: Any = Rows(self._ended(batches), images)
         plan = make_plan(self.model, config, images, images)
-        self.trainer = SteeredTrainer(config, self.runtime, self.model, rows, self.loss, plan, model_hashes={})
+        identity = RunIdentity(rows.fingerprint, rows.where, {}, images, world=1)
+        record = RunRecord(config, self.model, plan, identity)
+        state = TrainState(self.model.adapter, config, plan, self.runtime)
         with StopSignal() as signal:
-            self.trainer.run(Stopping(signal, self.runtime))
+            self.loop = make_loop(record, state, rows, self.loss, self.runtime, Stopping(signal, self.runtime))
+            run_loop(self.loop, self.loss, part_of(config, LeanConfig))
         return all_checkpoints(output)[-1]
 
     def _ended(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch in batches:
-            self.trainer.saves = self.saves
+            self.loop.save_steps = self.loop.state.global_step + 1 if self.saves else _ENDLESS
             yield batch
-        self.trainer.ends = True
+        self.loop.total_steps = self.loop.state.global_step + 1
         yield batch
 
     @property
     def is_writing(self) -> bool:
         """Whether a checkpoint is on its way to the disk."""
-        under_way = self.trainer.saver._under_way
+        under_way = self.loop.saving.saver._under_way
         return under_way is not None and not under_way.done()

@@ -30,12 +30,12 @@ class Saving:
     def __init__(
         self, state: TrainState, saver: Saver, snapshot: Callable[[], Snapshot], log: StepLog, runtime: Runtime
     ) -> None:
-        self._state, self._saver, self._snapshot, self._log, self._runtime = state, saver, snapshot, log, runtime
+        self._state, self.saver, self._snapshot, self._log, self._runtime = state, saver, snapshot, log, runtime
         self._saved = state.global_step  # the last that was written or tried; before the first is nothing to save
 
     def check(self) -> None:
         """Tell of what the disk refused since the last look."""
-        self._tell_of(self._saver.check)
+        self._tell_of(self.saver.check)
 
     def save(self) -> None:
         """Begin a checkpoint of this very step unless there is one; `finish` waits for it.
@@ -48,8 +48,8 @@ class Saving:
         self._state.demand_finite()
         self._log.flush()
         if self._runtime.is_main:
-            self._tell_of(self._saver.settle)
-            self._saver.start(self._snapshot())
+            self._tell_of(self.saver.settle)
+            self.saver.start(self._snapshot())
         self._saved = self._state.global_step  # on every process alike
 
     def finish(self) -> None:
@@ -61,7 +61,7 @@ class Saving:
         problem = None
         if self._runtime.is_main:
             try:
-                self._saver.finish()
+                self.saver.finish()
             except StorageProblem as refused:
                 problem = refused
         self._runtime.agree(problem)
@@ -70,15 +70,15 @@ class Saving:
         """Keep what was trained after an error of any kind; other processes are not waited for, they may be gone."""
         if not self._runtime.is_main:
             return
-        self._tell_of(self._saver.settle)
+        self._tell_of(self.saver.settle)
         if self._saved == self._state.global_step:
             return
         self._log.write_pending()
         try:
             self._state.demand_finite()
             self._log.flush()
-            self._saver.start(self._snapshot())
-            self._saver.finish()
+            self.saver.start(self._snapshot())
+            self.saver.finish()
             say(f"saved checkpoint-{self._state.global_step} before stopping")
         except (NotFiniteProblem, StorageProblem) as problem:
             say(str(problem))

@@ -1,4 +1,4 @@
-"""The card of a live model."""
+"""The adapter card of a live model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ip_adapter_trainer.model import Model
 
 
 def package_version() -> str:
-    """The installed version of this package."""
+    """Return the installed version of this package; "unknown" if it is not installed."""
     try:
         return version("ip_adapter_trainer")
     except PackageNotFoundError:
@@ -28,7 +28,7 @@ def card_of(
         model: with its frozen models.
         base: the base model's name.
         step: optimizer steps; None: not known.
-        images_seen: by them; None: not known.
+        images_seen: images in those steps; None: not known.
         loaded_with: see `loading.config.loaded_with`.
     """
     need = model.variant.needs[0]

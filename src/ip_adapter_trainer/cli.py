@@ -36,7 +36,7 @@ COMMANDS = {
 
 
 def usage() -> str:
-    """The text of `ip-adapter --help`."""
+    """Return the text of `ip-adapter --help`."""
     lines = ["usage: ip-adapter COMMAND [flags]", "", "Train and use image-prompt adapters (IP-Adapter).", ""]
     lines += [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
     more = ["`ip-adapter help COMMAND` lists a command's flags; --debug shows tracebacks; --version tells versions."]
@@ -44,7 +44,7 @@ def usage() -> str:
 
 
 def versions() -> str:
-    """Return the text of `ip-adapter --version`: this package, what it computes with, and Python."""
+    """Return the text of `ip-adapter --version`: this package, the libraries that it computes with, and Python."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
@@ -64,18 +64,18 @@ def _train(argv: Sequence[str]) -> int:
 
 
 def look(config: TrainConfig) -> None:
-    """Look at a run's folder, which a dry run does not write."""
+    """Demand a free output folder; a dry run needs none."""
     if not config.dry_run:
         demand_free(config.output_dir, "--output_dir")
 
 
 def demand_free(folder: str, flag: str) -> None:
-    """Demand a folder that can be made and that no other run writes, before the minutes that loading takes.
+    """Demand a folder that can be created and that no other run writes to, before the minutes that loading takes.
 
-    The claim comes when all is loaded. A look holds the lock for an instant only, for which a claim waits.
+    The folder is claimed once everything is loaded. This check holds its lock for an instant; a claim waits that long.
 
     Raises:
-        Problem: another run holds it, or it cannot be made.
+        Problem: another run holds the folder, or it cannot be created.
     """
     from ip_adapter_trainer.storage.staging import LOOK_PATIENCE_S, lock, was_claimed
 
@@ -86,7 +86,7 @@ def demand_free(folder: str, flag: str) -> None:
 
 
 def run_training(config: TrainConfig) -> int:
-    """Train with resolved settings, writing them beside the result."""
+    """Train with resolved settings, and write them beside the result."""
     from ip_adapter_trainer.config import write_resolved
     from ip_adapter_trainer.train.run import train
 
@@ -106,7 +106,7 @@ def _prepare(argv: Sequence[str]) -> int:
     return 0
 
 
-# Of the commands that print what they return: where their settings' class and their function are.
+# Commands that print what their function returns: the places of their settings class and of the function.
 _PRINTING = {
     "generate": ("evaluate.config:GenerateConfig", "evaluate.generate:generate"),
     "evaluate": ("evaluate.config:EvaluateConfig", "evaluate.scores:evaluate"),
@@ -119,7 +119,7 @@ _PRINTING = {
 
 
 def _print(command: str, argv: Sequence[str]) -> int:
-    """Run a command that prints what it returns; its function is imported when its flags are known to be right."""
+    """Run a command and print what it returns; its function is imported only once its flags are known to be right."""
     from ip_adapter_trainer.config import parse
 
     settings, function = _PRINTING[command]
@@ -141,10 +141,10 @@ RUN: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 def guarded(run: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """Runs a command and returns its exit code, every error told in three lines; `--debug` adds the traceback."""
+    """Run a command and return its exit code; print each error in three lines, with `--debug` also the traceback."""
 
     def work() -> int:
-        """With flags that hold no secrets."""
+        """Run the command if its flags hold no secrets."""
         from ip_adapter_trainer.core.settings import demand_no_secrets
 
         demand_no_secrets(argv)
@@ -157,16 +157,16 @@ def guarded(run: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
 
 @patient_stderr()
 def _ended(work: Callable[[], int], *, debug: bool = False) -> int:
-    """Return the exit code of some work, whatever it raises told.
+    """Do some work, print whatever it raises as an error, and return the exit code.
 
-    A reader of its output that is gone, as `head` is after ten lines, ends it as any program in a pipe: 141, no words.
+    If the reader of its output closes the pipe, as `head` does after ten lines, it ends silently with 141.
     """
     try:
         with interruptible(), as_storage_problem():
             try:
                 return work()
             finally:
-                print(end="", flush=True)  # what is refused is told here, not at the interpreter's end
+                print(end="", flush=True)  # output that is refused raises here, not at the interpreter's exit
     except Stopped as stopped:
         return stopped.exit_code
     except KeyboardInterrupt as asked:
@@ -191,9 +191,9 @@ def _trace(debug: bool) -> None:
 
 
 def _reader_is_gone() -> bool:
-    """Return whether nobody reads standard output any more; what is left for it then goes nowhere."""
+    """Return whether nobody reads standard output any more; if so, discard what is still written to it."""
     poll = select.poll()
-    poll.register(1, 0)  # the system tells of errors unasked
+    poll.register(1, 0)  # errors are reported without being asked for
     if not poll.poll(0):
         return False
     with open(os.devnull, "w") as nowhere:  # noqa: PTH123
@@ -202,10 +202,10 @@ def _reader_is_gone() -> bool:
 
 
 def script(variant: str) -> None:
-    """The body of a drop-in training script: published flags from the command line, its variant as the default."""
+    """Run as a drop-in training script: published flags from the command line, with `variant` as the default."""
 
     def run(argv: Sequence[str]) -> int:
-        """Trains as the published script does where flags say nothing."""
+        """Train with the published script's defaults for flags that are not given."""
         from ip_adapter_trainer.config import parse_train
         from ip_adapter_trainer.train.config import PUBLISHED
 
@@ -216,7 +216,7 @@ def script(variant: str) -> None:
 
 
 def main() -> None:
-    """Entry point of `ip-adapter`."""
+    """Run `ip-adapter` with the command line's arguments, and exit."""
     argv = sys.argv[1:]
     if argv[:1] == ["help"] and len(argv) > 1:
         argv = [argv[1], "--help"]
@@ -224,7 +224,7 @@ def main() -> None:
 
 
 def _without_command(argv: Sequence[str]) -> int:
-    """Print what is asked for without a command's name; nothing heavy is imported.
+    """Print the version or the usage, which need no command; nothing heavy is imported.
 
     Raises:
         Problem: there is no such command.
@@ -240,5 +240,5 @@ def _without_command(argv: Sequence[str]) -> int:
 
 
 def _leave(exit_code: int) -> NoReturn:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # on the way out one more loses nothing, and needs no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while exiting, one more Ctrl-C loses nothing
     raise SystemExit(exit_code)

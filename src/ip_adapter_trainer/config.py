@@ -2,7 +2,7 @@
 
 The composed class has one flat set of names, which are the flags, the YAML keys and the attributes alike. A variant's
 and a family's settings are flags too: the two are looked up first, then their `Config` classes join the others.
-Nothing heavy is imported before what can be told of the flags alone was told.
+Nothing heavy is imported before every mistake that the flags alone show is reported.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from ip_adapter_trainer.train.presets import PRESETS
 
 P = TypeVar("P", bound=Part)
 RESOLVED = "config.yaml"
-# Settings of earlier versions, and why they are gone.
+# Settings of earlier versions that were removed, and why.
 GONE = {"lean_attention": "it made no measurable difference"}
-# What tells, beside its name, what a base model is.
+# Settings that, beside its name, identify a base model.
 _OF_BASE = ("base_config", "revision", "weights_variant", "pretrained_vae_model_name_or_path")
 
 
 def own_parts(variant: str, family: str, layout: str | None = None) -> dict[str, type[Part]]:
     """Return the settings classes that a run has for its variant, family and layout, by their titles in the help.
 
-    Those of a layout are there where it is asked for, or the only one that the variant goes with.
+    A layout's settings are included if it is asked for, or is the only one that the variant goes with.
 
     Raises:
         Problem: an unknown name.
@@ -59,7 +59,7 @@ def own_parts(variant: str, family: str, layout: str | None = None) -> dict[str,
 
 @cache
 def compose(variant: str, family: str, layout: str | None = None) -> type[TrainConfig]:
-    """Return the settings class of a run with these; the family "auto" adds no settings.
+    """Return the settings class of a run with these parts; the family "auto" adds no settings.
 
     Raises:
         Problem: an unknown name.
@@ -75,7 +75,7 @@ def groups_of(variant: str, family: str, layout: str | None = None) -> dict[str,
 
 
 def parse(kind: type[P], argv: Sequence[str], *, prog: str) -> P:
-    """Read flags into a settings class; unknown flags end the program with what was probably meant (exit 2).
+    """Read flags into a settings class; unknown flags end the program (exit 2) with a suggestion.
 
     Args:
         kind: the settings class.
@@ -83,7 +83,7 @@ def parse(kind: type[P], argv: Sequence[str], *, prog: str) -> P:
         prog: the program's name in messages.
 
     Raises:
-        Problem: a value that a part's own rules refuse, with its flag; or flags of `train` that are none here.
+        Problem: a value that a part's own rules refuse, with its flag; or flags that only `train` has.
     """
     _demand_own(kind, argv, prog)
     flags = ["--help" if flag in HELP_ALL else flag for flag in argv]
@@ -92,7 +92,7 @@ def parse(kind: type[P], argv: Sequence[str], *, prog: str) -> P:
 
 
 def _demand_own(kind: type[Part], argv: Sequence[str], prog: str) -> None:
-    """Demand none of the flags that `train` alone has, from whose command lines those of other commands are copied.
+    """Refuse flags that only `train` has; they come with command lines that are copied from `train`.
 
     Raises:
         Problem: there are some; each is named.
@@ -120,11 +120,11 @@ def parse_train(
     Args:
         argv: flags.
         prog: the program's name in messages.
-        defaults: values in place of the settings' own defaults, for scripts that do something of their own.
-        look: is given the settings before the base model is looked for; those that depend on it stand at defaults.
+        defaults: values in place of the settings' own defaults, for scripts with defaults of their own.
+        look: called with the settings before the base model is looked for; those that depend on it have defaults.
 
     Raises:
-        Problem: a setting that is unknown, gone or refused, or no base model of a known family.
+        Problem: a setting is unknown, removed or refused, or there is no base model of a known family.
     """
     asked = _Asked.of(argv, prog, dict(defaults or {}))
     if look:
@@ -136,16 +136,16 @@ def parse_train(
 
 @dataclass(frozen=True)
 class _Asked:
-    """What is asked of a run.
+    """The settings that a command line and its settings file ask for.
 
     Attributes:
         prog: the program's name in messages.
-        variant: of the adapter.
-        layout: that is asked for; None: the first that goes with variant and base model.
+        variant: the adapter variant.
+        layout: the layout; None: the first that both base model and variant list.
         file: the settings file, if there is one.
-        beneath: what it holds.
-        given: flags that decide of which class the settings are, or what their defaults are.
-        flags: the other ones.
+        beneath: the settings in that file.
+        given: flags that decide the settings class, or its defaults.
+        flags: the other flags.
         defaults: values in place of the settings' own defaults.
     """
 
@@ -160,10 +160,10 @@ class _Asked:
 
     @classmethod
     def of(cls, argv: Sequence[str], prog: str, defaults: dict[str, Any]) -> _Asked:
-        """Return what a command line asks; if it asks for help, that is printed and the program ends.
+        """Return what a command line asks for; if it asks for help, print that and end the program.
 
         Raises:
-            Problem: a file that cannot be read, or a setting that is unknown or gone.
+            Problem: the file cannot be read, or a setting is unknown or removed.
         """
         _demand_current(argv)
         given, flags = _peek(argv)
@@ -179,17 +179,17 @@ class _Asked:
             read_flags(shown, ["--help"], prog=prog, about=about(prog, groups), defaults=defaults)
         if file:
             beneath = _current(beneath, kind, file)
-        own = {k: v for k, v in defaults.items() if k not in beneath}  # a null in the file is not overruled either
+        own = {k: v for k, v in defaults.items() if k not in beneath}  # they do not replace a null in the file either
         launched = accumulation_steps()
         if launched is not None and "gradient_accumulation_steps" not in beneath:
             own["gradient_accumulation_steps"] = launched
         return cls(prog, variant, layout, file, beneath, given, flags, own)
 
     def before_the_base(self) -> TrainConfig:
-        """Return the settings but for a family's own; those that depend on the base model stand at their defaults."""
+        """Return the settings without a family's own; those that depend on the base model have their defaults."""
         spare: list[str] = []
         config = self._read("auto", {}, spare)
-        if spare and not _of_families():  # they are of no family either, which is told
+        if spare and not _of_families():  # no family has them either: report them
             self._read("auto", {})
         return config
 
@@ -218,7 +218,7 @@ class _Asked:
 
 
 def _peek(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Return the flags that decide of which class the settings are, or what their defaults are; and the others."""
+    """Return the flags that decide the settings class or its defaults, and the other flags."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("config", "variant", "family", "layout", "low_memory", "pretrained_model_name_or_path", *_OF_BASE):
         peek.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name)
@@ -227,10 +227,10 @@ def _peek(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _demand_current(argv: Sequence[str]) -> None:
-    """Demand flags that are still there.
+    """Refuse flags that were removed.
 
     Raises:
-        Problem: one is gone.
+        Problem: there is one.
     """
     for flag in argv:
         if flag[:2] == "--" and _setting_of(flag) in GONE:
@@ -239,7 +239,7 @@ def _demand_current(argv: Sequence[str]) -> None:
 
 
 def _current(settings: Mapping[str, Any], kind: type[Part], file: str) -> dict[str, Any]:
-    """Return a file's settings by the names of now, which an earlier version may have written.
+    """Return a file's settings under their present names; an earlier version may have written the file.
 
     Raises:
         Problem: an unknown name, which no family has either.
@@ -260,7 +260,7 @@ def _of_families() -> set[str]:
 
 
 def _demand_variant(name: str) -> None:
-    """Demand a variant of the adapter; diffusers' scripts call the kind of weight files so.
+    """Demand a known adapter variant; in diffusers' scripts, `variant` is the kind of weight files.
 
     Raises:
         Problem: there is none of this name.
@@ -272,7 +272,7 @@ def _demand_variant(name: str) -> None:
 
 
 def _preset(family: str, memory: object) -> dict[str, Any]:
-    """Return the settings that `--low_memory` stands for; what is none of its choices is told with the other flags.
+    """Return the settings that `--low_memory` stands for; a value that it does not accept is reported later.
 
     Raises:
         Problem: there are none for base models of this family.
@@ -286,7 +286,7 @@ def _preset(family: str, memory: object) -> dict[str, Any]:
 
 
 def check_keys(settings: Mapping[str, Any], known: Collection[str], where: str) -> None:
-    """Demand settings that are known.
+    """Demand known settings.
 
     Raises:
         Problem: an unknown name, with the closest known one.

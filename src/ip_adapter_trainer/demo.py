@@ -29,23 +29,23 @@ if TYPE_CHECKING:
 ASKED_OF_IMAGE, ASKED_OF_TEXT = ("colour", "pattern", "background"), ("shape",)
 ADAPTER_FILE = "ip-adapter_pocket.safetensors"
 GRID_ROWS, GRID_BLOCKS = 6, 2
-GRID_CELL_PX = (96, 512)  # three times what is drawn: two blocks are as wide as a page
+GRID_CELL_PX = (96, 512)  # three times the pictures' size: two blocks are as wide as a page
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Text asks for one shape, the reference picture shows another in the attributes wanted."""
+    """A text that asks for one shape, and a reference image that has another shape and the other attributes wanted."""
 
     text_shape: str
     reference: Scene
 
     def truth(self) -> dict[str, str]:
-        """What a picture that obeys both shows."""
+        """Return the attributes of a picture that obeys both."""
         return {**self.reference.attributes(), "shape": self.text_shape}
 
 
 def held_out_pairs(count: int, seed: int) -> list[Pair]:
-    """Pairs whose reference and whose wanted picture are both combinations that nothing was trained on."""
+    """Draw pairs whose reference and whose wanted picture are both combinations held out from training."""
     rng = stream(seed, "demo-pairs")
     pairs: list[Pair] = []
     while len(pairs) < count:
@@ -61,7 +61,7 @@ def _prompt(pair: Pair) -> str:
 
 
 def score(images: list[Image], pairs: list[Pair]) -> dict[str, float]:
-    """Fraction of pictures that show each attribute as asked, by the oracle."""
+    """Return, for each attribute, the fraction of pictures in which the oracle finds it as asked."""
     from ip_adapter_trainer.pocket import oracle
 
     return oracle.accuracy(np.stack([np.asarray(p.convert("RGB")) for p in images]), [p.truth() for p in pairs])
@@ -129,7 +129,7 @@ def _grid(model: Model, pairs: list[Pair], references: list[Image], config: Demo
 
 
 def table(scores: dict[str, dict[str, float]]) -> str:
-    """Scores as text: a row for each attribute, a column for each condition."""
+    """Return the scores as text: a row for each attribute, a column for each condition."""
     columns = list(scores)
     lines = ["asked of  attribute   " + "".join(f"{c:>10}" for c in columns) + f"{'chance':>10}"]
     for name, values in world.ATTRIBUTES.items():
@@ -140,10 +140,10 @@ def table(scores: dict[str, dict[str, float]]) -> str:
 
 
 def summary(scores: dict[str, dict[str, float]], seconds: dict[str, float]) -> dict[str, dict[str, float]]:
-    """The content of `scores.json`: fractions, and seconds by part."""
+    """Return the content of `scores.json`: fractions, and seconds by part."""
 
     def mean(condition: str, names: tuple[str, ...]) -> float:
-        """Over attributes that are asked of one source."""
+        """Return the mean score of the attributes asked of one source."""
         return round(float(np.mean([scores[condition][name] for name in names])), 4)
 
     return {
@@ -154,21 +154,21 @@ def summary(scores: dict[str, dict[str, float]], seconds: dict[str, float]) -> d
 
 
 class _Clock:
-    """Seconds by part of the demo."""
+    """A stopwatch for the parts of the demo, in seconds."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Takes the time of a `with` block."""
+        """Measure the time of a `with` block."""
         began = time.monotonic()
         yield
         self.seconds[name] = round(time.monotonic() - began, 1)
 
 
 def demo(config: DemoConfig) -> str:
-    """Runs the main job; writes `scores.json` and `grid.png`; returns the table of scores and the picture's path."""
+    """Run the main job, write `scores.json` and `grid.png`, and return the table of scores and the grid's path."""
     from PIL import Image
 
     from ip_adapter_trainer.pocket import write

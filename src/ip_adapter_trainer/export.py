@@ -1,4 +1,4 @@
-"""A checkpoint, or an adapter in any other layout, becomes a published file, verified before it gets its name."""
+"""Export of a checkpoint or any other adapter file to a published one, verified before it gets its name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 TOLERANCE = 1e-5  # largest difference over largest output, in fp32
-PROBE_PX = 128  # side of the picture whose latents are denoised: every layer takes part, and it takes seconds
+PROBE_PX = 128  # side of the image whose latents are denoised: enough for every layer, and done in seconds
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Exported:
     variant: str
     parameters: int
     dtype: str
-    reader: str  # that reloaded it
+    reader: str  # the program that reloaded it
     difference: float  # of the denoiser's output, relative; see `verify`
     refusals: dict[Reader, str]  # why readers other than diffusers cannot take the file
-    is_encoder_mended: bool  # then other programs need a mended copy of it
+    is_encoder_mended: bool  # other programs then need a mended copy of it
 
     def __str__(self) -> str:
         size = f"{self.path.stat().st_size / 1e6:.1f} MB"
@@ -58,11 +58,11 @@ class Exported:
 
 
 def export(config: ExportConfig) -> Exported:
-    """Exports as configured. Where anything fails, no file is left, and one that was there stays.
+    """Export as configured. If anything fails, no new file is left, and an existing one stays as it was.
 
     Raises:
-        Problem: an unreadable source, an output that exists, models that do not fit, or a file that diffusers refuses
-            or computes something else with.
+        Problem: the source is unreadable, the output exists, the models do not fit, or the layout's reader refuses the
+            file or computes something else with it.
         StorageProblem: the file could not be written.
     """
     out = Path(config.output)
@@ -108,10 +108,10 @@ def _check_output(out: Path, overwrite: bool) -> None:
 
 
 def _rounded(tables: dict[str, dict[str, Tensor]], dtype: str) -> dict[str, dict[str, Tensor]]:
-    """The tables in the type of the file.
+    """Return the tables in the dtype of the file.
 
     Raises:
-        Problem: weights that are not finite, or are not any more.
+        Problem: weights are not finite, or too large for the dtype.
     """
     rounded = {table: {k: v.to(DTYPES[dtype]) for k, v in tensors.items()} for table, tensors in tables.items()}
     for table, tensors in rounded.items():
@@ -125,7 +125,7 @@ def _rounded(tables: dict[str, dict[str, Tensor]], dtype: str) -> dict[str, dict
 
 
 def _card(model: Model, file: AdapterFile, config: ExportConfig) -> AdapterCard:
-    """The source's own card with the models verified on; else one of what is known."""
+    """Return the source's card, updated for the models verified on; without one, a new card of what is known."""
     base = config.pretrained_model_name_or_path
     how = remembered_by(file, base, config.image_encoder_path) | loaded_with(config)
     if file.card is None:
@@ -136,10 +136,10 @@ def _card(model: Model, file: AdapterFile, config: ExportConfig) -> AdapterCard:
 
 
 def _reread(stage: Path, tables: dict[str, dict[str, Tensor]]) -> AdapterFile:
-    """Reads the written file and compares every bit: a denoiser's output would not show a small fault.
+    """Read the written file and compare every bit: a denoiser's output would not show a small fault.
 
     Raises:
-        Problem: any tensor is not what was meant.
+        Problem: a tensor differs from what was meant to be written.
     """
     written = read_adapter(stage)
     for table, tensors in tables.items():
@@ -153,10 +153,10 @@ def _reread(stage: Path, tables: dict[str, dict[str, Tensor]]) -> AdapterFile:
 
 @torch.no_grad()
 def verify(model: Model, file: Path) -> float:
-    """Load a file by its layout's reader and compare the denoiser's output with the live adapter's.
+    """Load a file with its layout's reader and compare the denoiser's output with the live adapter's.
 
-    One image is given and one is not, so what the loader feeds for "no image" is compared as well. The model must hold
-    the file's weights; its pipeline is given back without an adapter.
+    One sample has an image and one has none, so what the reader feeds for "no image" is compared as well. The model
+    must hold the file's weights; its pipeline is left without an adapter.
 
     Returns:
         The largest difference, over the largest output.
@@ -188,7 +188,7 @@ def probe_of(model: Model) -> Probe:
     """Return inputs of the model's own sizes, the same at every export."""
 
     def noise(purpose: str, *shape: int) -> Tensor:
-        """Unit normal [*shape], from a stream of its own."""
+        """Return unit normal noise [*shape], from a stream of its own."""
         return torch.from_numpy(stream(0, f"export-{purpose}").standard_normal(shape, dtype="float32"))
 
     size, sides = (PROBE_PX, PROBE_PX), {role: encoder.side_px for role, encoder in model.encoders.items()}
@@ -206,7 +206,7 @@ def probe_of(model: Model) -> Probe:
 
 
 def _reloaded_by_us(model: Model, file: Path, probe: Probe) -> Tensor:
-    """The denoiser's output [2, C, h, w] with a second adapter that was built from the file."""
+    """Return the denoiser's output [2, C, h, w] with a second adapter that is built from the file."""
     again = Model(model.base, model.encoders, model.architecture)
     load_into(again, read_adapter(file))
     with again.attached():

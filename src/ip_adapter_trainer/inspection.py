@@ -53,7 +53,7 @@ _UNIFIED = {
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What is known of a file; guesses say that they are."""
+    """Everything known about an adapter file; guesses are marked as guesses."""
 
     file: str
     container: str
@@ -62,7 +62,7 @@ class AdapterReport:
     base_model: str
     tokens: int | None  # None: nothing in the file tells it
     layers: list[int]  # N of each
-    parameters: dict[str, int]  # by part
+    parameters: dict[str, int]  # by table
     dtypes: list[str]
     image_encoder: str
     steps: int | None
@@ -94,25 +94,25 @@ class AdapterReport:
         return "\n".join([plain(self.file), *(f"{name:<{width}}{text}" for name, text in rows)])
 
     def to_json(self) -> str:
-        """The report as one JSON object."""
+        """Return the report as one JSON object."""
         return json.dumps(asdict(self), indent=1)
 
 
 def inspect(config: InspectConfig) -> str:
-    """The text that the command prints.
+    """Return the text that the command prints.
 
     Raises:
-        Problem: unreadable, or nothing that is known to be an adapter.
+        Problem: the file cannot be read, or is no known kind of adapter.
     """
     report = examine(config.path)
     return redacted(report.to_json()) if config.as_json else str(report)
 
 
 def examine(path: str | Path) -> AdapterReport:
-    """Looks at a file without any model.
+    """Describe an adapter file; no model is loaded.
 
     Raises:
-        Problem: unreadable, or nothing that is known to be an adapter.
+        Problem: the file cannot be read, or is no known kind of adapter.
     """
     raw = read_raw(find_weights(Path(path)))
     foreign = foreign_of(raw)
@@ -158,7 +158,7 @@ def _tokens(file: AdapterFile) -> int | None:
 
 
 def _start(file: AdapterFile) -> tuple[str | None, str | None]:
-    """The flags with which `train` starts from a file, or the reason why it does not."""
+    """Return the flags with which `train` starts from a file, or the reason why it cannot."""
     try:
         fitting_config(file)
     except Problem as problem:
@@ -170,7 +170,7 @@ def _start(file: AdapterFile) -> tuple[str | None, str | None]:
 
 
 def _remarks(file: AdapterFile, why: Mapping[Reader, str]) -> list[str]:
-    """What a reader must be told that the file does not say."""
+    """Return what a user of the file must know and the file does not say."""
     facts, remarks = file.facts, [f"the file contradicts itself: {_plain(text)}" for text in file.contradictions]
     tokens = _tokens(file) or "the number of its image encoder's features (257 for ViT-H/14)"
     if file.card and file.card.image_encoder != "clip":
@@ -224,7 +224,7 @@ def _of_foreign(raw: RawFile, kind: Foreign) -> AdapterReport:
 
 
 def _plain(text: str) -> str:
-    """One line of bounded length: a file's strings are whatever its maker wrote."""
+    """Return one line of bounded length: a file's strings are whatever its maker wrote."""
     return plain(text)[:200] + "..." * (len(text) > 200)
 
 

@@ -28,7 +28,7 @@ Text = dict[str, Tensor]  # a text condition: `context` [B, L, D] and the base m
 class Adapter(nn.Module):
     """Everything that is trained. Its state-dict keys are the published training checkpoint's.
 
-    `image_proj_model.*` is the projector, `adapter_modules.N.*` the layers. Weights are fp32 masters.
+    `image_proj_model.*` is the projector, `adapter_modules.N.*` the layers. The master weights are fp32.
     """
 
     def __init__(self, projector: nn.Module, layers: Mapping[int, nn.Module]) -> None:
@@ -37,14 +37,14 @@ class Adapter(nn.Module):
         self.adapter_modules = nn.ModuleDict({str(number): module for number, module in layers.items()})
 
     def published(self) -> dict[str, dict[str, Tensor]]:
-        """Return the two tables of a published adapter file."""
+        """Return the two tables of a published adapter file, with tensors [...] by name."""
         return {"image_proj": self.image_proj_model.state_dict(), "ip_adapter": self.adapter_modules.state_dict()}
 
     def load_published(self, tables: Tables, where: str) -> None:
-        """Load a published file's tables, every key and shape checked before any weight is changed.
+        """Load a published file's tables; every key and shape is checked before any weight is changed.
 
         Raises:
-            Problem: missing, unexpected or wrongly shaped tensors, each named.
+            Problem: tensors are missing, unexpected or of another shape; the first are named.
         """
         targets = {"image_proj": self.image_proj_model, "ip_adapter": self.adapter_modules}
         faults = [f for name, target in targets.items() for f in _differences(name, target.state_dict(), tables[name])]
@@ -68,12 +68,12 @@ def _differences(table: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Te
 
 @dataclass(frozen=True)
 class Architecture:
-    """What an adapter is, beside its weights.
+    """The description of an adapter: everything but its weights.
 
     Attributes:
-        variant: which features become which tokens.
+        variant: turns image features into tokens.
         config: the variant's settings.
-        layout: where it sits in the denoiser.
+        layout: the adapter's place in the denoiser.
         layout_config: the layout's settings.
         layers: names of the layers that carry it; see `choose_layers`.
     """
@@ -121,7 +121,7 @@ class Model:
         return self.encoders[IMAGE]
 
     def silence_others(self) -> None:
-        """Let layers that carry no adapter compute what the base model does; loaders demand that files hold them."""
+        """Make layers that carry no adapter compute as the base model does; loaders demand that files hold them."""
         adapted = {str(layer.number) for layer in self.adapted}
         for number, module in self.adapter.adapter_modules.items():
             if number not in adapted:
@@ -129,7 +129,7 @@ class Model:
 
     @property
     def num_tokens(self) -> int:
-        """Image tokens of one image."""
+        """Number of image tokens of one image."""
         with torch.no_grad():
             return self.project(self.null(1), torch.zeros(1, device=self.denoiser.device)).tokens.shape[1]
 
@@ -177,7 +177,7 @@ class Model:
             self.detach()
 
     def checkpoint_activations(self) -> None:
-        """Let the denoiser recompute activations in the backward pass: less memory for a second forward.
+        """Make the denoiser recompute activations in the backward pass: less memory, for a second forward pass.
 
         diffusers does so in training mode only; the frozen nets here have no dropout, so the mode changes nothing else.
         """
@@ -185,7 +185,7 @@ class Model:
         self.denoiser.net.train()
 
     def place_encoders(self, device: torch.device | str) -> None:
-        """Move what encodes images and captions to a device, ahead of the rest."""
+        """Move the encoders of images and captions to a device, ahead of the rest."""
         for encoder in self.encoders.values():
             encoder.model.to(device)
         self.codec.place(device)
@@ -196,9 +196,9 @@ class Model:
         self.adapter.to(device)
 
     def release_encoders(self, texts: bool) -> None:
-        """Let go of the weights that only turn images into features and moments, where all were encoded before.
+        """Release the weights that only turn images into features and moments, where all images were encoded before.
 
-        With `texts`, where captions were too, the text encoders rest on the host and come back for prompts of grids.
+        With `texts`, captions were encoded too: text encoders stay on the host, and return only for prompts of grids.
         """
         self.null(1)
         for encoder in self.encoders.values():
@@ -218,13 +218,13 @@ class Model:
         return self._dropped(found, drop)
 
     def features_of(self, inputs: Inputs, drop: Tensor | None = None) -> dict[Need, Tensor]:
-        """Return the same of a batch's images, which may have been encoded before."""
+        """Return the same features [B, ...] of a batch's images, which may have been encoded before."""
         if isinstance(inputs, Encoded):
             return self._dropped({need: inputs.features[need] for need in self.variant.needs}, drop)
         return self.features(inputs.prompts, drop)
 
     def null(self, count: int) -> dict[Need, Tensor]:
-        """Return the features [B, ...] of "no image", as the layout's readers feed them, for so many samples."""
+        """Return the features [B, ...] of "no image", as the layout's readers feed them, for a number of samples."""
         rules = {need: self.layout.null(need) for need in self.variant.needs}
         nulls = {need: self.encoders[need.role].null(need.feature, rule) for need, rule in rules.items()}
         return {need: null.expand(count, *null.shape[1:]) for need, null in nulls.items()}
@@ -241,13 +241,13 @@ class Model:
     def moments_of(self, inputs: Inputs) -> Tensor:
         """Return moments [B, 2C, h, w] of a batch's targets, which may have been encoded before.
 
-        Contiguous either way: kernels choose by memory format, and so round otherwise for the same numbers.
+        They are contiguous in both cases: kernels are chosen by memory format, and another one rounds differently.
         """
         moments = inputs.moments if isinstance(inputs, Encoded) else self.codec.moments(inputs.pixels)
         return moments.contiguous()
 
     def text_of(self, batch: Batch) -> Text:
-        """Return the text condition of a batch's captions, which may have been encoded before."""
+        """Return the text condition [B, ...] of a batch's captions, which may have been encoded before."""
         inputs = batch.inputs
         if isinstance(inputs, Encoded) and inputs.text:
             return {name: tensor.to(self.denoiser.device) for name, tensor in inputs.text.items()}
@@ -256,11 +256,11 @@ class Model:
     def project(
         self, features: Features, time: Tensor | None = None, dropped: Mapping[str, Tensor] | None = None
     ) -> ImageTokens:
-        """Return tokens [B, N, D] of features, in the compute dtype; autocast around the small projector alone.
+        """Return tokens [B, N, D] of features, in the compute dtype; only the small projector runs under autocast.
 
         Args:
             features: of every need, [B, ...] each.
-            time: [B]; only variants whose tokens depend on it look at it.
+            time: [B]; used only by variants whose tokens depend on it.
             dropped: see `Variant.tokens`.
         """
         projector, time = self.adapter.image_proj_model, time if self.variant.reads_time else None
@@ -273,16 +273,16 @@ class Model:
         return ImageTokens(found.tokens.to(self.dtype), embedding)
 
     def show(self, image: ImageTokens | None, scale: float = 1.0) -> None:
-        """Set what the adapted layers attend to from now on; None: the base model runs."""
+        """Set the tokens that the adapted layers attend to from now on; None: the base model runs."""
         self.prompt.tokens, self.prompt.time_embedding = (image.tokens, image.time_embedding) if image else (None, None)
         self.prompt.scale, self.prompt.features = scale, None
 
     def show_features(self, features: Features, scale: float = 1.0) -> None:
-        """Set features [B, ...] from which tokens are made for the time of each forward pass, as a sampler goes on."""
+        """Set features [B, ...] from which each of a sampler's forward passes makes tokens for its own time."""
         self.prompt.scale, self.prompt.features = scale, features
 
     def _project_now(self, net: nn.Module, args: Any, kwargs: Any) -> None:
-        """Before a forward pass of the denoiser: tokens for its time."""
+        """Make the tokens for the time of a forward pass of the denoiser, just before it."""
         features = self.prompt.features
         if features is not None:
             time = inspect.signature(net.forward).bind(*args, **kwargs).arguments["timestep"]
@@ -301,7 +301,7 @@ class Model:
     ) -> Tensor:
         """Return the denoiser's output [B, C, h, w] for noisy latents [B, C, h, w], times [B] and image tokens.
 
-        Without image, or at scale 0 where the layout has no deltas, it is the base model's.
+        Without an image, or at scale 0 where the layout has no low-rank deltas, it is the base model's output.
         """
         self.show(image, scale)
         if image is not None and scale:

@@ -1,4 +1,4 @@
-"""Adapter files: read in every form that is about, written in the published one, and described by a card."""
+"""Adapter files: read in every known form, written in the published one, and described by a card."""
 
 from ip_adapter_trainer.adapter_files.card import CARD, AdapterCard
 from ip_adapter_trainer.adapter_files.file import (

@@ -1,4 +1,4 @@
-"""What a trained adapter is: the description beside its weights, or in an exported file's metadata."""
+"""The adapter card: the description of a trained adapter, beside its weights or in an exported file's metadata."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ip_adapter_trainer.storage.documents import json_of, read_text
 FORMAT_VERSION = 3
 CARD = "adapter.json"
 PACKAGE = "ip_adapter_trainer"
-_MAX_BYTES = 2**20  # ours have 600
+_MAX_BYTES = 2**20  # a card of ours has 600
 _TABLES = ("variant_config", "loaded_with", "layout_config", "preprocessing", "no_image")  # JSON in a file's metadata
 
 
 class AdapterCard(Part):
-    """Everything needed to build the model around the weights again."""
+    """Everything needed to rebuild the model around the weights."""
 
     variant: str
     variant_config: dict[str, Any]
@@ -29,21 +29,21 @@ class AdapterCard(Part):
     num_tokens: int
     pretrained_model_name_or_path: str
     image_encoder_path: str
-    feature: str  # the first that the variant reads
+    feature: str  # the first one that the variant reads
     feature_dim: int
     context_dim: int
     step: int | None  # None: converted from a file that does not say
     images_seen: int | None
     package_version: str
-    loaded_with: dict[str, Any] = Field(default_factory=dict)  # how its frozen models are, but for the defaults
+    loaded_with: dict[str, Any] = Field(default_factory=dict)  # non-default settings of loading its frozen models
     layout: str = "unet"
     layout_config: dict[str, Any] = Field(default_factory=dict)
     image_encoder: str = "clip"  # its kind
-    preprocessing: dict[str, Any] = Field(default_factory=dict)  # of images for it; empty: as its kind always does
-    no_image: dict[str, str] = Field(default_factory=dict)  # by feature, how "no image" is made; empty: as published
+    preprocessing: dict[str, Any] = Field(default_factory=dict)  # of its input images; empty: the usual of its kind
+    no_image: dict[str, str] = Field(default_factory=dict)  # by feature, the rule for "no image"; empty: as published
 
     def _content(self) -> dict[str, Any]:
-        """Everything that is written; what stands at its default is left out, as in the first versions of cards."""
+        """Return everything to write; optional fields at their defaults are left out, as in the first cards."""
         content = self.model_dump()
         added = {name: content.pop(name) for name, field in type(self).model_fields.items() if not field.is_required()}
         told = {
@@ -55,15 +55,15 @@ class AdapterCard(Part):
         return {"format_version": version, **content, **told}
 
     def to_json(self) -> str:
-        """The card as text for `adapter.json`."""
+        """Return the card as the text of `adapter.json`."""
         return json.dumps(self._content(), indent=1) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> AdapterCard:
-        """Reads a file of `from_json`'s text.
+        """Read a card from an `adapter.json` file.
 
         Raises:
-            Problem: no text that a card could be, or see `from_json`.
+            Problem: the file is unreadable or too large for a card; or see `from_json`.
         """
         try:
             text = read_text(path, _MAX_BYTES)
@@ -73,10 +73,10 @@ class AdapterCard(Part):
 
     @classmethod
     def from_json(cls, text: str, where: str) -> AdapterCard:
-        """Reads `adapter.json`.
+        """Parse the text of an `adapter.json` file; `where` names the file in messages.
 
         Raises:
-            Problem: no JSON, unknown or missing keys, or a format newer than this package knows.
+            Problem: no JSON object, unknown or missing keys, or a format newer than this package knows.
         """
         try:
             content = json_of(text)
@@ -90,14 +90,14 @@ class AdapterCard(Part):
         return cls._of(content, where)
 
     def to_metadata(self) -> dict[str, str]:
-        """The card as a .safetensors header's strings; what is not known is left out."""
+        """Return the card as strings for a .safetensors header; unknown values (None) are left out."""
         fields = {key: value for key, value in self._content().items() if value is not None}
         texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in fields.items()}
         return {"package": PACKAGE, **texts}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], where: str) -> AdapterCard | None:
-        """Reads a header's strings; None where this package did not write them. Other programs may have added some.
+        """Return the card in a header's strings; None if another program wrote them. Unknown keys are ignored.
 
         Raises:
             Problem: missing entries, or a format newer than this package knows.

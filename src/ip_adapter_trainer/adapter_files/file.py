@@ -1,7 +1,7 @@
-"""Adapter files: read in every layout that is about, written in the published one.
+"""Adapter files: read in every known form, written in the published one.
 
-Read: a published .safetensors or .bin; ComfyUI's `adapter_modules`; our `checkpoint-N/`; a run's folder (its newest
-whole checkpoint); a checkpoint of the published script, even one whose `adapter_modules` were dropped.
+Forms that are read: a published .safetensors or .bin file; ComfyUI's, with `adapter_modules`; our `checkpoint-N/`; a
+run's folder (its newest whole checkpoint); a checkpoint of the published script, even one without `adapter_modules`.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from ip_adapter_trainer.core.values import Need
 from ip_adapter_trainer.layouts import Layout, Tables
 from ip_adapter_trainer.storage.checkpoints import MANIFEST, newest, step_of, verified
 
-WEIGHTS = ("pytorch_model.bin", "model.safetensors")  # of a checkpoint: ours, and the published script's
+WEIGHTS = ("pytorch_model.bin", "model.safetensors")  # in a checkpoint: ours, and the published script's
 SUFFIXES = (".safetensors", ".bin")
 SHA256 = "weights_sha256"
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter as it was found, under the published names."""
+    """The content of an adapter file, under the published names."""
 
     path: Path
     origin: Origin
@@ -45,21 +45,21 @@ class AdapterFile:
     metadata: dict[str, str]
     card: AdapterCard | None  # None: the file does not say what it was trained with
     layout: Layout
-    layers: dict[int, str]  # N to the UNet's layer, where the file names layers
+    layers: dict[int, str]  # by N, the layer's name, where the file has it
 
     @property
     def tables(self) -> dict[str, dict[str, Tensor]]:
-        """Both tables by their published names."""
+        """Both tables of tensors [...], by their published names."""
         return {"image_proj": self.image_proj, "ip_adapter": self.ip_adapter}
 
     @cached_property
     def shapes(self) -> Shapes:
-        """The projector's shapes, by which variants are told apart."""
+        """The shapes of the projector's tensors, which tell the variant."""
         return shapes_of(self.image_proj)
 
     @cached_property
     def layer_shapes(self) -> Shapes:
-        """The layers' shapes, by which layouts are told apart."""
+        """The shapes of the layers' tensors, which tell the layout."""
         return shapes_of(self.ip_adapter)
 
     @cached_property
@@ -69,15 +69,15 @@ class AdapterFile:
 
     @property
     def step(self) -> int | None:
-        """Optimizer steps behind the weights, where the file or its folder's name says so."""
+        """Optimizer steps that the weights were trained for; None if neither the card nor the folder's name says so."""
         return self.card.step if self.card else step_of(self.path.parent)
 
     @cached_property
     def variant(self) -> type[Variant]:
-        """The variant whose projector this is.
+        """The variant that the projector belongs to.
 
         Raises:
-            Problem: of no variant here, or of several.
+            Problem: it belongs to no known variant, or to several.
         """
         owners = {name: entry for name, entry in VARIANTS.items() if entry.owns(self.shapes)}
         if self.card and self.card.variant in owners:
@@ -89,10 +89,10 @@ class AdapterFile:
 
     @cached_property
     def facts(self) -> dict[str, int]:
-        """What the shapes tell: `num_tokens` (not for every variant), `feature_dim`, `context_dim` and others.
+        """Sizes read off the shapes: `num_tokens` (not for every variant), `feature_dim`, `context_dim` and others.
 
         Raises:
-            Problem: shapes that contradict the names.
+            Problem: the shapes contradict the names.
         """
         try:
             return self.variant.facts(self.shapes)
@@ -102,10 +102,10 @@ class AdapterFile:
             raise Problem(what, where=str(self.path), remedy="copy or download the file again") from error
 
     def config(self) -> Part:
-        """The variant's settings: as the card says, else as the shapes imply.
+        """Return the variant's settings: those of the card, else those that the shapes imply.
 
         Raises:
-            Problem: settings that the variant does not take, or a card that contradicts the weights.
+            Problem: the variant does not accept the settings, or the card contradicts the weights.
         """
         if self.contradictions:
             raise Problem(self.contradictions[0], where=str(self.path), remedy="copy or download both again")
@@ -128,7 +128,7 @@ class AdapterFile:
 
     @cached_property
     def contradictions(self) -> list[str]:
-        """Everything that the card says of the weights and that their names and shapes contradict."""
+        """Every statement of the card that the weights' names and shapes contradict."""
         if self.card is None:
             return []
         facts = {"variant": VARIANTS.name_of(self.variant), "feature": self.variant.needs[0].feature, **self.facts}
@@ -141,10 +141,10 @@ class AdapterFile:
 
 
 def read_adapter(path: str | Path) -> AdapterFile:
-    """Reads an adapter from a file, a checkpoint's folder or a run's folder; every name, number and hash is checked.
+    """Read an adapter from a file, a checkpoint folder or a run's folder; check every name, number and hash.
 
     Raises:
-        Problem: nothing there that is an adapter which is trained here, or a damaged one.
+        Problem: no adapter is there, one of a kind that is not trained here, or a damaged one.
     """
     raw = read_raw(find_weights(Path(path)))
     if foreign := foreign_of(raw):
@@ -172,16 +172,16 @@ def read_adapter(path: str | Path) -> AdapterFile:
 
 
 def foreign_of(raw: RawFile) -> Foreign | None:
-    """Return the kind of an adapter that is not trained here; None where the shapes or a card tell of none.
+    """Return the kind of an adapter that is not trained here; None if it has a card or its shapes are of no such kind.
 
     Raises:
-        Problem: a card that cannot be read.
+        Problem: the card cannot be read.
     """
     return None if _card(raw) else foreign_kind(published_shapes(raw))
 
 
 def published_shapes(raw: RawFile) -> Shapes:
-    """Return the shapes of everything in a file that holds numbers, by published names."""
+    """Return the shapes of all tensors in a file but empty ones and scalars, by published names."""
     return shapes_of({published_name(name): t for name, t in raw.tensors.items() if t.numel() and t.ndim})
 
 
@@ -193,10 +193,10 @@ def _card(raw: RawFile) -> AdapterCard | None:
 
 
 def find_weights(path: Path) -> Path:
-    """The weights file meant by a path: itself, a checkpoint's, or the newest whole checkpoint's of a run.
+    """Return the weights file that a path stands for: itself, a checkpoint's, or that of a run's newest whole one.
 
     Raises:
-        Problem: a folder without any, or a file that is not what its checkpoint's manifest says.
+        Problem: the folder holds no weights, or the file differs from its checkpoint's manifest.
     """
     direct = _weights_in(path) if path.is_dir() else path
     if direct is not None:
@@ -216,13 +216,13 @@ def _weights_in(folder: Path) -> Path | None:
 
 
 def _whole(file: Path) -> bool:
-    """Weights and the card beside them; only our checkpoints have a manifest to compare with."""
+    """Return whether weights and card match the checkpoint's manifest, which only our checkpoints have."""
     is_ours = file.name in WEIGHTS and (file.parent / MANIFEST).exists()
     return not is_ours or verified(file.parent, [file.name, CARD])
 
 
 def weights_sha256(tables: Tables) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of an adapter's tensors, whatever file they are in."""
+    """Return the SHA-256 of the names, dtypes, shapes and bytes of an adapter's tensors, whatever file holds them."""
     digest = hashlib.sha256()
     for table, tensors in sorted(tables.items()):
         for name, tensor in sorted(tensors.items()):
@@ -234,11 +234,11 @@ def weights_sha256(tables: Tables) -> str:
 def write_adapter(path: Path, tables: Tables, metadata: Mapping[str, str], layout: Layout) -> None:
     """Write an adapter in its layout; the suffix decides the container. A .bin holds no metadata.
 
-    Write to a `staged_file`, which gets its name after it was checked.
+    Give it a `staged_file`, which gets its name only after it was checked.
 
     Raises:
-        Problem: another suffix.
-        StorageProblem: a disk that is full or read-only.
+        Problem: the suffix is not that of a container.
+        StorageProblem: the disk is full or read-only.
     """
     check_suffix(path)
     plain = {t: {name: _alone(tensor) for name, tensor in tables[t].items()} for t in ("image_proj", "ip_adapter")}
@@ -254,10 +254,10 @@ def write_adapter(path: Path, tables: Tables, metadata: Mapping[str, str], layou
 
 
 def check_suffix(path: Path) -> None:
-    """Refuses names whose suffix is no container's.
+    """Refuse file names without the suffix of a container.
 
     Raises:
-        Problem: neither .safetensors nor .bin.
+        Problem: the suffix is neither .safetensors nor .bin.
     """
     if path.suffix not in SUFFIXES:
         what = f"adapters are written as {' or '.join(SUFFIXES)}, not {path.suffix or 'without a suffix'}"
@@ -265,7 +265,7 @@ def check_suffix(path: Path) -> None:
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """Contiguous, on the CPU, in a storage of its own: torch saves whole storages, and two names could share one."""
+    """Return a contiguous CPU tensor with its own storage: torch saves whole storages, which two names could share."""
     tensor = tensor.detach().cpu().contiguous()
     is_alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if is_alone else tensor.clone()

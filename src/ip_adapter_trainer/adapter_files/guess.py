@@ -1,4 +1,4 @@
-"""What shapes alone suggest: base model, image encoder, and kinds of adapter that this trainer does not train."""
+"""Guesses from shapes alone: base model, image encoder, and kinds of adapter that this trainer does not train."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _FACE_RESAMPLER = {
     "image_proj.latents": (1, 16, 1280), "image_proj.proj_in.weight": (1280, 512),
     "image_proj.proj_out.weight": (SDXL_CONTEXT, 1280),
 }  # fmt: skip
-# How files name the two tables, and how published ones do.
+# Other names of the two tables, and the published ones.
 _OTHER_NAMES = {
     "adapter_modules.": "ip_adapter.", "image_proj_model.": "image_proj.", "ip_adapter_proj_model.": "image_proj.",
 }  # fmt: skip
 
 
 def base_guess(context_dim: int, widths: Sequence[int]) -> str:
-    """The base model that an adapter was made for, and how certain that is.
+    """Return the base model that an adapter was made for, and how certain that is.
 
     Args:
         context_dim: width of the tokens.
@@ -50,14 +50,14 @@ def base_guess(context_dim: int, widths: Sequence[int]) -> str:
 
 
 def encoder_guess(feature: str, feature_dim: int) -> str:
-    """The image encoder whose feature has this width, among those that published adapters use."""
+    """Return the image encoder whose feature has this width, among those that published adapters use."""
     name = _ENCODERS.get(feature, {}).get(feature_dim)
     return f"{f'likely {name}' if name else 'unknown'} ({feature}, {feature_dim} wide)"
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """A kind of adapter that is recognised and not trained here."""
+    """A kind of adapter that is recognised but not trained here."""
 
     name: str
     refusals: Mapping[Reader, str] = field(default_factory=dict)
@@ -123,12 +123,12 @@ def published_name(name: str) -> str:
 
 
 def foreign_kind(shapes: Shapes) -> Foreign | None:
-    """The kind of a file that this trainer does not train; None for all others. Shapes by published names."""
+    """Return the kind of an adapter that is not trained here; None for all others. Shapes by published names."""
     return next((kind for matches, kind in _KINDS if matches(shapes)), None)
 
 
 def tokens_guess(shapes: Shapes) -> int | None:
-    """Number of tokens that a projector makes, where a shape tells it. Shapes by published names."""
+    """Return the number of tokens that a projector makes; None if no shape tells it. Shapes by published names."""
     if "image_proj.latents" in shapes:
         return shapes["image_proj.latents"][-2]
     for projection in ("image_proj.proj.weight", "image_proj.proj.2.weight"):

@@ -1,4 +1,4 @@
-"""What a .bin may hold, read off its pickle's instructions before any of them is followed.
+"""A check of what a .bin file holds: its pickle's instructions are read before any of them is executed.
 
 `torch.load(weights_only=True)` executes no code, but it calls a few constructors with whatever arguments a file gives:
 `bytearray(10**10)`, encodings of encodings, tuples of tuples as keys. A table of tensors needs none of them.
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-_MAX_PICKLE_BYTES = 64 * 2**20  # that of a whole UNet's table has 200 KB
+_MAX_PICKLE_BYTES = 64 * 2**20  # the pickle of a whole UNet has 200 KB
 _LEGACY_PICKLES = 5  # magic number, version, the writer's sizes, the table, its storages; then come the bytes
 _KINDS = "Float Double Half BFloat16 Long Int Short Char Byte Bool Untyped".split()  # noqa: SIM905
 _ALLOWED = {
@@ -27,19 +27,19 @@ _ALLOWED = {
     *(f"torch {kind}Storage" for kind in _KINDS),
 }
 _TUPLES = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
-_END_BYTES, _END64_BYTES = 22, 22 + 20 + 56  # of an archive's last record; of that, its locator and its 64-bit form
+_END_BYTES, _END64_BYTES = 22, 22 + 20 + 56  # an archive's last record; that, its locator and its 64-bit form
 
 
 def demand_table(path: Path, is_archive: bool) -> None:
-    """Refuses a .bin whose pickle names anything but tensors, or builds values out of shared tuples.
+    """Refuse a .bin whose pickle names anything but tensors, or builds values out of shared tuples.
 
     Args:
         path: a file that `torch.load` would read.
-        is_archive: whether it is a zip archive, as torch writes since 1.6.
+        is_archive: True if it is a zip archive, as torch writes since 1.6.
 
     Raises:
-        pickle.UnpicklingError: it names something else.
-        ValueError: it is no such file, or an archive that is compressed or has another directory.
+        pickle.UnpicklingError: the pickle names something else.
+        ValueError: the file is none of torch's, or an archive that is compressed or has another directory.
     """
     if not is_archive:
         with path.open("rb") as file:
@@ -59,7 +59,7 @@ def demand_table(path: Path, is_archive: bool) -> None:
 
 
 def _demand_one_directory(path: Path) -> None:
-    """Python's reader takes the entries listed before an archive's end, torch's those where the end says they are."""
+    """Demand one directory, at the archive's end: else Python's reader and torch's could find different entries."""
     size = path.stat().st_size
     with path.open("rb") as file:
         file.seek(max(0, size - _END64_BYTES))
@@ -80,7 +80,7 @@ def _demand_plain(file: BinaryIO) -> None:
 
 
 def _named(file: BinaryIO) -> Iterator[str]:
-    """Every class and function that a pickle names; what no table of tensors needs counts as one."""
+    """Yield every class and function that a pickle names, and a name for each instruction that tensors never need."""
     before, memo, tuples = "", 0, set[int]()
     for operation, argument, _ in pickletools.genops(file):
         if operation.name in ("GLOBAL", "INST"):

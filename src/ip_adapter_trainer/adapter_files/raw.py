@@ -26,7 +26,7 @@ _MAX_HEADER_BYTES = 16 * 2**20  # a whole UNet's has 200 KB; one of 100 MB would
 _MAX_TENSORS = 100_000  # a whole UNet has 2,600
 _MAX_DEPTH = 40  # dots in the name of a table in tables
 
-# What data-parallel, compiled and DeepSpeed wrappers put before every name.
+# Prefixes that data-parallel, compiled and DeepSpeed wrappers put before every name.
 _WRAPPERS = re.compile(r"^(?:(?:module|state_dict|_orig_mod)\.)+")
 # A published script's checkpoint also holds gigabytes of the frozen UNet.
 _FROZEN = re.compile(r"unet\.(?!.*\.processor\.)")
@@ -34,20 +34,20 @@ _FROZEN = re.compile(r"unet\.(?!.*\.processor\.)")
 
 @dataclass(frozen=True)
 class RawFile:
-    """A weights file as it is. Tables of a .bin are flattened: its `t["ip_adapter"]["1.x"]` is `ip_adapter.1.x`."""
+    """The content of a weights file. Tables of a .bin are flattened: `t["ip_adapter"]["1.x"]` is `ip_adapter.1.x`."""
 
     path: Path
     container: Container
     tensors: dict[str, Tensor]  # mapped from the file: nothing is read before it is used
     metadata: dict[str, str]
-    frozen: int  # tensors of a UNet that were passed over
+    frozen: int  # number of a frozen UNet's tensors that were left out
 
 
 def read_raw(path: Path) -> RawFile:
-    """Reads a .safetensors file, or anything else as a .bin; a frozen UNet in it is passed over.
+    """Read a .safetensors file, or any other file as a .bin; a frozen UNet in it is left out.
 
     Raises:
-        Problem: missing, truncated, not of its kind, pickled code in it, or a tensor that is none to train with.
+        Problem: the file is missing, truncated, of another kind, or holds pickled code or an unusable tensor.
     """
     with _legible(path):
         raw = _read_safetensors(path) if path.suffix == ".safetensors" else _read_bin(path)
@@ -58,7 +58,7 @@ def read_raw(path: Path) -> RawFile:
 
 @contextmanager
 def _legible(path: Path) -> Iterator[None]:
-    """Turns whatever a container's library raises into one problem."""
+    """Turn whatever a container's library raises into a `Problem`."""
     where = str(path)
     if not path.is_file():
         raise Problem("there is no such file", where=where, remedy="give an adapter file or a checkpoint")
@@ -94,7 +94,7 @@ def _read_bin(path: Path) -> RawFile:
 
 
 def _load(path: Path) -> Mapping[str, Any]:
-    mapped = zipfile.is_zipfile(path)  # files of torch before 1.6 are not, and are read whole
+    mapped = zipfile.is_zipfile(path)  # files of torch before 1.6 are no zip archives, and are read whole
     demand_table(path, mapped)
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     if not isinstance(content, Mapping):
@@ -103,7 +103,7 @@ def _load(path: Path) -> Mapping[str, Any]:
 
 
 def _flatten(content: Mapping[str, Any], seen: set[int], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Tensors only: a step count or a config among them belongs to no adapter. Shared tables can stand for billions."""
+    """Yield the tensors only: step counts and configs belong to no adapter. Shared tables could stand for billions."""
     if id(content) in seen or prefix.count(".") > _MAX_DEPTH:
         raise ValueError("its tables are shared or nested too deeply")
     seen.add(id(content))
@@ -116,7 +116,7 @@ def _flatten(content: Mapping[str, Any], seen: set[int], prefix: str = "") -> It
 
 
 def _unique(named: Iterable[tuple[str, V]]) -> dict[str, V]:
-    """A table of names, of which none stands there twice and which are not too many."""
+    """Return a dict of the pairs; raise a ValueError if a name comes twice or there are too many."""
     table: dict[str, V] = {}
     for name, value in named:
         if name in table:
@@ -132,7 +132,7 @@ def _bare(name: str) -> str:
 
 
 def _demand_plain(name: str, tensor: Tensor, path: Path) -> None:
-    """Refuses names that no one prints, and what a pickle can claim without holding it: more elements than bytes."""
+    """Refuse unprintable names, and tensors that a pickle can claim without holding them: more elements than bytes."""
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
     held = plain and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
     if not held or not name.isprintable():

@@ -1,4 +1,4 @@
-"""Which of the three readers can take an adapter file as it is meant, and why not.
+"""The three readers of adapter files, and the reasons why one cannot use a file as intended.
 
 Checked against diffusers 0.42 (`loaders/unet.py`), tencent-ailab/IP-Adapter (`ip_adapter/ip_adapter.py`) and
 cubiq/ComfyUI_IPAdapter_plus (`IPAdapterPlus.py`, `utils.py`).
@@ -25,14 +25,14 @@ READERS: dict[Reader, str] = {
 
 
 def refusals(file: AdapterFile) -> dict[Reader, str]:
-    """For each reader that cannot take the file, the first reason."""
+    """Return, for each reader that cannot use the file, the first reason."""
     layout = file.layout.refusals(file.layer_shapes, file.facts["context_dim"])
     reasons = [_of_origin(file.origin), _of_encoder(file.card), layout, file.variant.refusals(file.shapes)]
     return _first([*reasons, _of_path(file.path, is_unnorm=False)])
 
 
 def foreign_refusals(kind: Foreign, path: Path) -> dict[Reader, str]:
-    """The same of a file of a kind that is not trained here."""
+    """Return, for each reader that cannot use a file of a kind that is not trained here, the first reason."""
     return _first([dict(kind.refusals), _of_path(path, kind.is_unnorm)])
 
 
@@ -44,7 +44,7 @@ def _first(reasons: Sequence[dict[Reader, str]]) -> dict[Reader, str]:
 
 
 def _of_path(path: Path, is_unnorm: bool) -> dict[Reader, str]:
-    """ComfyUI tells adapters of un-normalised face embeddings by the file's path, its folders' names included."""
+    """Return ComfyUI's reason: it recognises adapters of un-normalised face embeddings by their path with folders."""
     has_mark = "unnorm" in os.path.abspath(path).lower()  # noqa: PTH100 (links are not followed)
     if has_mark and not is_unnorm:
         return {"comfy": "takes a file for a face adapter when its path, with all folders, has 'unnorm' in it"}
@@ -63,7 +63,7 @@ def _of_origin(origin: Origin) -> dict[Reader, str]:
 
 
 def _of_encoder(card: AdapterCard | None) -> dict[Reader, str]:
-    """diffusers takes features of any encoder as `ip_adapter_image_embeds`."""
+    """Return the reasons of readers that run CLIP only; diffusers takes any features as `ip_adapter_image_embeds`."""
     if card is None or card.image_encoder == "clip":
         return {}
     why = f"runs CLIP image encoders, and the adapter reads features of a {card.image_encoder} encoder"

@@ -1,4 +1,4 @@
-"""Which adapter files a model of this trainer can take the weights of, and with which settings."""
+"""The settings with which a model of this trainer takes the weights of an adapter file, if it can."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ip_adapter_trainer.adapters import Shapes, Variant, shapes_of
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.settings import Part
 
-_LENGTH = 257  # of the features where no card tells it: no weight depends on it
+_LENGTH = 257  # feature vectors of an image, where no card tells it: no weight depends on it
 
 
 def fitting_config(file: AdapterFile) -> Part:
@@ -33,11 +33,11 @@ def fitting_config(file: AdapterFile) -> Part:
 
 
 def flags_to_fit(file: AdapterFile, built: Shapes | None = None) -> list[str]:
-    """Return the flags by which a projector gets the file's sizes.
+    """Return the flags that give a projector the file's sizes.
 
     Args:
-        file: for which `fitting_config` raises nothing.
-        built: shapes of a projector of the same variant; default: of one that no flag is given for.
+        file: one that `fitting_config` accepts.
+        built: shapes of a projector of the same variant; None: those without any flags.
     """
     kind = file.variant.Config
     mine = file.variant.facts(built or _built(file.variant, kind(), file))
@@ -47,7 +47,7 @@ def flags_to_fit(file: AdapterFile, built: Shapes | None = None) -> list[str]:
 
 
 def _built(variant: type[Variant], config: Part, file: AdapterFile) -> Shapes:
-    """Shapes of a projector for the file's widths, without memory."""
+    """Return the shapes of a projector for the file's widths, built on the meta device, without memory."""
     length = file.card.num_tokens if file.card else _LENGTH
     shapes = {need: (length, file.feature_dim(need)) for need in variant.needs}
     with torch.device("meta"):

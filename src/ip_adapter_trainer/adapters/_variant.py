@@ -1,4 +1,4 @@
-"""What a variant is, and the registry of all of them."""
+"""The interface of a variant, and the registry of all variants."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ IMAGE = "image"  # the role of the image prompt itself
 class Variant(ABC):
     """One adapter architecture.
 
-    A subclass lives in a file of its own, registers a name and gives its settings, what it reads of a sample and its
-    projector, whose state-dict keys are the published ones.
+    A subclass lives in a file of its own, registers a name and defines its settings, the features that it reads and
+    its projector, whose state-dict keys are the published ones.
 
     Attributes:
         needs: features that it reads; the encoder of a role other than `image` is at the setting `ROLE_encoder_path`.
         layouts: names of the layouts that it goes with.
-        drops: names of what is dropped in training beside image and text, with the share of images.
+        drops: names of what else is dropped in training, beside image and text, with the share of samples.
         reads_time: True if tokens depend on the time.
     """
 
@@ -40,10 +40,10 @@ class Variant(ABC):
     @classmethod
     @abstractmethod
     def projector(cls, config: Part, shapes: Mapping[Need, tuple[int, ...]], token_dim: int) -> nn.Module:
-        """Return the module that makes tokens of a width of features of these shapes, (E) or (T, E) each.
+        """Return the module that turns features of these shapes, (E) or (T, E) each, into tokens of width `token_dim`.
 
         Raises:
-            Problem: a setting with which a reader would refuse the file, or load it and compute something else.
+            Problem: with some setting, a reader would refuse the file, or load it and compute something else.
         """
 
     @classmethod
@@ -57,10 +57,10 @@ class Variant(ABC):
         """Return tokens [B, N, D] of features, [B, E] or [B, T, E] each.
 
         Args:
-            projector: what `projector` gave.
+            projector: the module that `projector` returned.
             features: all of `needs`; those of "no image" where it is dropped.
             time: [B], where `reads_time`.
-            dropped: by the names of `drops`, whether each image's is, [B]; None: nothing is.
+            dropped: for each name of `drops`, the samples where it is dropped, bool [B]; None: nothing is dropped.
         """
         (need,) = cls.needs
         return ImageTokens(projector(features[need]))
@@ -68,12 +68,12 @@ class Variant(ABC):
     @classmethod
     @abstractmethod
     def owns(cls, shapes: Shapes) -> bool:
-        """Whether these `image_proj` keys and shapes are this variant's."""
+        """Return whether these `image_proj` keys and shapes are this variant's."""
 
     @classmethod
     @abstractmethod
     def facts(cls, shapes: Shapes) -> dict[str, int]:
-        """What a file's `image_proj` shapes tell: `num_tokens`, `context_dim` and the variant's own settings.
+        """Return what a file's `image_proj` shapes tell: `num_tokens`, `context_dim` and the variant's own settings.
 
         `feature_dim` is the last dimension of the first of `needs`; that of others is `feature_dim_NAME`.
         """
@@ -81,12 +81,12 @@ class Variant(ABC):
     @classmethod
     @abstractmethod
     def refusals(cls, shapes: Shapes) -> dict[Reader, str]:
-        """For each reader that cannot take such a file as it is meant, the reason."""
+        """Return, for each reader that cannot use such a file as intended, the reason."""
 
 
 VARIANTS: Registry[Variant] = Registry("variants", "ip_adapter_trainer.adapters")
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
-    """Shapes by name."""
+    """Return the shapes of tensors [...] by their names."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

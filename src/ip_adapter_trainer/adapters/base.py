@@ -29,7 +29,7 @@ class BaseConfig(Part):
 
 @VARIANTS.register("base")
 class Base(Variant):
-    """Pooled CLIP embedding to four tokens."""
+    """A pooled CLIP embedding, projected to four tokens."""
 
     Config = BaseConfig
     needs = (Need(IMAGE, "image_embeds"),)
@@ -50,19 +50,19 @@ class Base(Variant):
 
     @classmethod
     def owns(cls, shapes: Shapes) -> bool:
-        """A single `proj` layer."""
+        """See `Variant.owns`: a single `proj` layer and a norm."""
         return "proj.weight" in shapes and "norm.weight" in shapes
 
     @classmethod
     def facts(cls, shapes: Shapes) -> dict[str, int]:
-        """Tokens follow from the norm's width."""
+        """See `Variant.facts`; the number of tokens follows from the norm's width."""
         rows, feature_dim = shapes["proj.weight"]
         context_dim = shapes["norm.weight"][0]
         return {"num_tokens": rows // context_dim, "feature_dim": feature_dim, "context_dim": context_dim}
 
     @classmethod
     def refusals(cls, shapes: Shapes) -> dict[Reader, str]:
-        """Both diffusers and ComfyUI divide `proj` by four."""
+        """See `Variant.refusals`: diffusers and ComfyUI divide the output of `proj` into four tokens."""
         tokens = cls.facts(shapes)["num_tokens"]
         if tokens == TOKENS:
             return {}

@@ -28,7 +28,7 @@ class FullConfig(Part):
 
 @VARIANTS.register("full")
 class Full(Variant):
-    """Penultimate CLIP features, one token a patch."""
+    """Penultimate CLIP features, each projected to one token: CLS and every patch."""
 
     Config = FullConfig
     needs = (Need(IMAGE, "penultimate"),)
@@ -50,17 +50,17 @@ class Full(Variant):
 
     @classmethod
     def owns(cls, shapes: Shapes) -> bool:
-        """A third layer that is a norm."""
+        """See `Variant.owns`: an MLP that ends with a norm."""
         return "proj.3.weight" in shapes
 
     @classmethod
     def facts(cls, shapes: Shapes) -> dict[str, int]:
-        """The number of tokens is the encoder's, no tensor holds it."""
+        """See `Variant.facts`; the image encoder decides the number of tokens, which no tensor tells."""
         return {"feature_dim": shapes["proj.0.weight"][1], "context_dim": shapes["proj.3.weight"][0]}
 
     @classmethod
     def refusals(cls, shapes: Shapes) -> dict[Reader, str]:
-        """Only diffusers has it for SDXL; the number of tokens is nowhere fixed."""
+        """See `Variant.refusals`: only diffusers has this variant for SDXL; no reader fixes the number of tokens."""
         if cls.facts(shapes)["context_dim"] != SDXL_CONTEXT:
             return {}
         return {"original": "has no Full adapter for SDXL", "comfy": "builds SDXL's Full projector 1280 wide, not 2048"}

@@ -1,4 +1,4 @@
-"""The fine-grained adapter: a perceiver resampler over every patch of the picture (`ip-adapter-plus_sd15` and kin)."""
+"""The fine-grained adapter: a perceiver resampler over every patch of the image (`ip-adapter-plus_sd15` and others)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ip_adapter_trainer.layouts.unet import SDXL_CONTEXT
 if TYPE_CHECKING:
     from torch import nn
 
-DEPTH, HEAD_DIM, EXPANSION = 4, 64, 4  # fixed by diffusers' loader, which would compute something else
+DEPTH, HEAD_DIM, EXPANSION = 4, 64, 4  # fixed in diffusers' loader, whatever the file holds
 HEADS = 12  # of every base model but SDXL, in the original code and ComfyUI
 TOKENS = 16  # in ComfyUI
 SDXL_WIDTH, SDXL_HEADS = 1280, 20
-KOLORS = (2048, 12)  # width and heads; on SDXL's layers, for ComfyUI alone
+KOLORS = (2048, 12)  # width and heads of its resampler; only ComfyUI takes it, on the layers of SDXL
 EXTRAS = ("pos_emb.", "to_latents_from_mean_pooled_seq.")  # options of the original resampler that no reader turns on
 
 
@@ -49,7 +49,7 @@ class PlusConfig(Part):
 
 @VARIANTS.register("plus")
 class Plus(Variant):
-    """Penultimate CLIP features through a resampler to 16 (or any number of) tokens."""
+    """Penultimate CLIP features, resampled to 16 (or any number of) tokens."""
 
     Config = PlusConfig
     needs = (Need(IMAGE, "penultimate"),)
@@ -82,12 +82,12 @@ class Plus(Variant):
 
     @classmethod
     def owns(cls, shapes: Shapes) -> bool:
-        """Learned queries under `latents`."""
+        """See `Variant.owns`: learned queries under `latents`, and an input projection."""
         return "latents" in shapes and "proj_in.weight" in shapes
 
     @classmethod
     def facts(cls, shapes: Shapes) -> dict[str, int]:
-        """Everything but the head width can be read off the shapes."""
+        """See `Variant.facts`; everything but the head width can be read off the shapes."""
         width, feature_dim = shapes["proj_in.weight"]
         return {
             "num_tokens": shapes["latents"][1],
@@ -101,7 +101,7 @@ class Plus(Variant):
 
     @classmethod
     def refusals(cls, shapes: Shapes) -> dict[Reader, str]:
-        """All fix depth and expansion; the original code and ComfyUI width and heads too, and ComfyUI the tokens."""
+        """See `Variant.refusals`: all fix depth and expansion; some, width and heads; ComfyUI, also tokens."""
         facts = cls.facts(shapes)
         why: dict[Reader, str] = {}
         if any(name.startswith(EXTRAS) for name in shapes):
@@ -124,5 +124,5 @@ class Plus(Variant):
 
 
 def _built(context_dim: int) -> tuple[int, int]:
-    """Width and heads with which the original code and ComfyUI build the resampler."""
+    """Return the width and heads with which the original code and ComfyUI build the resampler."""
     return (SDXL_WIDTH, SDXL_HEADS) if context_dim == SDXL_CONTEXT else (context_dim, HEADS)

@@ -15,7 +15,7 @@ Scheduler = Literal["auto", "ddim", "euler", "dpm++"]  # auto: the base model's 
 
 
 class ValidationConfig(Part):
-    """What a run looks at while it trains: losses on fixed rows, and a picture grid."""
+    """Settings of validation during training: losses on fixed rows, and a picture grid."""
 
     group = "Validation"
     resume = Resume(
@@ -63,7 +63,7 @@ class ValidationConfig(Part):
 
     @property
     def validates(self) -> bool:
-        """Return whether anything is looked at."""
+        """True if anything is validated."""
         return bool(self.num_validation_images or self.grid_rows)
 
     @field_validator("validation_share")
@@ -86,7 +86,7 @@ class ValidationConfig(Part):
 
 
 class DrawConfig(NoiseConfig, BaseConfig):
-    """Which adapter on which frozen models, and how it draws."""
+    """Settings of the adapter, its frozen models and the sampler."""
 
     adapter: str = Field(description="Adapter file (.safetensors or .bin) or checkpoint folder.")
     pretrained_model_name_or_path: str | None = Field(

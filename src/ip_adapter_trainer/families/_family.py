@@ -23,34 +23,34 @@ PARTS: tuple[PartName, ...] = ("autoencoder", "denoiser", "text")
 
 
 class Codec(ABC):
-    """What turns images into latents and captions into the text condition; nothing of the denoiser."""
+    """The part of a base model that encodes images to latents and captions to the text condition."""
 
     _text_rests = False
 
     @property
     @abstractmethod
     def autoencoder(self) -> Any:
-        """The module that `moments` runs, with a `config`."""
+        """The module that `moments` runs; it has a `config`."""
 
     @property
     @abstractmethod
     def text_encoders(self) -> Sequence[Any]:
-        """The modules that `text` runs, each with a `config`."""
+        """The modules that `text` runs; each has a `config`."""
 
     @property
     @abstractmethod
     def tokenizers(self) -> Sequence[Any]:
-        """The tokenizers by which `text` takes captions apart."""
+        """The tokenizers that `text` applies to captions."""
 
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where text conditions are wanted: that of the denoiser."""
+        """The device that text conditions are needed on: the denoiser's."""
 
     @property
     @abstractmethod
     def text_rules(self) -> str:
-        """What else `text` depends on but for the captions and the encoders: the tokenizers' words, own rules."""
+        """Everything that `text` depends on beside captions and encoders: vocabularies, own rules."""
 
     @abstractmethod
     def latent_shape(self, height_px: int, width_px: int) -> tuple[int, int, int]:
@@ -58,7 +58,7 @@ class Codec(ABC):
 
     @abstractmethod
     def moments(self, pixels: Tensor) -> Tensor:
-        """Return mean and log variance [B, 2C, h, w] of the latents' posterior of pixels [B, 3, H, W], unscaled."""
+        """Return mean and log variance [B, 2C, h, w] of the latents' posterior for pixels [B, 3, H, W], unscaled."""
 
     @abstractmethod
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
@@ -66,32 +66,32 @@ class Codec(ABC):
 
     @abstractmethod
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Return what depends on B captions alone: `context` [B, L, D] and the family's own, [B, ...] each.
+        """Return the text condition of B captions: `context` [B, L, D] and the family's own tensors, [B, ...] each.
 
-        The empty caption is encoded as the pipeline encodes its unconditional.
+        The empty caption is encoded as the pipeline encodes its unconditional prompt.
         """
 
     def prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Return the same [B, ...] as the pipeline makes of prompts to follow; an empty one is only a short one."""
+        """Return the same [B, ...] as the pipeline does for positive prompts: an empty one is encoded as any other."""
         return self.encode(captions)
 
     def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Return `encode` of B captions, [B, ...]; resting text encoders are on the denoiser's device meanwhile."""
+        """Return `encode` of B captions, [B, ...]; text encoders on the host are moved to the device for it."""
         with self.awake():
             return self.encode(captions)
 
     @abstractmethod
     def release_encoder(self) -> None:
-        """Let go of the weights that `moments` alone needs, where all moments are there already."""
+        """Release the weights that only `moments` needs, once all moments are encoded."""
 
     def rest_text_encoders(self) -> None:
-        """Move the text encoders to the host, where all captions were encoded before; `text` calls them back."""
+        """Move the text encoders to the host, once all captions are encoded; `text` moves them back while it runs."""
         self._text_rests = True
         self._move_text_encoders("cpu")
 
     @contextmanager
     def awake(self) -> Iterator[None]:
-        """Text encoders on the denoiser's device for a while, wherever they rest."""
+        """Keep the text encoders on the denoiser's device during a `with` block."""
         if not self._text_rests:
             yield
             return
@@ -115,11 +115,11 @@ class Denoiser(ABC):
     """The frozen network that an adapter is attached to.
 
     Attributes:
-        pipeline: diffusers' own, which samples.
+        pipeline: the diffusers pipeline, which samples.
         net: the network.
         context_dim: width D of the text that its cross-attention reads.
         layouts: names of the layouts that go with it, the usual one first.
-        layer_groups: names for sets of layers, each by the beginnings of their names.
+        layer_groups: named groups of layers, each as the beginnings of their names.
     """
 
     pipeline: Any
@@ -134,11 +134,11 @@ class Denoiser(ABC):
 
     @abstractmethod
     def sampling(self, positive: dict[str, Tensor], negative: dict[str, Tensor] | None) -> dict[str, Any]:
-        """Return the pipeline's arguments for text conditions [B, ...], with those of no guidance or without."""
+        """Return the pipeline's arguments for text conditions [B, ...]; `negative` is None without guidance."""
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """The device of the network."""
         return next(self.net.parameters()).device
 
     @property
@@ -147,11 +147,11 @@ class Denoiser(ABC):
         return next(self.net.parameters()).dtype
 
     def processors(self, names: Sequence[str]) -> dict[str, Any]:
-        """Return the attention processors in place, by their layers' names."""
+        """Return the current attention processors, by the names of their layers."""
         return {name: self.net.get_submodule(name).processor for name in names}
 
     def install(self, processors: Mapping[str, Any]) -> None:
-        """Put attention processors, by their layers' names, in place of those that are there."""
+        """Replace attention processors, by the names of their layers."""
         for name, processor in processors.items():
             self.net.get_submodule(name).processor = processor
 
@@ -166,15 +166,15 @@ class BaseModel:
 
 
 class Family(ABC):
-    """A kind of base model: which parts it has, what fits together, and how they are used.
+    """A kind of base model: its parts, which of them fit together, and how they are used.
 
     A subclass lives in a file of its own and registers a name.
 
     Attributes:
-        Config: settings of the family's own.
+        Config: the family's own settings.
         components: names of the pipeline's components that each part needs.
-        classes: the classes that each component may be of, the first being that which it is loaded as.
-        spare: by component, pattern of names in its files that nothing reads.
+        classes: the classes that each component may have; it is loaded as the first.
+        spare: by component, the pattern of names in its files that nothing reads.
     """
 
     Config: ClassVar[type[Part]] = Part
@@ -192,12 +192,12 @@ class Family(ABC):
         """Demand parts that can be trained on and that fit together, before any weights are read.
 
         Args:
-            settings: of each part that is to be loaded, by its name: the content of its config.json.
+            settings: content of the config.json of each component that is to be loaded, by its name.
             clip_skip: the text encoder's layer that is asked for, counted from its end.
             where: the base model, for messages.
 
         Raises:
-            Problem: they cannot be, or do not.
+            Problem: they cannot be trained on, or do not fit together.
         """
 
     @classmethod
@@ -214,18 +214,18 @@ class Family(ABC):
     def assemble(
         cls, loaded: Mapping[str, Any], model_index: Mapping[str, Any], config: Part, clip_skip: int | None
     ) -> tuple[Codec, Denoiser]:
-        """Return codec and denoiser of loaded parts; what was not loaded must not be asked for anything.
+        """Return codec and denoiser over loaded components; what needs one that was not loaded must not be used.
 
         Args:
             loaded: the pipeline's components by name.
-            model_index: the base model's own, for what it says of the pipeline.
+            model_index: content of the base model's model_index.json.
             config: the family's own settings.
             clip_skip: see `demand`.
         """
 
     @classmethod
     def spared(cls, layer: str) -> bool:
-        """Return whether a layer of the denoiser, by its name, keeps its weights where others are packed."""
+        """Return whether a layer of the denoiser, by its name, keeps its weights unpacked where others are packed."""
         return False
 
     @classmethod
@@ -235,7 +235,7 @@ class Family(ABC):
         """Pack the denoiser's weights and move all parts to a device.
 
         Args:
-            base: as `assemble` made it.
+            base: the base model, as `assemble` returned its parts.
             device: where the parts are kept.
             storage: how the denoiser keeps its weights.
             packed_on: the device that packs them, one after another.

@@ -1,4 +1,4 @@
-"""What all families share whose images live in an `AutoencoderKL`."""
+"""The codec that all families with an `AutoencoderKL` share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class KLCodec(Codec):
-    """A codec over a diffusers pipeline with `vae`, and text encoders and tokenizers numbered from the second on."""
+    """A codec over a diffusers pipeline with a `vae`, and text encoders and tokenizers numbered from the second on."""
 
     def __init__(self, pipeline: Any) -> None:
         import torch
@@ -26,7 +26,7 @@ class KLCodec(Codec):
 
     @property
     def device(self) -> torch.device:
-        """Where the pipeline's parts are."""
+        """The device of the pipeline's parts."""
         return self.pipeline.device
 
     @property
@@ -49,7 +49,7 @@ class KLCodec(Codec):
         return self._named("tokenizer")
 
     def own_rules(self) -> list[Any]:
-        """Return what `encode` depends on beside the tokenizers, as JSON values."""
+        """Return what else `encode` depends on, beside the tokenizers and encoders, as JSON values."""
         return []
 
     @property
@@ -93,7 +93,7 @@ class KLCodec(Codec):
             return (latents if shift is None else latents - shift) * config.scaling_factor
 
     def release_encoder(self) -> None:
-        """See `Codec.release_encoder`; the other half still decodes."""
+        """See `Codec.release_encoder`; the decoder stays."""
         self.pipeline.vae.encoder = self.pipeline.vae.quant_conv = None
 
 

@@ -1,4 +1,4 @@
-"""Texts to a CLIP text encoder's outputs, as the pipelines encode prompts, and which texts it does not read whole."""
+"""CLIP text encoding as the pipelines encode prompts, and a check for texts that the encoders cut."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from ip_adapter_trainer.core.devices import to_device
 
 
 def run_text_encoder(tokenizer: Any, encoder: Any, texts: Sequence[str]) -> Any:
-    """The encoder's output, hidden states included, for B texts, each cut or padded to the tokenizer's length L.
+    """Return the encoder's output for B texts, with hidden states; each is cut or padded to the tokenizer's length.
 
-    The mask of padding is given only to encoders whose config asks for it, as the pipelines do. Nothing waits for the
+    The padding mask is given only to encoders whose config asks for it, as in the pipelines. Nothing waits for the
     device.
     """
     length = tokenizer.model_max_length
@@ -26,29 +26,29 @@ class Reach:
 
     Usage::
 
-        reach = Reach(family.tokenizers)
+        reach = Reach(codec.tokenizers)
         tokens = reach.tokens_if_cut([text for text in texts if not reach.surely_covers(text)])
 
     Attributes:
-        tokens: that all of them read, beside the two that mark a text's ends.
+        tokens: number of tokens that all of them read, without the two that mark a text's start and end.
     """
 
     def __init__(self, tokenizers: Sequence[Any]) -> None:
         rooms = [(t.model_max_length - t.num_special_tokens_to_add(), t) for t in tokenizers]
         self.tokens = min(room for room, _ in rooms)
-        # SDXL's two have the same words; they would take texts apart alike.
+        # SDXL's two tokenizers have the same vocabulary and would tokenize alike.
         self._distinct = {(room, frozenset(t.get_vocab().items())): t for room, t in rooms}
 
     def surely_covers(self, text: str) -> bool:
-        """Return True only if no encoder cuts the text, told by its length.
+        """Return True only if its length alone shows that no encoder cuts the text.
 
-        An ASCII character is one byte, which is a token, a part of one, or white space, which is left out. Of others
-        NFC, by which tokenizers begin, and small letters may make several times as many bytes.
+        An ASCII character is one byte: a token, a part of one, or white space, which is left out. Others can become
+        several times as many bytes by NFC and lower case, with which tokenizers begin.
         """
         return text.isascii() and len(text) <= self.tokens
 
     def tokens_if_cut(self, texts: Sequence[str]) -> list[int]:
-        """Return how many tokens each text has that an encoder cuts; 0 for one that all of them read whole."""
+        """Return the number of tokens of each text that an encoder cuts; 0 for a text that all of them read whole."""
         found = [0] * len(texts)
         for (room, _), tokenizer in self._distinct.items():
             ids = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids

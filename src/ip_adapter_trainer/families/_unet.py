@@ -1,4 +1,4 @@
-"""What all families with a `UNet2DConditionModel` share: parts, text rules, prediction."""
+"""The parts, text rules and prediction that all families with a `UNet2DConditionModel` share."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ if TYPE_CHECKING:
 
     from ip_adapter_trainer.core.values import Geometry
 
-# Not packed: both ends, the embeddings of time, which all layers read, and the text's K and V, which pairs start from.
+# Not packed: the first and last convolution, the embeddings of time, which all layers read, and the projections of the
+# text to keys and values, from which `ImageKV` starts.
 _SPARED = ("conv_in", "conv_out", "time_embedding", "add_embedding", "time_emb_proj", "attn2.to_k", "attn2.to_v")
 
 
 class UNetCodec(KLCodec):
-    """Captions by CLIP text encoders."""
+    """A codec that encodes captions with CLIP text encoders."""
 
     def __init__(self, pipeline: Any, clip_skip: int | None) -> None:
         super().__init__(pipeline)
-        self.clip_skip = clip_skip  # the text encoder's layer that is read, from its end; None: the usual one
+        self.clip_skip = clip_skip  # the text encoder's layer that is read, counted from its end; None: the usual
 
     def own_rules(self) -> list[Any]:
         """See `KLCodec.own_rules`."""
@@ -35,7 +36,7 @@ class UNetCodec(KLCodec):
 
 
 class UNetDenoiser(Denoiser):
-    """A `UNet2DConditionModel`, epsilon or v, as the scheduler's config says."""
+    """A `UNet2DConditionModel` that predicts epsilon or v, as the scheduler's config says."""
 
     layouts = ("unet", "unet_lora")
     layer_groups = {"up": ("up_blocks",)}  # noqa: RUF012
@@ -58,7 +59,7 @@ class UNetDenoiser(Denoiser):
         super().install(processors)
 
     def predict(self, noisy: Tensor, time: Tensor, text: dict[str, Tensor], geometry: Sequence[Geometry]) -> Tensor:
-        """See `Denoiser.predict`; what `text` holds beside `context` are added conditions."""
+        """See `Denoiser.predict`; tensors in `text` other than `context` are added conditions."""
         extra = {name: tensor for name, tensor in text.items() if name != "context"} or None
         return self.net(noisy, time, text["context"], added_cond_kwargs=extra, return_dict=False)[0]
 
@@ -68,7 +69,7 @@ class UNetDenoiser(Denoiser):
 
 
 class UNetFamily(Family):
-    """A family whose denoiser is a `UNet2DConditionModel` and whose images live in an `AutoencoderKL`."""
+    """A family with a `UNet2DConditionModel` as its denoiser and an `AutoencoderKL`."""
 
     components = {  # noqa: RUF012
         "autoencoder": ("vae",), "denoiser": ("unet",), "text": ("tokenizer", "text_encoder"),
@@ -79,16 +80,16 @@ class UNetFamily(Family):
         "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
         "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
     }
-    # CLIP's half that sees, and the projection of an encoder that is read without it.
+    # CLIP's vision half, and the text projection of an encoder that is loaded without it.
     spare = {"text_encoder": r"^(vision_model|visual_projection|text_projection)\."}  # noqa: RUF012
 
     pipeline_class: ClassVar[str]  # of diffusers
-    addition: ClassVar[str | None] = None  # what its UNet embeds beside the time
-    left_out: ClassVar[Mapping[str, Any]]  # arguments by which the pipeline is made without what training never needs
+    addition: ClassVar[str | None] = None  # the UNet's `addition_embed_type`
+    left_out: ClassVar[Mapping[str, Any]]  # arguments that make the pipeline without what training never needs
 
     @classmethod
     def matches(cls, model_index: Mapping[str, Any]) -> bool:
-        """Return whether a pipeline has the family's parts, whatever it is for: a null part is told of later."""
+        """Return whether a pipeline has the family's parts, whatever its task; null parts are reported later."""
         entries = {name: entry for name, entry in model_index.items() if isinstance(entry, list) and len(entry) == 2}
         has_second = "text_encoder_2" in entries
         return has_second == ("text_encoder_2" in cls.classes) and all(

@@ -24,13 +24,13 @@ Tables = Mapping[str, Mapping[str, "Tensor"]]  # `image_proj`, the projector; `i
 
 
 class LayerModule(Protocol):
-    """What is trained at one attention layer: an `nn.Module` whose state-dict keys follow "N." in files."""
+    """The module trained at one attention layer: an `nn.Module` whose state-dict keys follow "N." in files."""
 
     def start_from(self, attention: Any) -> None:
-        """Set the first weights, by the frozen attention layer."""
+        """Set the initial weights, from those of the frozen attention layer."""
 
     def silence(self) -> None:
-        """Set weights with which the layer computes what the base model does."""
+        """Set weights with which the layer computes the same as in the base model."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,15 @@ class Probe:
 
 
 class Layout(ABC):
-    """Where an adapter sits in a denoiser.
+    """The place of an adapter in a denoiser, and the form of its files.
 
     A subclass lives in a file of its own and registers a name. A variant and a base model each list the layouts that
     they go with; the first that both list is taken, or the one that is asked for.
 
     Attributes:
-        reader: the program that `verify` asks, for messages.
-        families: names of base models' families that the layout adds itself to.
-        variants: names of variants that it adds itself to.
+        reader: name, for messages, of the program that `verify` loads a file with.
+        families: names of families that the layout adds itself to.
+        variants: names of variants that the layout adds itself to.
         name: the name under which the class is registered.
     """
 
@@ -68,26 +68,26 @@ class Layout(ABC):
 
     @abstractmethod
     def layers(self, denoiser: Any) -> list[AttentionLayer]:
-        """Return the layers that files hold something for, in the order and numbering of the file contract."""
+        """Return the attention layers that files hold weights for, in the order and numbering of the file contract."""
 
     @abstractmethod
     def module(self, layer: AttentionLayer, token_dim: int, config: Part) -> Any:
-        """Return what is trained at a layer: a `LayerModule` for tokens of a width, by the layout's settings."""
+        """Return the module trained at a layer, a `LayerModule`, for tokens of width `token_dim`."""
 
     @abstractmethod
     def processor(self, layer: AttentionLayer, module: Any, prompt: ImagePrompt, original: Any) -> Any:
-        """Return diffusers' attention processor for a layer; it calls the original one where no image takes part."""
+        """Return a diffusers attention processor for a layer; without an image prompt, it calls the original one."""
 
     def token_dim(self, denoiser: Any) -> int:
-        """Return the width of image tokens: by default that of the text that the denoiser reads."""
+        """Return the width of image tokens: by default, that of the text that the denoiser reads."""
         return denoiser.context_dim
 
     def condition(self, text: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
-        """Return the text condition with image tokens [B, N, D] in it, where they join the text; else the text."""
+        """Return the text condition, with image tokens [B, N, D] in it if the layout joins them to the text."""
         return text
 
     def null(self, need: Need) -> str:
-        """Return the rule by which "no image" is made of a feature; see `ImageEncoder.null`.
+        """Return the rule that makes the "no image" value of a feature; see `ImageEncoder.null`.
 
         It is what the layout's readers feed as unconditional.
         """
@@ -101,15 +101,15 @@ class Layout(ABC):
         """Demand layer weights [...] that every reader can place.
 
         Raises:
-            Problem: the first that cannot be.
+            Problem: a weight cannot be placed; the first one is named.
         """
 
     def settings(self, layers: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-        """Return the layout's settings as a file's layer weights tell them, by name and shape."""
+        """Return the layout's settings, read off a file's layer weights by name and shape."""
         return {}
 
     def refusals(self, layers: Mapping[str, tuple[int, ...]], context_dim: int) -> dict[Reader, str]:
-        """Return, for each reader that cannot take such layer weights as they are meant, the reason."""
+        """Return, for each reader that cannot use such layer weights as intended, the reason."""
         why = "has no layout of this kind"
         return {"diffusers": why, "original": why, "comfy": why}
 
@@ -118,7 +118,7 @@ class Layout(ABC):
         return {f"{table}.{name}": tensor for table, tensors in tables.items() for name, tensor in tensors.items()}
 
     def verify(self, denoiser: Any, file: Path, probe: Probe) -> Tensor | None:
-        """Load a file by another program's reader, and unload it without a trace.
+        """Load a file with another program's reader, and unload it without a trace.
 
         Returns:
             The denoiser's output [2, C, h, w] for the probe; None: there is no other reader.
@@ -160,10 +160,10 @@ def choose_layout(
 
 
 def make_layout(name: str) -> Layout:
-    """Return the layout of a name.
+    """Return a new layout, by its name.
 
     Raises:
-        Problem: there is none.
+        Problem: there is none of this name.
     """
     layout = LAYOUTS[name]()
     layout.name = name

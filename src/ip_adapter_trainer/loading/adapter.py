@@ -1,4 +1,4 @@
-"""From an adapter file to a live model."""
+"""Loading of adapter files into live models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ip_adapter_trainer.loading.config import BaseConfig, read_as
 from ip_adapter_trainer.loading.encoder import load_encoders
 from ip_adapter_trainer.model import Architecture, Model
 
-# Of what a card remembers, that which belongs to the base model it names, and to no other.
+# Settings in a card that belong to the base model it names, and to no other.
 _OF_BASE = (
     "weights_variant", "revision", "base_config", "pretrained_vae_model_name_or_path", "prediction_type",
     "rescale_betas_zero_snr",
@@ -37,7 +37,7 @@ def load_model(
     device: torch.device | str = "cpu",
     how: Part | None = None,
 ) -> Model:
-    """Load an adapter on its frozen models, weights loaded strictly, not attached yet.
+    """Load an adapter and its frozen models, every weight checked; the adapter is not attached yet.
 
     Args:
         adapter: anything that `read_adapter` reads.
@@ -45,10 +45,10 @@ def load_model(
         image_encoder: folder or hub id; None: the one that the file names.
         dtype: of the frozen models; the adapter's own weights are fp32.
         device: of everything.
-        how: settings that hold those of `BaseConfig` and `NoiseConfig`; what is not given is as the file remembers.
+        how: settings that hold those of `BaseConfig` and `NoiseConfig`; the file's card decides those not given.
 
     Raises:
-        Problem: unreadable, unnamed, or not made for this base and encoder.
+        Problem: the file is unreadable, a model is not named, or the adapter was not made for these models.
     """
     return build_model(read_adapter(adapter), base, image_encoder, dtype, device, how)
 
@@ -61,7 +61,7 @@ def build_model(
     device: torch.device | str,
     how: Part | None = None,
 ) -> Model:
-    """See `load_model`; of a file that has been read already."""
+    """See `load_model`; for a file that has been read already."""
     config = fitting_config(file)  # before the minutes of loading a base model
     remembered = remembered_by(file, base, image_encoder)
     chosen = read_as(BaseConfig, how or BaseConfig(), remembered, str(file.path))
@@ -70,7 +70,7 @@ def build_model(
     encoders = _load_encoders(file, config, image_encoder, chosen, dtype, device)
     _demand_layout(file, base_model)
     _check_widths(file, file.layout.token_dim(base_model.denoiser), encoders)
-    with torch.random.fork_rng():  # the first weights are drawn, and then replaced
+    with torch.random.fork_rng():  # the initial weights are drawn at random, and then replaced
         model = Model(base_model, encoders, Architecture(file.variant, config, file.layout, file.layout_config()))
     model.adapter.to(device)
     load_into(model, file)
@@ -78,7 +78,7 @@ def build_model(
 
 
 def remembered_by(file: AdapterFile, base: str | None, image_encoder: str | None) -> dict[str, Any]:
-    """Return how an adapter's card says that its frozen models are loaded, but for models that others replace."""
+    """Return the settings with which the card's frozen models were loaded, without those of replaced models."""
     card = file.card
     if card is None:
         return {}
@@ -94,10 +94,10 @@ def _is_same(name: str, other: str) -> bool:
 
 
 def read_adapter_into(model: Model, path: str | Path) -> AdapterFile:
-    """Loads an adapter file's weights into a model that exists; where one does not fit, none is changed.
+    """Load an adapter file's weights into an existing model; if one does not fit, none is changed.
 
     Raises:
-        Problem: unreadable, of another variant, or made for other models.
+        Problem: the file is unreadable, of another variant, or made for other models.
     """
     file = read_adapter(path)
     load_into(model, file)
@@ -105,7 +105,7 @@ def read_adapter_into(model: Model, path: str | Path) -> AdapterFile:
 
 
 def load_into(model: Model, file: AdapterFile) -> None:
-    """See `read_adapter_into`; of a file that has been read already."""
+    """See `read_adapter_into`; for a file that has been read already."""
     fitting_config(file)
     if file.layout.name != model.layout.name:
         what = f"the file has the layout {file.layout.name}, the model {model.layout.name}"
@@ -161,7 +161,7 @@ def _unnamed(part: str, flag: str, file: AdapterFile) -> Problem:
 
 
 def _moved(problem: Problem, flag: str, file: AdapterFile) -> Problem:
-    """The same problem, of a path that the user never gave; one of a flag that was given stays as it is."""
+    """Return a problem with a path that the file names and the user never gave; one with a given flag is unchanged."""
     if problem.where.startswith("--"):
         return problem
     remedy = f"{problem.remedy}; or give another with {flag}" if problem.remedy else f"give another with {flag}"
@@ -169,7 +169,7 @@ def _moved(problem: Problem, flag: str, file: AdapterFile) -> Problem:
 
 
 def _demand_layout(file: AdapterFile, base: BaseModel) -> None:
-    """Demand a base model that the file's layout goes with, before its tensors are told one by one."""
+    """Demand a base model that the file's layout goes with, before tensors are compared one by one."""
     try:
         variant = VARIANTS.name_of(file.variant)
         choose_layout(file.layout.name, variant, file.variant.layouts, base.family, base.denoiser.layouts)
@@ -179,7 +179,7 @@ def _demand_layout(file: AdapterFile, base: BaseModel) -> None:
 
 
 def _check_widths(file: AdapterFile, token_dim: int, encoders: Mapping[str, ImageEncoder]) -> None:
-    """Wrong models are told as such, before their tensors are told one by one."""
+    """Demand models of the file's widths and kind of encoder, before tensors are compared one by one."""
     facts = file.facts
     if facts["context_dim"] != token_dim:
         what = f"the adapter makes tokens of width {facts['context_dim']}, the base model reads {token_dim}"
@@ -195,7 +195,7 @@ def _check_widths(file: AdapterFile, token_dim: int, encoders: Mapping[str, Imag
 
 
 def _check_layers(model: Model, file: AdapterFile) -> None:
-    """Where a file names its layers, the numbers worked out from the names must be the base model's own."""
+    """Demand that layers which a file names have the same numbers in the base model."""
     names = {layer.number: layer.name for layer in model.layers}
     for number, name in file.layers.items():
         if names.get(number) != name:

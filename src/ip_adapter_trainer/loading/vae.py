@@ -31,12 +31,12 @@ def load_vae(config: BaseConfig, base: Path, dtype: torch.dtype) -> Any:
     """Load the VAE that `pretrained_vae_model_name_or_path` names: a folder, hub id or .safetensors file.
 
     Args:
-        config: which.
-        base: folder of the base model, whose VAE's settings a file without any takes.
+        config: names the VAE.
+        base: folder of the base model; a single file takes the settings of its VAE.
         dtype: of the weights.
 
     Raises:
-        Problem: nothing there, or no `AutoencoderKL`, or one that is not whole.
+        Problem: nothing is there, or it is no `AutoencoderKL`, or not whole.
     """
     from diffusers import AutoencoderKL
 
@@ -59,14 +59,14 @@ def load_vae(config: BaseConfig, base: Path, dtype: torch.dtype) -> Any:
 
 
 def _from_file(kind: Any, file: Path, base: Path, dtype: torch.dtype) -> Any:
-    """Return a VAE of one file, in the original layout or diffusers', with the settings of the base model's own."""
+    """Return a VAE from one file, with original or diffusers' names, and with the settings of the base model's VAE."""
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
     remedy = "give an AutoencoderKL's .safetensors file, folder or hub id"
     if file.suffix != ".safetensors":
         raise Problem(f"{_PART} is read from .safetensors files only", where=str(file), remedy=remedy)
     settings = read_config(base / "vae", "the base model's vae")
-    names_of(Weights(file.parent, None, (file,)), _PART)  # tells of a damaged file
+    names_of(Weights(file.parent, None, (file,)), _PART)  # raises for a damaged file
     with as_load_problem(_PART, str(file), remedy):
         tensors = load_file(file)
         if any(".down." in name for name in tensors):
@@ -75,7 +75,7 @@ def _from_file(kind: Any, file: Path, base: Path, dtype: torch.dtype) -> Any:
 
 
 def warn_of_other_latents(vae: Any, base: Path, config: BaseConfig) -> None:
-    """Says so where a VAE scales its latents otherwise than the base model's own: those are another space."""
+    """Warn if a VAE scales its latents differently from the base model's own: they are of another space."""
     if not (base / "vae" / "config.json").is_file():
         return
     own = read_config(base / "vae", "the base model's vae").get("scaling_factor", 0.18215)

@@ -1,7 +1,7 @@
-"""One frozen module from its folder, strictly: every weight there, none made up, none left over, in its own shape.
+"""Strict loading of one frozen module: no weight is missing, made up, left over or of another shape.
 
-diffusers and transformers fill what a file lacks with random numbers, or leave it without storage; both tell so in what
-they return beside the model, and that is judged here.
+diffusers and transformers fill what a file lacks with random numbers, or leave it without storage; both report it
+beside the model that they return, and that report is judged here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FILE = re.compile(
 _MAX_INDEX_BYTES, _MAX_CONFIG_BYTES = 2**24, 2**20
 # Parts of names that wrappers put in: torch.compile, DDP, FSDP, PEFT.
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-# What lies beside the weights of a part without being read: the other half of CLIP, tables of positions.
+# Tensors in the files of a part that nothing reads: tables of positions, scale and bias of CLIP's logits.
 SPARE = r"(^|\.)(position_ids|logit_scale|logit_bias)$"
 _SHOWN = 3
 _REMEDY = "give a folder or hub id with config.json and weights in .safetensors files"
@@ -65,7 +65,7 @@ def variants_in(names: Iterable[str]) -> set[str | None]:
 
 
 def _variant_of(name: str) -> tuple[str | None, bool]:
-    """Return the variant that a file's name tells, and whether it is one of weights at all."""
+    """Return the variant in a file's name, and whether it is the name of a weights file at all."""
     match = _FILE.fullmatch(name)
     return (match[1] or match[2], True) if match else (None, False)
 
@@ -74,7 +74,7 @@ def choose_variant(variants: set[str | None], asked: str | None, part: str, wher
     """Return the variant to load: the one asked for, else the plain one, else fp16, else the one that there is.
 
     Raises:
-        Problem: several others, and none was asked for; or no weights in .safetensors at all.
+        Problem: there are several others and none was asked for; or no weights in .safetensors at all.
     """
     if asked in variants:
         return asked
@@ -91,7 +91,7 @@ def choose_variant(variants: set[str | None], asked: str | None, part: str, wher
 
 
 def wanted_weights(listed: Iterable[str], folder: str, asked: str | None, part: str, where: str) -> list[str]:
-    """Return the weight files of one part, in one variant, of all files of a repository.
+    """Return the weight files of one part, in one variant, among the files of a repository.
 
     Args:
         listed: names, relative to the repository.
@@ -109,14 +109,14 @@ def weights_in(folder: Path, asked: str | None, part: str) -> Weights:
     """Return a part's weight files; an absent folder has none.
 
     Raises:
-        Problem: see `choose_variant`; or an index that names files elsewhere.
+        Problem: see `choose_variant`; or the files are incomplete, or an index names files elsewhere.
     """
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     variant = choose_variant(variants_in(names), asked, part, str(folder))
     infix = f".{variant}" if variant else ""
     for stem in STEMS:
         whole, index = folder / f"{stem}{infix}.safetensors", folder / f"{stem}.safetensors.index{infix}.json"
-        # Where both lie there, each library loads what is named here first.
+        # Where both are there, each library loads the one that is chosen here.
         if whole.is_file() and (stem == "model" or not index.is_file()):
             return Weights(folder, variant, (whole,))
         if index.is_file():
@@ -140,18 +140,18 @@ def _shards(index: Path, part: str) -> tuple[Path, ...]:
 def load_module(
     kind: Any, weights: Weights, part: str, *, dtype: torch.dtype, spare: str = SPARE, unread: str | None = None
 ) -> Any:
-    """Load one frozen module, whole.
+    """Load one frozen module, and demand that it is whole.
 
     Args:
         kind: its class, of diffusers or transformers.
         weights: its files, beside its config.json.
         part: its name in messages, as "the base model's unet".
         dtype: of the weights.
-        spare: pattern of names in the files that the module need not have a place for.
-        unread: pattern of the module's names that nothing reads, and that are zeros where the files lack them.
+        spare: pattern of names in the files that the module may have no place for.
+        unread: pattern of the module's weights that nothing reads; those that the files lack are zeros.
 
     Raises:
-        Problem: anything missing, left over or of another shape, or no such module at all.
+        Problem: a weight is missing, left over or of another shape, or there is no such module at all.
     """
     names = names_of(weights, part)
     if any(_unwrapped(name) != name for name in names):
@@ -181,14 +181,14 @@ def load_tensors(
     spare: str = SPARE,
     unread: str | None = None,
 ) -> Any:
-    """Load one frozen module of tensors in memory, whole.
+    """Load one frozen module from tensors [...] in memory, and demand that it is whole.
 
     Args:
         kind: its class.
         tensors: by the names that the class's own files have.
         settings: folder with its config.json.
         part: its name in messages.
-        where: the tensors come from.
+        where: the place that the tensors come from, for messages.
         dtype: of the weights.
         spare: see `load_module`.
         unread: see `load_module`.
@@ -214,7 +214,7 @@ def load_tensors(
 
 
 def _made(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Any]]:
-    """Return a module of diffusers with tensors loaded, and what its library would tell of it."""
+    """Return a diffusers module with tensors loaded, and the report that its library would give."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     both = [(name, tensor.shape, shapes[name]) for name, tensor in tensors.items() if name in shapes]
     mismatched = [(name, found, own) for name, found, own in both if found != own]
@@ -224,7 +224,7 @@ def _made(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[nn.Module, dict
 
 
 def _judged(model: Any, info: dict[str, Any], part: str, where: str, spare: str, unread: str | None) -> Any:
-    """Return a module that is whole, frozen; raises a `Problem` of one that is not."""
+    """Return a module, frozen; raise a `Problem` if it is not whole."""
     lacking = _missing(model, info)
     _judge(model, info, lacking, part, where, spare, unread)
     if lacking:
@@ -234,10 +234,10 @@ def _judged(model: Any, info: dict[str, Any], part: str, where: str, spare: str,
 
 
 def names_of(weights: Weights, part: str) -> list[str]:
-    """Return the names of all weights, which must be numbers that are computed with.
+    """Return the names of all weights in the files; those of quantized models are refused.
 
     Raises:
-        Problem: a damaged file, or codes of a quantized model.
+        Problem: a file is damaged, or holds the codes of a quantized model.
     """
     names: list[str] = []
     for file in weights.files:
@@ -253,15 +253,15 @@ def names_of(weights: Weights, part: str) -> list[str]:
 
 
 def demand_numbers(coded: Sequence[str], part: str, where: str) -> None:
-    """Demand weights that are computed with.
+    """Demand weights that are numbers, not the integer codes of a quantized model.
 
     Args:
-        coded: names of those that are integers; tables of positions may be.
-        part: of a model, in messages.
-        where: they lie.
+        coded: names of the integer tensors; tables of positions may be among them.
+        part: the module's name in messages.
+        where: the file, for messages.
 
     Raises:
-        Problem: codes of a quantized model.
+        Problem: there are codes of a quantized model.
     """
     codes = [name for name in coded if not re.search(SPARE, name)]
     if codes:
@@ -270,12 +270,12 @@ def demand_numbers(coded: Sequence[str], part: str, where: str) -> None:
 
 
 def damaged(file: Path, part: str, error: Exception) -> Problem:
-    """Return what is wrong with a file of weights that cannot be read.
+    """Return the problem with a weights file that cannot be read.
 
     Args:
         file: the file.
-        part: of a model, in messages.
-        error: of the reader.
+        part: the module's name in messages.
+        error: what its reader raised.
     """
     if (known := mistaken(file)) is not None:
         return Problem(f"{part} is {known[0]}", where=str(file), remedy=known[1])
@@ -284,7 +284,7 @@ def damaged(file: Path, part: str, error: Exception) -> Problem:
 
 
 def is_wrapped(weights: Weights, part: str) -> bool:
-    """Return whether weights' names carry a wrapper's prefix, with which other programs do not find them.
+    """Return whether weights' names carry a wrapper's prefix, under which other programs do not find them.
 
     Raises:
         Problem: the files cannot be read.
@@ -304,7 +304,7 @@ def _unwrapped(name: str) -> str:
 
 
 def _missing(model: nn.Module, info: dict[str, Any]) -> list[str]:
-    """Return the weights that the files lack, in the model's order: told by the library, or left without storage."""
+    """Return the weights that the files lack, in the model's order: reported by the library or left without storage."""
     mismatched = {name for name, *_ in info["mismatched_keys"]}
     missing = set(info["missing_keys"])
     return [n for n, t in _tensors(model) if (n in missing or t.is_meta) and n not in mismatched]
@@ -323,7 +323,7 @@ def _judge(
     spare: str,
     unread: str | None,
 ) -> None:
-    """Raises a `Problem` where a module is not whole."""
+    """Raise a `Problem` if a module is not whole."""
     total = len(model.state_dict())
     needed = [name for name in lacking if not (unread and re.search(unread, name))]
     if info["mismatched_keys"]:
@@ -343,17 +343,17 @@ def _judge(
 
 @torch.no_grad()
 def _fill(model: nn.Module, names: Sequence[str]) -> None:
-    """Sets weights that nothing reads to zeros, so that the model is the same at every load."""
+    """Set weights that nothing reads to zeros, so that the model is the same at every load."""
     tensors = dict(_tensors(model))
     for name in names:
         tensors[name].zero_()
 
 
 def read_config(folder: Path, part: str, name: str = "config.json") -> dict[str, Any]:
-    """Return the settings of a part.
+    """Return the content of a part's config.json, or of another settings file.
 
     Raises:
-        Problem: no such file, or no settings in it.
+        Problem: the file is missing or unreadable, or the part is quantized.
     """
     try:
         content = json.loads(read_text(folder / name, _MAX_CONFIG_BYTES))  # diffusers writes -Infinity into some

@@ -1,4 +1,4 @@
-"""Decoupled cross-attention: text and image prompt attended to apart, by the same query, and added.
+"""Decoupled cross-attention: one query attends to text and image prompt separately, and the results are added.
 
 IP-Adapter (arXiv 2308.06721), equations 5 and 8::
 
@@ -17,24 +17,24 @@ from torch import Tensor, nn
 
 
 def gradient_flows(*inputs: Tensor) -> bool:
-    """Whether a backward pass will ask for the gradient of any of these."""
+    """Return whether a backward pass will ask for the gradient of any of these tensors [...]."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, L, heads * D] to [B, heads, L, D]."""
+    """Split [B, L, heads * D] into [B, heads, L, D]."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
-    """Multi-head attention of [B, L, C] over [B, M, C], giving [B, L, C]."""
+    """Return multi-head attention [B, L, C] of queries [B, L, C] over keys and values [B, M, C]."""
     q, k, v = (split_heads(x, heads) for x in (query, key, value))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 @dataclass
 class ImagePrompt:
-    """What every adapted layer of one denoiser attends to; set before a forward pass.
+    """The image prompt that all adapted layers of one denoiser attend to; set before a forward pass.
 
     Without tokens, or at scale 0, each layer runs its original processor, so the base model is unchanged bit for bit.
     """
@@ -42,20 +42,20 @@ class ImagePrompt:
     tokens: Tensor | None = None  # [B, N, D]
     scale: float = 1.0
     time_embedding: Tensor | None = None  # [B, E], where tokens depend on the time
-    features: Any = None  # from which tokens are made anew at every forward pass, where they depend on the time
+    features: Any = None  # the tokens' source at every forward pass, where they depend on the time
 
     @property
     def active(self) -> bool:
-        """Whether the image prompt takes part at all."""
+        """True if the layers attend to the image prompt at all."""
         return self.tokens is not None and self.scale != 0.0
 
     def clear(self) -> None:
-        """Let nothing be attended to."""
+        """Remove tokens and features, so that only the base model runs."""
         self.tokens = self.time_embedding = self.features = None
 
 
 class ImageKV(nn.Module):
-    """The trained pair of one layer, under its published names `to_k_ip` and `to_v_ip` (no biases)."""
+    """The trained key and value projections of one layer, by their published names `to_k_ip`, `to_v_ip` (no biases)."""
 
     def __init__(self, token_dim: int, width: int) -> None:
         super().__init__()
@@ -64,20 +64,20 @@ class ImageKV(nn.Module):
 
     @torch.no_grad()
     def start_from(self, attention: Any) -> None:
-        """Begin with the text's own keys and values: "to speed up the convergence" (paper, section 3.2.2)."""
+        """Copy the weights of the text's projections: "to speed up the convergence" (paper, section 3.2.2)."""
         self.to_k_ip.weight.copy_(attention.to_k.weight)
         self.to_v_ip.weight.copy_(attention.to_v.weight)
 
     @torch.no_grad()
     def silence(self) -> None:
-        """Set both to zeros, which loaders demand and which add exactly nothing."""
+        """Set both weights to zeros: loaders demand that files hold them, and zeros add exactly nothing."""
         for weight in self.parameters():
             weight.zero_()
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values [B, N, width] of image tokens [B, N, D], in the tokens' dtype.
 
-        The fp32 master weights are cast here, once a step, so the frozen layers around need no autocast.
+        The fp32 master weights are cast here, so that the frozen layers around need no autocast.
         """
         weights = (self.to_k_ip.weight, self.to_v_ip.weight)
         key, value = (F.linear(tokens, weight.to(tokens.dtype)) for weight in weights)
@@ -100,7 +100,7 @@ def decoupled_attention(
     scale: float,
     mask: Tensor | None,
 ) -> Tensor:
-    """Equation 8 of the paper before the output projection.
+    """Return equation 8 of the paper, [B, L, C], before the output projection.
 
     Args:
         query: [B, L, C].
@@ -133,7 +133,7 @@ class DecoupledProcessor:
         temb: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Replace the layer's attention [B, L, C] -> [B, L, C]."""
+        """Return the layer's output [B, L, C] for hidden states [B, L, C]."""
         if not self.prompt.active:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs)
         out = self._attended(attn, hidden_states, encoder_hidden_states, attention_mask)
@@ -142,7 +142,7 @@ class DecoupledProcessor:
         return out
 
     def _attended(self, attn: Any, hidden_states: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
-        """Return the attention [B, L, C] before the output projection."""
+        """Return the decoupled attention [B, L, C] before the output projection."""
         prompt = self.prompt
         assert context is not None and prompt.tokens is not None
         if attn.norm_cross:
@@ -153,11 +153,11 @@ class DecoupledProcessor:
 
 
 class AddedKV(ImageKV):
-    """A pair whose values begin at zero, so that a run begins with the base model, bit for bit."""
+    """An `ImageKV` whose values start at zero, so that a run starts from the base model, bit for bit."""
 
     @torch.no_grad()
     def start_from(self, attention: Any) -> None:
-        """Begin with the text's own keys where there are any of this shape, and with values of zero."""
+        """Copy the layer's key weights, the text's first, if any have this shape; set the value weights to zero."""
         for name in ("add_k_proj", "to_k"):
             weight = getattr(getattr(attention, name, None), "weight", None)
             if weight is not None and weight.shape == self.to_k_ip.weight.shape:
@@ -167,19 +167,19 @@ class AddedKV(ImageKV):
 
 
 class AddedProcessor:
-    """Attention over image tokens added to what a layer's own processor gives, for layers of any denoiser.
+    """Attention over image tokens, added to the output of a layer's own processor, for layers of any denoiser.
 
     The query is the layer's own, normalised as there, before any position is encoded; the result goes through the
-    layer's output projection without its bias. Where the layer gives several sequences, the image's is the first.
+    layer's output projection without its bias. If the layer returns several sequences, the latents' is the first.
     """
 
     def __init__(self, pair: ImageKV, prompt: ImagePrompt, original: Any) -> None:
         self.pair, self.prompt, self.original = pair, prompt, original
-        # diffusers passes on only what it finds in a processor's signature: this one shows the original's.
+        # diffusers passes on only what it finds in a processor's signature: this one has the original's.
         self.__call__ = wraps(original.__call__)(partial(AddedProcessor.__call__, self))  # type: ignore[method-assign]
 
     def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Give the layer's own output, with the image's part [B, L, C] in its first or only sequence."""
+        """Return the layer's own output, with the attention [B, L, C] added to its first or only sequence."""
         out, prompt = self.original(attn, hidden_states, *args, **kwargs), self.prompt
         if not prompt.active:
             return out
@@ -192,7 +192,7 @@ class AddedProcessor:
 
 
 def _normed_query(attn: Any, hidden_states: Tensor) -> Tensor:
-    """The query [B, L, C], normalised by head or whole where the layer has such a norm."""
+    """Return the query [B, L, C], normalised by head or as a whole if the layer has such a norm."""
     query, norm = attn.to_q(hidden_states), getattr(attn, "norm_q", None)
     if norm is None:
         return query

@@ -14,7 +14,7 @@ from ip_adapter_trainer.loading.config import BaseConfig
 
 
 class FrozenConfig(NoiseConfig, BaseConfig):
-    """Which frozen models, and for which adapter."""
+    """Settings of the frozen models, and the variant of the adapter that they are for."""
 
     group = "Advanced"
     resume = Resume(
@@ -38,7 +38,7 @@ class FrozenConfig(NoiseConfig, BaseConfig):
 
 
 class SetConfig(Part):
-    """The prepared set."""
+    """Settings of the prepared set."""
 
     group = "Memory and speed"
     resume = Resume(may_change="prepared_dir prepare_text", free="encode_batch_size")
@@ -68,7 +68,7 @@ class PrepareConfig(SetConfig, CutConfig, FrozenConfig):
 
 
 def command(config: Part) -> str:
-    """The shell command that prepares what a run with these settings needs."""
+    """Return the shell command that prepares the set for a run with these settings."""
     fields = PrepareConfig.model_fields
     values = config.model_dump(mode="json")
     chosen = {name: values[name] for name, field in fields.items() if name in values and values[name] != field.default}

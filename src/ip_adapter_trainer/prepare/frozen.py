@@ -1,4 +1,4 @@
-"""The frozen encoders: loaded, told apart by their content, and what they make of pictures."""
+"""The frozen encoders: loading, digests of their content, and the spec of a cache of what they encode."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from ip_adapter_trainer.nn.packed import Storage
 from ip_adapter_trainer.prepare.config import FrozenConfig
 from ip_adapter_trainer.runtime.launch import Runtime
 
-_SAYS_NOTHING = ("architectures", "dtype", "torch_dtype", "transformers_version")  # and names that begin with "_"
+_SAYS_NOTHING = ("architectures", "dtype", "torch_dtype", "transformers_version")  # nor do names that begin with "_"
 
 
 def load_frozen(
     config: FrozenConfig, runtime: Runtime, own: Part, storage: Storage
 ) -> tuple[BaseModel, dict[str, ImageEncoder]]:
-    """Load the base model and the image encoders of a run on the host; what stays there never needs room on a device.
+    """Load the base model and the image encoders of a run on the host; parts that stay there take no device memory.
 
     Args:
         config: which models.
@@ -59,7 +59,7 @@ def load_base_of(config: FrozenConfig, dtype: torch.dtype, device: torch.device 
 
 
 def module_digest(module: Any) -> str:
-    """A hash of a model's config and of its weights, as loaded: it changes when either does."""
+    """Return a hash of a model's config and of its weights, as loaded: it changes when either does."""
     config = dict(module.config.items() if hasattr(module.config, "items") else module.config.to_dict().items())
     told = {k: v for k, v in config.items() if not k.startswith("_") and k not in _SAYS_NOTHING}
     digest = hashlib.blake2b(json.dumps(told, sort_keys=True, default=str).encode(), digest_size=16)
@@ -72,7 +72,7 @@ def module_digest(module: Any) -> str:
 def cache_spec(
     config: CutConfig, codec: Codec, encoders: Mapping[str, ImageEncoder], needs: Sequence[Need], *, text: bool
 ) -> CacheSpec:
-    """Return what these models make of images that are read and cut by these settings, and with `text` of captions."""
+    """Return the spec of what these models make of images cut by these settings and, with `text`, of captions."""
     buckets, autoencoder = config.buckets(), codec.autoencoder
     return CacheSpec(
         buckets=buckets,
@@ -88,7 +88,7 @@ def cache_spec(
 
 
 def encoder_digest(encoder: ImageEncoder) -> str:
-    """Return a hash of an image encoder and, where its kind alone does not say, of how images are cut for it."""
+    """Return a hash of an image encoder and of its preprocessing, where its kind alone does not decide that."""
     digest = module_digest(encoder.model)
     return digest + json.dumps(encoder.preprocessing, sort_keys=True, default=str) * bool(encoder.preprocessing)
 

@@ -14,14 +14,14 @@ from ip_adapter_trainer.nn.choices import Compile, Storage
 from ip_adapter_trainer.prepare.config import FrozenConfig, SetConfig
 
 P = TypeVar("P", bound=Part)
-# What the published scripts do where their flags say nothing: the defaults of the scripts that carry their names.
+# Defaults of the published scripts, which the scripts of the same names here take too.
 PUBLISHED: dict[str, Any] = {
     "learning_rate": 1e-4, "lr_scheduler": "constant", "lr_warmup_steps": 0, "timestep_density": "uniform",
 }  # fmt: skip
 
 
 class ModelConfig(FrozenConfig):
-    """Which frozen models, which adapter."""
+    """Settings of the frozen models and of the adapter."""
 
     resume = Resume(of_state="adapter_layers layout", free="pretrained_ip_adapter_path")
 
@@ -43,7 +43,7 @@ class ModelConfig(FrozenConfig):
 
 
 class MemoryConfig(Part):
-    """How a run fits into a card's memory."""
+    """Settings that fit a run into a card's memory."""
 
     group = "Memory and speed"
     resume = Resume(may_change="quantize gradient_checkpointing", free="low_memory")
@@ -60,7 +60,7 @@ class MemoryConfig(Part):
 
 
 class SourceConfig(SetConfig):
-    """Where latents and image features come from."""
+    """Settings of the source of latents and image features."""
 
     resume = Resume(may_change="prepare")
 
@@ -70,7 +70,7 @@ class SourceConfig(SetConfig):
 
 
 class LeanConfig(Part):
-    """How the frozen denoiser computes; none of it changes what is computed beyond rounding."""
+    """Settings of the frozen denoiser's computation; they change its results by rounding only."""
 
     group = "Memory and speed"
     resume = Resume(may_change="compile lean_layers product_convolutions channels_last")
@@ -93,7 +93,7 @@ class LeanConfig(Part):
 
 
 class OptimConfig(Part):
-    """How the adapter is optimised, and for how long."""
+    """Settings of the optimizer, and the length of the run."""
 
     group = "Optimizer"
     resume = Resume(
@@ -134,7 +134,7 @@ class OptimConfig(Part):
 
 
 class CheckpointConfig(Part):
-    """Where and how often the run is saved."""
+    """Settings of saving and resuming the run."""
 
     group = "Checkpoint"
     resume = Resume(free="output_dir save_steps checkpoints_total_limit resume_from_checkpoint accept_changed")
@@ -162,12 +162,12 @@ class CheckpointConfig(Part):
     @field_validator("accept_changed")
     @classmethod
     def _current(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        """Return the names of now, which may be given by earlier ones."""
+        """Return the settings' present names; earlier ones may be given."""
         return tuple(cls.current_names(dict.fromkeys(value)))
 
 
 class TrackConfig(Part):
-    """What is reported, and to whom."""
+    """Settings of logs and trackers."""
 
     resume = Resume(free="logging_dir report_to tracker_project_name logging_steps local_rank dry_run")
 
@@ -200,9 +200,9 @@ class TrainConfig(
     """
 
     def part(self, kind: type[P]) -> P:
-        """The settings of one part, such as a variant's own, out of the whole."""
+        """Return the settings of one part, such as a variant's own."""
         return kind(**{name: getattr(self, name) for name in kind.model_fields})
 
     def images_per_step(self, world: int) -> int:
-        """Images of one optimizer step over `world` processes and all micro batches."""
+        """Return the number of images of one optimizer step, over `world` processes and all micro-batches."""
         return self.train_batch_size * world * self.gradient_accumulation_steps

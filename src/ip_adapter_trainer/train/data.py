@@ -1,4 +1,4 @@
-"""Where batches come from: the rows of a manifest, read, ordered and loaded for this process."""
+"""The source of batches: the rows of a manifest, read, ordered and loaded for this process."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class TrainingData:
 
     Attributes:
         rows: number of rows that are trained on.
-        images_per_step: images of one optimizer step over all processes and micro batches.
-        fingerprint: of the manifest, by which a resumed run knows it again.
-        unseen: rows that nothing is trained on, held out or of another set; None: there are none.
-        seen: rows that are trained on.
-        order: which rows make each step.
+        images_per_step: images of one optimizer step over all processes and micro-batches.
+        fingerprint: of the manifest, by which a resumed run recognises it.
+        sampler: decides which rows make each step.
+        seen: rows that are trained on, for validation.
+        unseen: rows that are not trained on, held out or of another set; None: there are none.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class TrainingData:
         )
 
     def batches(self, first_step: int, poll: Poll) -> Iterator[Batch]:
-        """This process's micro batches from a step on, without end; `poll` is called while one is waited for.
+        """Return this process's micro-batches from a step on, without end; `poll` is called while one is waited for.
 
         Raises:
             DataProblem: more rows are faulty than the settings allow.
@@ -100,14 +100,14 @@ class TrainingData:
             raise Problem(what, where=f"--validation_data {self._config.validation_data}", remedy=remedy)
 
     def encode_unseen(self, model: Model) -> None:
-        """Encode what validation will look at of another set, before the encoders that a prepared set replaces go."""
+        """Encode the rows of another validation set, before encoders that a prepared set replaces are released."""
         config = self._config
         if self.unseen and not self.unseen.is_encoded and config.validates:
             count = max(config.num_validation_images, config.grid_rows)
             self.unseen.encode(count, model, self._runtime.device)
 
     def tell(self, steps: int) -> None:
-        """Say which images are not trained on once in every epoch of a run of so many steps."""
+        """Warn of images that are not trained on once in every epoch of a run of so many steps."""
         slow = self.sampler.slow_buckets()
         if not self._config.aspect_ratio_buckets or not slow:
             return
@@ -123,5 +123,5 @@ class TrainingData:
         say(f"WARNING: {what}: {why}{end} (width x height: {named}); {remedy}")
 
     def where(self, row: int) -> str:
-        """Where a row stands in the manifest, for people."""
+        """Return a row's place in the manifest, for messages."""
         return self._manifest.where(row)

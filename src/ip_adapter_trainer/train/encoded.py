@@ -1,4 +1,4 @@
-"""Whether a run trains from a prepared set, and from which; prepares it first where that was left to us and pays."""
+"""The prepared set that a run trains from, if any; with `--prepare auto`, it is prepared first where that pays."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from ip_adapter_trainer.train.config import TrainConfig
 from ip_adapter_trainer.train.rows import RunRows
 from ip_adapter_trainer.train.run_plan import total_steps
 
-_PAYS_EPOCHS = 2  # for each encoding of a picture: one is spent on preparing, the rest is won
+_PAYS_EPOCHS = 2  # for each encoding of an image: one is spent on preparing, the rest is saved
 
 
 def prepared_set(
     config: TrainConfig, runtime: Runtime, model: Model, rows: RunRows, stopping: Stopping
 ) -> PreparedSet | None:
-    """The set that a run trains from; None: from the pictures themselves.
+    """Return the set that a run trains from; None: it trains from the images themselves.
 
     Raises:
         Problem: the set lacks rows, or settings are on under which nothing can be encoded beforehand.
@@ -49,7 +49,7 @@ def _spec(config: TrainConfig, model: Model) -> CacheSpec:
 
 
 def _opened(config: TrainConfig, runtime: Runtime, manifest: Manifest, spec: CacheSpec, folder: Path) -> PreparedSet:
-    """The set, once the processes of each machine have together looked for every row in the set as they see it."""
+    """Return the set, after the processes of each machine have together looked for every row in their copy of it."""
     if folder.exists() and not folder.is_dir():
         raise Problem("the prepared set is no folder", where=str(folder), remedy="give another --prepared_dir")
     prepared = PreparedSet(folder, spec, ImageFiles.of(manifest.root, config))
@@ -67,7 +67,7 @@ def _opened(config: TrainConfig, runtime: Runtime, manifest: Manifest, spec: Cac
 def _prepared_if_it_pays(
     config: TrainConfig, runtime: Runtime, model: Model, rows: RunRows, stopping: Stopping
 ) -> PreparedSet | None:
-    """Prepares first, or trains from the pictures; says which, and why."""
+    """Prepare the set first, or return None to train from the images; say which, and why."""
     if anew := random_cuts(config):
         say(f"not preparing: {' and '.join(anew)} cut each image otherwise every time")
         return None

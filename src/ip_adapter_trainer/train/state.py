@@ -71,7 +71,7 @@ class TrainState:
         return report, rate
 
     def published_weights(self) -> AbstractContextManager[dict[str, Tensor]]:
-        """Return a context that gives the state dict [...] to publish: the average if there is one, else the live."""
+        """Return a context with the state dict [...] to publish: the average if there is one, else the weights."""
         return optim.averaged(self.adapter, self.ema)
 
     def state_dict(self) -> dict[str, Any]:

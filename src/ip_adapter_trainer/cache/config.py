@@ -10,7 +10,7 @@ from ip_adapter_trainer.manifest.config import ReadConfig
 
 
 class BucketConfig(ReadConfig):
-    """Which sizes training images are cut to."""
+    """Sizes to which training images are cut."""
 
     resume = Resume(must_match="resolution aspect_ratio_buckets bucket_step_px bucket_max_aspect")
 
@@ -36,14 +36,14 @@ class BucketConfig(ReadConfig):
         return self
 
     def buckets(self) -> Buckets:
-        """The sizes that training images are cut to."""
+        """Return the sizes to which training images are cut."""
         if not self.aspect_ratio_buckets:
             return Buckets.square(self.resolution)
         return Buckets.ladder(self.resolution, step_px=self.bucket_step_px, max_aspect=self.bucket_max_aspect)
 
 
 class CutConfig(BucketConfig):
-    """How rows become targets and image prompts."""
+    """Cuts by which rows become targets and image prompts."""
 
     resume = Resume(must_match="center_crop random_flip prompt_crop_min_share prompt_flip prompt_pad_square")
 

@@ -152,7 +152,7 @@ def _mapped(function: Callable[..., Tensor], first: Any, *others: Any) -> Any:
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """The output of the text encoders, as the denoiser takes it."""
+    """An attention layer of a denoiser, to which an adapter can add."""
 
     number: int  # N of the file contract's keys, as `N.to_k_ip.weight`
     name: str  # the layer's module path in the denoiser

@@ -9,7 +9,7 @@ from ip_adapter_trainer.core.settings import Resume
 
 
 class DataConfig(CutConfig):
-    """How rows become batches of training images."""
+    """Order and drop rates by which rows become batches of training images."""
 
     resume = Resume(
         must_match="text_drop_rate image_drop_rate both_drop_rate",

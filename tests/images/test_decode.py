@@ -69,8 +69,8 @@ def test_exif_orientation_is_applied_once(format: str, options: dict[str, bool],
 def _fault(source: Path | bytes, limits: Limits = LIMITS) -> str:
     with pytest.raises(ImageFault) as caught:
         decode(source, limits)
-    assert caught.value.what and caught.value.remedy and "\n" not in str(caught.value)
-    return caught.value.kind
+    assert caught.value.fault.what and caught.value.fault.remedy and "\n" not in str(caught.value)
+    return caught.value.fault.kind
 
 
 def _as_file(folder: Path, data: bytes) -> Path:
@@ -139,8 +139,8 @@ def test_a_file_cut_anywhere_is_a_fault_unless_all_its_pixels_are_there(format: 
     for end in {*range(1, len(data), max(1, len(data) // 60)), *range(len(data) - 25, len(data))}:
         try:
             assert decode(data[:end], LIMITS).image.tobytes() == whole, end
-        except ImageFault as fault:
-            assert fault.kind in ("truncated", "damaged", "not_a_picture", "too_small"), end
+        except ImageFault as error:
+            assert error.fault.kind in ("truncated", "damaged", "not_a_picture", "too_small"), end
 
 
 @pytest.mark.parametrize("format", STORED)
@@ -154,8 +154,8 @@ def test_noise_in_a_file_is_a_picture_or_a_fault_and_never_a_word_more(format: s
                 data[chance.randrange(min(len(data), 400))] = chance.randrange(256)
             try:
                 decode(bytes(data), LIMITS)
-            except ImageFault as fault:
-                assert fault.kind in get_args(FaultKind)
+            except ImageFault as error:
+                assert error.fault.kind in get_args(FaultKind)
 
 
 def test_a_large_picture_is_refused_where_a_few_kilobytes_claim_it() -> None:
@@ -191,7 +191,7 @@ def test_who_does_what_a_limit_asks_for_has_the_picture(what: str, tmp_path: Pat
     for flag in flags:
         with pytest.raises(ImageFault) as caught:
             _images(tmp_path, given).read("a.png")
-        (told,) = re.findall(r"(?:raise|lower) --(\w+) to (\d+)$", caught.value.remedy)
+        (told,) = re.findall(r"(?:raise|lower) --(\w+) to (\d+)$", caught.value.fault.remedy)
         assert told[0] == flag
         given = given | {flag: float(told[1])}
     assert _images(tmp_path, given).read("a.png").image.size == _images(tmp_path, given).size_px("a.png")[::-1]

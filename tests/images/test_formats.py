@@ -8,6 +8,7 @@ from PIL import Image, features
 
 from faults.corpus.files import Array, encoded
 from faults.corpus.pictures import BACKGROUND, BLOCKS, UPRIGHT
+from ip_adapter_trainer.core.values import Fault
 from ip_adapter_trainer.images import decode as decoder
 from ip_adapter_trainer.images.decode import FORMATS, SUFFIXES, ImageFault, decode, read_size
 from ip_adapter_trainer.images.limits import Limits
@@ -92,10 +93,10 @@ def test_avif_and_heif_have_alpha_frames_and_faults_like_others(format: str) -> 
     assert _fault(encoded(Image.new("RGB", (2001, 2001)), format)).kind == "too_many_pixels"
 
 
-def _fault(content: bytes) -> ImageFault:
+def _fault(content: bytes) -> Fault:
     with pytest.raises(ImageFault) as caught:
         decode(content, Limits())
-    return caught.value
+    return caught.value.fault
 
 
 def test_what_cannot_be_read_here_is_told_with_what_would_read_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ class Fault:
 
     kind: str
     what: str
-    where: str
+    where: str  # empty until it is known where the row stands
     remedy: str
 
     def __post_init__(self) -> None:

@@ -51,8 +51,8 @@ def read_image(path: Path) -> Image.Image:
     """
     try:
         return decode(path, Limits()).image
-    except ImageFault as fault:
-        raise Problem(fault.what, where=str(path), remedy="name another picture with --image") from fault
+    except ImageFault as error:
+        raise Problem(error.fault.what, where=str(path), remedy="name another picture with --image") from error
 
 
 def output_files(output: Path, seeds: list[int]) -> list[Path]:

@@ -20,7 +20,7 @@ from typing import BinaryIO, Literal
 
 from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
-from ip_adapter_trainer.core.values import Size
+from ip_adapter_trainer.core.values import Fault, Size
 from ip_adapter_trainer.images.background import Colour
 from ip_adapter_trainer.images.colour import NotFiniteSamplesError, fold_key, has_other_colours, to_rgb
 from ip_adapter_trainer.images.formats import HEAD_BYTES, is_known, package_for, readable
@@ -67,10 +67,10 @@ class ImageFault(Exception):
 
     def __init__(self, kind: FaultKind, what: str, remedy: str) -> None:
         super().__init__(kind, what, remedy)
-        self.kind, self.what, self.remedy = kind, what, remedy
+        self.fault = Fault(kind, what, "", remedy)
 
     def __str__(self) -> str:
-        return f"{self.what}; {self.remedy}"
+        return f"{self.fault.what}; {self.fault.remedy}"
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from itertools import chain
 from pathlib import Path
 
 from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.values import Fault
 from ip_adapter_trainer.manifest.entries import MAX_LINE_BYTES, Entry, lines_of
 from ip_adapter_trainer.manifest.rows import Columns, missing_column, unknown_column
 from ip_adapter_trainer.manifest.splits import METADATA, METADATA_IMAGE_KEY
-from ip_adapter_trainer.manifest.strict_json import Complaint
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
@@ -49,7 +49,7 @@ def read_delimited(path: Path, columns: Columns, usual: str) -> Iterator[Entry]:
 
 
 def _broken(number: int, what: str, remedy: str) -> Entry:
-    return Entry(number, None, (Complaint("not_csv", what, remedy),))
+    return Entry(number, None, (Fault("not_csv", what, "", remedy),))
 
 
 def _delimiter(line: str, columns: Columns, usual: str) -> str:
@@ -71,17 +71,17 @@ def _header(path: Path, reader: Iterator[list[str]], columns: Columns) -> list[s
         raise Problem(f"the header is not valid CSV: {error}", where=f"{path}, line 1", remedy="correct it") from error
     if path.stem == METADATA and columns.image not in header:
         header = [columns.image if name == METADATA_IMAGE_KEY else name for name in header]
-    complaints = [
+    faults = [
         *(missing_column(name, header, columns) for name in (columns.image, columns.text) if name not in header),
         *(unknown_column(name, columns) for name in header if columns.misspelt(name)),
         *(
-            Complaint("duplicate_key", f"the column {name!r} is there twice", "remove one")
+            Fault("duplicate_key", f"the column {name!r} is there twice", "", "remove one")
             for name in columns.names
             if header.count(name) > 1
         ),
     ]
-    if complaints:
-        raise Problem(complaints[0].what, where=f"{path}, line 1", remedy=complaints[0].remedy)
+    if faults:
+        raise Problem(faults[0].what, where=f"{path}, line 1", remedy=faults[0].remedy)
     return header
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.manifest.strict_json import Complaint
+from ip_adapter_trainer.core.values import Fault
 from ip_adapter_trainer.storage.files import open_regular
 
 MAX_LINE_BYTES = 2**20
@@ -21,7 +21,7 @@ class Entry(NamedTuple):
 
     number: int  # as people count: from 1
     fields: Any
-    complaints: tuple[Complaint, ...] = ()
+    faults: tuple[Fault, ...] = ()
     detail: str = ""  # more about the place: the line of an element, the image of a caption
 
 

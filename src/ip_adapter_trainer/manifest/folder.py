@@ -11,12 +11,12 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from ip_adapter_trainer.core.errors import DataProblem, Problem
+from ip_adapter_trainer.core.values import Fault
 from ip_adapter_trainer.images.decode import SUFFIXES as IMAGE_SUFFIXES
 from ip_adapter_trainer.manifest.config import ReadConfig
 from ip_adapter_trainer.manifest.entries import BOM, Entry
 from ip_adapter_trainer.manifest.noticed import Noticed
 from ip_adapter_trainer.manifest.rows import Columns
-from ip_adapter_trainer.manifest.strict_json import Complaint
 from ip_adapter_trainer.storage.files import open_regular, safe_join
 
 MAX_CAPTION_BYTES = 2**16
@@ -65,7 +65,7 @@ def read_folder(folder: Path, columns: Columns, config: ReadConfig, noticed: Not
         if text is None:
             missing += 1
             text = _instead(pair, config, noticed)
-        if isinstance(text, Complaint):
+        if isinstance(text, Fault):
             yield Entry(number, None, (text,), pair.image)
         else:
             yield Entry(number, {columns.image: pair.image, columns.text: text}, (), pair.image)
@@ -73,12 +73,12 @@ def read_folder(folder: Path, columns: Columns, config: ReadConfig, noticed: Not
         raise _no_captions(folder, number, pair.caption, noticed)
 
 
-def _instead(pair: _Pair, config: ReadConfig, noticed: Noticed) -> str | Complaint:
+def _instead(pair: _Pair, config: ReadConfig, noticed: Noticed) -> str | Fault:
     """Return what takes the place of a caption that is missing."""
     if config.missing_captions == "empty":
         noticed.add(_EMPTY, pair.image)
         return ""
-    return Complaint("missing_caption", f"there is no {_own(pair.caption)}", "write one; it may be empty")
+    return Fault("missing_caption", f"there is no {_own(pair.caption)}", "", "write one; it may be empty")
 
 
 def _no_captions(folder: Path, images: int, caption: str, noticed: Noticed) -> DataProblem:
@@ -89,24 +89,24 @@ def _no_captions(folder: Path, images: int, caption: str, noticed: Noticed) -> D
     return DataProblem(what, where=str(folder), remedy=", or ".join(ways))
 
 
-def _caption(root: Path, name: str, *, allow_outside: bool) -> str | Complaint | None:
+def _caption(root: Path, name: str, *, allow_outside: bool) -> str | Fault | None:
     """Return the caption in a file, or why it cannot be used; None if there is no such file."""
     try:
         with open_regular(safe_join(root, name, allow_outside=allow_outside)) as stream:
             content = stream.read(MAX_CAPTION_BYTES + 1)
     except Problem as problem:
-        return Complaint("unsafe_path", f"{_own(name)}: {problem.what}", problem.remedy)
+        return Fault("unsafe_path", f"{_own(name)}: {problem.what}", "", problem.remedy)
     except FileNotFoundError:
         return None
     except OSError as error:
-        return Complaint("unreadable", f"{_own(name)} cannot be read ({error.strerror})", "correct it")
+        return Fault("unreadable", f"{_own(name)} cannot be read ({error.strerror})", "", "correct it")
     if len(content) > MAX_CAPTION_BYTES:
         what = f"{_own(name)} is longer than {MAX_CAPTION_BYTES // 2**10} kB"
-        return Complaint("line_too_long", what, "shorten it")
+        return Fault("line_too_long", what, "", "shorten it")
     try:
         return content.removeprefix(BOM).decode().strip()
     except UnicodeDecodeError:
-        return Complaint("bad_text", f"{_own(name)} is not UTF-8", "save it as UTF-8")
+        return Fault("bad_text", f"{_own(name)} is not UTF-8", "", "save it as UTF-8")
 
 
 def _own(name: str) -> str:

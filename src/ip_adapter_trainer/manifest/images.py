@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -98,7 +98,7 @@ class ImageFiles:
 
 def fault_of(error: ImageFault, where: str) -> Fault:
     """Return the fault of the row that stands at `where`."""
-    return Fault(error.kind, error.what, where, error.remedy)
+    return replace(error.fault, where=where)
 
 
 def map_rows(

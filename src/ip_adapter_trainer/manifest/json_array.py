@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.manifest.strict_json import Complaint, StrictDecoder, skip_space
+from ip_adapter_trainer.core.values import Fault
+from ip_adapter_trainer.manifest.strict_json import StrictDecoder, skip_space
 
 MAX_JSON_BYTES = 2**30
 MAX_ELEMENT_CHARACTERS = 2**20
 _WINDOW_BYTES = 2**20
 
 # Line it begins on, counted from 1; key if the file is an object; value; what is wrong with it.
-Element = tuple[int, str | None, Any, list[Complaint]]
+Element = tuple[int, str | None, Any, list[Fault]]
 
 
 def read_array(path: Path, stream: BinaryIO) -> Iterator[Element]:
@@ -34,12 +35,12 @@ def read_array(path: Path, stream: BinaryIO) -> Iterator[Element]:
     while more:
         number += 1
         try:
-            (line, key, value, complaints), more = _element(window, decoder)
+            (line, key, value, faults), more = _element(window, decoder)
         except json.JSONDecodeError as error:
             raise window.broken(error, number) from error
         if number == 1 and key is not None and not isinstance(value, dict):
             raise _no_rows(path)
-        yield line, key, value, complaints
+        yield line, key, value, faults
 
 
 def _no_rows(path: Path) -> Problem:
@@ -119,7 +120,7 @@ def _element(window: _Window, decoder: StrictDecoder) -> tuple[Element, bool]:
     while True:
         try:
             key, start = _key(window, decoder)
-            value, end, complaints = decoder.value_at(window.text, start)
+            value, end, faults = decoder.value_at(window.text, start)
             following = _following(window, end)
             break
         except json.JSONDecodeError:
@@ -128,7 +129,7 @@ def _element(window: _Window, decoder: StrictDecoder) -> tuple[Element, bool]:
             window.extend()
     line = window.line()
     window.position = len(window.text) if following is None else following
-    return (line, key, value, complaints), following is not None
+    return (line, key, value, faults), following is not None
 
 
 def _key(window: _Window, decoder: StrictDecoder) -> tuple[str | None, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from json.encoder import encode_basestring_ascii as quoted
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,6 @@ from ip_adapter_trainer.manifest.fingerprint import Digest, Fingerprint
 from ip_adapter_trainer.manifest.noticed import Noticed
 from ip_adapter_trainer.manifest.rows import Columns, row_of
 from ip_adapter_trainer.manifest.sources import open_source
-from ip_adapter_trainer.manifest.strict_json import Complaint
 from ip_adapter_trainer.manifest.table import RowTable
 
 if TYPE_CHECKING:
@@ -64,14 +63,14 @@ def read_manifest(config: ReadConfig) -> Manifest:
     rows, digest = RowTable(), Digest()
     places, faults, unread = array("q"), list[Fault](), tuple[str, ...]()
     for entry in opened.entries:
-        row = row_of(entry.fields, columns, allow_outside=config.allow_outside_root) if not entry.complaints else []
+        row = row_of(entry.fields, columns, allow_outside=config.allow_outside_root) if not entry.faults else []
         if isinstance(row, Row):
             unread = unread if rows else tuple(sorted(set(entry.fields) - set(columns.names)))
             rows.append(row)
             digest.add(_line(row))
             places.append(entry.number)
         else:
-            faults.extend(_faults(opened.path, opened.unit, entry, [*entry.complaints, *row]))
+            faults.extend(_faults(opened.path, opened.unit, entry, [*entry.faults, *row]))
     if not rows and not faults:
         raise _no_rows(opened.path, noticed)
     return Manifest(opened.path, root, rows, tuple(faults), digest.fingerprint(), unread, opened.unit, places, noticed)
@@ -119,9 +118,9 @@ def _no_rows(source: Path, noticed: Noticed) -> Problem:
     return Problem(what, where=str(source), remedy="add pictures of a kind that is read (PNG, JPEG), and captions")
 
 
-def _faults(source: Path, unit: str, entry: Entry, complaints: list[Complaint]) -> list[Fault]:
+def _faults(source: Path, unit: str, entry: Entry, faults: list[Fault]) -> list[Fault]:
     where = _place(source, unit, entry.number, entry.detail)
-    return [Fault(complaint.kind, complaint.what, where, complaint.remedy) for complaint in complaints]
+    return [replace(fault, where=where) for fault in faults]
 
 
 def _place(source: Path, unit: str, number: int, detail: str) -> str:

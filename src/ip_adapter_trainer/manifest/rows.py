@@ -1,4 +1,4 @@
-"""From the fields that a manifest gives for one row to a `Row`, or to complaints about it."""
+"""From the fields that a manifest gives for one row to a `Row`, or to faults about it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from ip_adapter_trainer.core.errors import did_you_mean
-from ip_adapter_trainer.core.values import Row
-from ip_adapter_trainer.manifest.strict_json import Complaint
+from ip_adapter_trainer.core.values import Fault, Row
 from ip_adapter_trainer.storage.files import refusal
 
 _NEAR = 0.8  # of difflib: `prompt_image` is near `prompt_image_file`, `image_id` is not
@@ -41,11 +40,11 @@ class Columns:
         return bool(difflib.get_close_matches(found, [self.prompt_image], cutoff=_NEAR)) and found not in self.names
 
 
-def row_of(fields: Any, columns: Columns, *, allow_outside: bool) -> Row | list[Complaint]:
+def row_of(fields: Any, columns: Columns, *, allow_outside: bool) -> Row | list[Fault]:
     """Return a row, or all that is wrong with it."""
     if not isinstance(fields, dict):
         what = f"the row is {_type_name(fields)}, not an object"
-        return [Complaint("wrong_type", what, f'write {{"{columns.image}": "...", "{columns.text}": "..."}}')]
+        return [Fault("wrong_type", what, "", f'write {{"{columns.image}": "...", "{columns.text}": "..."}}')]
     if not _is_well_formed(fields, columns):
         return [*_missing(fields, columns), *_wrong_types(fields, columns), *_misspelt(fields, columns)]
     row = Row(fields[columns.image], _text_of(fields[columns.text]), fields.get(columns.prompt_image) or None)
@@ -104,8 +103,8 @@ def _is_clean(row: Row, allow_outside: bool) -> bool:
     )
 
 
-def missing_column(name: str, found: list[str], columns: Columns) -> Complaint:
-    """Return the complaint about a column that must be there."""
+def missing_column(name: str, found: list[str], columns: Columns) -> Fault:
+    """Return the fault about a column that must be there."""
     flag = "image_column" if name == columns.image else "text_column"
     unread = [other for other in found if other not in columns.names]
     near = difflib.get_close_matches(name, unread, n=1, cutoff=0.6)
@@ -115,49 +114,49 @@ def missing_column(name: str, found: list[str], columns: Columns) -> Complaint:
     else:
         empty = "" if name == columns.image else f" ({name!r} may be empty)"
         remedy = f"add it{empty}, or name the right one with --{flag}"
-    return Complaint("missing_column", f"{name!r} is missing (found: {', '.join(found) or 'nothing'})", remedy)
+    return Fault("missing_column", f"{name!r} is missing (found: {', '.join(found) or 'nothing'})", "", remedy)
 
 
-def unknown_column(name: str, columns: Columns) -> Complaint:
-    """Return the complaint about a column that seems to be a misspelt one."""
+def unknown_column(name: str, columns: Columns) -> Fault:
+    """Return the fault about a column that seems to be a misspelt one."""
     remedy = f"{did_you_mean(name, [columns.prompt_image])} Rename it, or name it with --prompt_image_column"
-    return Complaint("unknown_column", f"the column {name!r} is not known", remedy)
+    return Fault("unknown_column", f"the column {name!r} is not known", "", remedy)
 
 
-def _missing(fields: Mapping[str, Any], columns: Columns) -> list[Complaint]:
+def _missing(fields: Mapping[str, Any], columns: Columns) -> list[Fault]:
     found = [str(name) for name in fields]
     return [missing_column(name, found, columns) for name in (columns.image, columns.text) if name not in fields]
 
 
-def _wrong_types(fields: Mapping[str, Any], columns: Columns) -> list[Complaint]:
+def _wrong_types(fields: Mapping[str, Any], columns: Columns) -> list[Fault]:
     prompt = fields.get(columns.prompt_image)
     found = {
         columns.image: _wrong_path(fields.get(columns.image, "")),
         columns.text: _wrong_text(fields.get(columns.text)),
         columns.prompt_image: None if prompt is None else _wrong_path(prompt),
     }
-    return [Complaint("wrong_type", f"{name!r} {wrong[0]}", wrong[1]) for name, wrong in found.items() if wrong]
+    return [Fault("wrong_type", f"{name!r} {wrong[0]}", "", wrong[1]) for name, wrong in found.items() if wrong]
 
 
-def _misspelt(fields: Mapping[str, Any], columns: Columns) -> list[Complaint]:
+def _misspelt(fields: Mapping[str, Any], columns: Columns) -> list[Fault]:
     if columns.prompt_image in fields:
         return []
     return [unknown_column(name, columns) for name in fields if columns.misspelt(name)]
 
 
-def _refused(row: Row, columns: Columns, allow_outside: bool) -> list[Complaint]:
+def _refused(row: Row, columns: Columns, allow_outside: bool) -> list[Fault]:
     named = [(columns.image, row.image_file)]
     if row.prompt_image_file is not None:
         named.append((columns.prompt_image, row.prompt_image_file))
     refused = [(column, refusal(name, allow_outside=allow_outside)) for column, name in named]
-    return [Complaint("unsafe_path", f"{column!r}: {why[0]}", why[1]) for column, why in refused if why is not None]
+    return [Fault("unsafe_path", f"{column!r}: {why[0]}", "", why[1]) for column, why in refused if why is not None]
 
 
-def _not_unicode(row: Row, columns: Columns) -> list[Complaint]:
+def _not_unicode(row: Row, columns: Columns) -> list[Fault]:
     """Lone surrogates: what undecodable bytes and broken escapes become, and what nothing after can write."""
     values = zip(columns.names, ((row.image_file,), row.captions, (row.prompt_image_file or "",)), strict=True)
     return [
-        Complaint("bad_text", f"{column!r} holds characters that are not Unicode", "save the manifest as UTF-8")
+        Fault("bad_text", f"{column!r} holds characters that are not Unicode", "", "save the manifest as UTF-8")
         for column, strings in values
         if any(map(_has_surrogates, strings))
     ]

@@ -1,4 +1,4 @@
-"""The forms a manifest may have, each read entry by entry; a broken entry is a complaint, a broken file a `Problem`."""
+"""The forms a manifest may have, each read entry by entry; a broken entry is a fault, a broken file a `Problem`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.values import Fault
 from ip_adapter_trainer.manifest.config import ReadConfig
 from ip_adapter_trainer.manifest.delimited import read_delimited
 from ip_adapter_trainer.manifest.entries import MAX_LINE_BYTES, Entry, lines_of, open_manifest
@@ -17,7 +18,7 @@ from ip_adapter_trainer.manifest.kohya import Listed
 from ip_adapter_trainer.manifest.noticed import Noticed
 from ip_adapter_trainer.manifest.rows import Columns
 from ip_adapter_trainer.manifest.splits import METADATA, METADATA_IMAGE_KEY, metadata_in, trained_part
-from ip_adapter_trainer.manifest.strict_json import Complaint, StrictDecoder, skip_space
+from ip_adapter_trainer.manifest.strict_json import StrictDecoder, skip_space
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,9 @@ def open_source(config: ReadConfig, columns: Columns, noticed: Noticed) -> Opene
 def _read_json(path: Path, columns: Columns, root: Path) -> Iterator[Entry]:
     listed = Listed(root, columns)
     with open_manifest(path) as stream:
-        for number, (line, key, value, complaints) in enumerate(read_array(path, stream), 1):
+        for number, (line, key, value, faults) in enumerate(read_array(path, stream), 1):
             fields = value if key is None else listed.fields(key, value)
-            yield Entry(number, fields, tuple(complaints), f"line {line}")
+            yield Entry(number, fields, tuple(faults), f"line {line}")
 
 
 def _read_jsonl(path: Path) -> Iterator[Entry]:
@@ -78,7 +79,7 @@ def _read_jsonl(path: Path) -> Iterator[Entry]:
     for number, line in lines_of(path):
         if line is None:
             what = f"the line is longer than {MAX_LINE_BYTES // 2**20} MB"
-            yield Entry(number, None, (Complaint("line_too_long", what, "shorten it"),))
+            yield Entry(number, None, (Fault("line_too_long", what, "", "shorten it"),))
         elif line.strip():
             yield _entry_of_line(number, line, decoder)
 
@@ -86,16 +87,16 @@ def _read_jsonl(path: Path) -> Iterator[Entry]:
 def _entry_of_line(number: int, line: bytes, decoder: StrictDecoder) -> Entry:
     try:
         text = line.decode().rstrip("\r\n")
-        fields, end, complaints = decoder.value_at(text, 0)
+        fields, end, faults = decoder.value_at(text, 0)
         if skip_space(text, end) < len(text):
             raise json.JSONDecodeError("Text after the object", text, end)
-        return Entry(number, fields, tuple(complaints))
+        return Entry(number, fields, tuple(faults))
     except UnicodeDecodeError as error:
         what = f"the line is not UTF-8 (byte {error.start + 1})"
-        return Entry(number, None, (Complaint("bad_text", what, "save the manifest as UTF-8"),))
+        return Entry(number, None, (Fault("bad_text", what, "", "save the manifest as UTF-8"),))
     except json.JSONDecodeError as error:
         what = f"the line is not valid JSON: {error.msg} (column {error.colno})"
-        return Entry(number, None, (Complaint("not_json", what, "write one JSON object a line"),))
+        return Entry(number, None, (Fault("not_json", what, "", "write one JSON object a line"),))
 
 
 def _with_image_key(entry: Entry, key: str) -> Entry:

@@ -98,10 +98,10 @@ class MissingReader:
         known = self._prepared.index.find([item.name])[0]
         try:
             return self._read(item, known)
-        except ImageFault as fault:
-            moved_without = fault.kind == "missing_file" and known is not None and known.is_sound
+        except ImageFault as error:
+            moved_without = error.fault.kind == "missing_file" and known is not None and known.is_sound
             is_known = known is not None and not known.is_sound
-            return ReadImage(item, None if moved_without or is_known else Record.unreadable(), fault=fault)
+            return ReadImage(item, None if moved_without or is_known else Record.unreadable(), fault=error)
 
     def _read(self, item: Item, known: Record | None) -> ReadImage:
         content, status = self._images.read_file(item.name)

@@ -22,8 +22,8 @@ from ip_adapter_trainer.loading.config import part_of
 from ip_adapter_trainer.manifest.fingerprint import Digest
 from ip_adapter_trainer.manifest.images import ImageFiles
 from ip_adapter_trainer.manifest.manifest import read_manifest
-from ip_adapter_trainer.prepare.frozen import cache_spec
 from ip_adapter_trainer.prepare.run import Job
+from ip_adapter_trainer.prepare.spec import cache_spec
 from ip_adapter_trainer.runtime.launch import Runtime, start
 from ip_adapter_trainer.runtime.precision import dtype_of
 from ip_adapter_trainer.runtime.signals import StopSignal

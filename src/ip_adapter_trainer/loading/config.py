@@ -1,9 +1,9 @@
-"""Settings of frozen models that every command shares: which files of them, and how they are read."""
+"""Settings of frozen models: which they are, which files of them, and how they are read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -47,6 +47,30 @@ class BaseConfig(FoundConfig):
         ge=1,
         description="SD1.x and SD2.x: read the text encoder's layer so many from its end, as kohya counts: 1 is the "
         "last layer, 2 the one before it; None: the last.",
+    )
+
+
+class FrozenConfig(NoiseConfig, BaseConfig):
+    """Settings of the frozen models, and the variant of the adapter that they are for."""
+
+    group = "Advanced"
+    resume = Resume(
+        of_state="family variant", may_change="pretrained_model_name_or_path image_encoder_path mixed_precision"
+    )
+
+    pretrained_model_name_or_path: str = Field(
+        description="Base model: a diffusers pipeline folder, a hub id, or a checkpoint in one .safetensors file."
+    )
+    image_encoder_path: str = Field(
+        description="Image encoder: folder or hub id of a CLIPVisionModelWithProjection, as "
+        "h94/IP-Adapter/models/image_encoder."
+    )
+    family: str = Field(
+        "auto", description="Family of the base model; auto: by the parts that its model_index.json names."
+    )
+    variant: str = Field("base", description="Adapter variant: base, plus or full.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = Field(
+        None, description="Precision of the frozen weights; the trained ones stay fp32. Default: as the launcher says."
     )
 
 

@@ -1,40 +1,14 @@
-"""Settings of the frozen models and of prepared sets, shared by `prepare` and `train`."""
+"""Settings of prepared sets, shared by `prepare` and `train`."""
 
 from __future__ import annotations
 
 import shlex
-from typing import Literal
 
 from pydantic import Field
 
 from ip_adapter_trainer.cache.config import CutConfig
 from ip_adapter_trainer.core.settings import Part, Resume, as_flags
-from ip_adapter_trainer.diffusion.schedulers import NoiseConfig
-from ip_adapter_trainer.loading.config import BaseConfig
-
-
-class FrozenConfig(NoiseConfig, BaseConfig):
-    """Settings of the frozen models, and the variant of the adapter that they are for."""
-
-    group = "Advanced"
-    resume = Resume(
-        of_state="family variant", may_change="pretrained_model_name_or_path image_encoder_path mixed_precision"
-    )
-
-    pretrained_model_name_or_path: str = Field(
-        description="Base model: a diffusers pipeline folder, a hub id, or a checkpoint in one .safetensors file."
-    )
-    image_encoder_path: str = Field(
-        description="Image encoder: folder or hub id of a CLIPVisionModelWithProjection, as "
-        "h94/IP-Adapter/models/image_encoder."
-    )
-    family: str = Field(
-        "auto", description="Family of the base model; auto: by the parts that its model_index.json names."
-    )
-    variant: str = Field("base", description="Adapter variant: base, plus or full.")
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = Field(
-        None, description="Precision of the frozen weights; the trained ones stay fp32. Default: as the launcher says."
-    )
+from ip_adapter_trainer.loading.config import FrozenConfig
 
 
 class SetConfig(Part):

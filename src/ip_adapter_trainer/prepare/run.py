@@ -19,6 +19,7 @@ from ip_adapter_trainer.encoders import ImageEncoder
 from ip_adapter_trainer.families import Codec
 from ip_adapter_trainer.images.decode import ImageFault
 from ip_adapter_trainer.loading.encoder import load_encoders
+from ip_adapter_trainer.loading.frozen import load_base_of
 from ip_adapter_trainer.manifest.faults import FILE_NAME, FaultLog
 from ip_adapter_trainer.manifest.images import ImageFiles, fault_of
 from ip_adapter_trainer.manifest.manifest import Manifest, read_alike
@@ -26,7 +27,7 @@ from ip_adapter_trainer.prepare.captions import encode_captions, missing_caption
 from ip_adapter_trainer.prepare.config import PrepareConfig
 from ip_adapter_trainer.prepare.cut import warn_of_cut_captions
 from ip_adapter_trainer.prepare.encode import Encoding, encode_with
-from ip_adapter_trainer.prepare.frozen import cache_spec, load_base_of
+from ip_adapter_trainer.prepare.spec import cache_spec
 from ip_adapter_trainer.prepare.work import MissingReader, missing, read_all, share_of
 from ip_adapter_trainer.runtime.launch import Runtime, claimed, start
 from ip_adapter_trainer.runtime.progress import Progress

@@ -12,8 +12,8 @@ from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.layouts import choose_layout
 from ip_adapter_trainer.loading.adapter import read_adapter_into
 from ip_adapter_trainer.loading.config import part_of
+from ip_adapter_trainer.loading.frozen import load_frozen
 from ip_adapter_trainer.model import Architecture, Model
-from ip_adapter_trainer.prepare.frozen import load_frozen
 from ip_adapter_trainer.runtime.launch import Runtime
 from ip_adapter_trainer.runtime.stopping import Stopping
 from ip_adapter_trainer.train.config import TrainConfig

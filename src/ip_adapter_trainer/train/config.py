@@ -10,8 +10,9 @@ from ip_adapter_trainer.core.settings import Part, Resume, alias
 from ip_adapter_trainer.diffusion import ObjectiveConfig
 from ip_adapter_trainer.evaluate.config import ValidationConfig
 from ip_adapter_trainer.feed.config import DataConfig
+from ip_adapter_trainer.loading.config import FrozenConfig
 from ip_adapter_trainer.nn.choices import Compile, Storage
-from ip_adapter_trainer.prepare.config import FrozenConfig, SetConfig
+from ip_adapter_trainer.prepare.config import SetConfig
 
 P = TypeVar("P", bound=Part)
 # Defaults of the published scripts, which the scripts of the same names here take too.

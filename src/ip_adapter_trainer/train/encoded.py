@@ -13,8 +13,8 @@ from ip_adapter_trainer.manifest.images import ImageFiles
 from ip_adapter_trainer.manifest.manifest import Manifest
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.prepare.config import command
-from ip_adapter_trainer.prepare.frozen import cache_spec
 from ip_adapter_trainer.prepare.run import Job, demand_preparable
+from ip_adapter_trainer.prepare.spec import cache_spec
 from ip_adapter_trainer.runtime.launch import Runtime
 from ip_adapter_trainer.runtime.stopping import Stopping
 from ip_adapter_trainer.train.config import TrainConfig

@@ -1,4 +1,4 @@
-"""The frozen encoders: loading, digests of their content, and the spec of a cache of what they encode."""
+"""The spec of a cache: digests of the frozen encoders' content, and the tables of what they encode."""
 
 from __future__ import annotations
 
@@ -10,52 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.cache.config import CutConfig
 from ip_adapter_trainer.cache.shards import TableKind
 from ip_adapter_trainer.cache.spec import CacheSpec, TextSpec
-from ip_adapter_trainer.core.settings import Part
 from ip_adapter_trainer.core.values import Need
-from ip_adapter_trainer.diffusion.schedulers import NoiseConfig
 from ip_adapter_trainer.encoders import ImageEncoder
-from ip_adapter_trainer.families import FAMILIES, BaseModel, Codec
+from ip_adapter_trainer.families import Codec
 from ip_adapter_trainer.images.background import parse_colour
-from ip_adapter_trainer.loading.base import family_of, load_base
-from ip_adapter_trainer.loading.config import part_of
-from ip_adapter_trainer.loading.encoder import load_encoders
-from ip_adapter_trainer.nn.packed import Storage
-from ip_adapter_trainer.prepare.config import FrozenConfig
-from ip_adapter_trainer.runtime.launch import Runtime
 
 _SAYS_NOTHING = ("architectures", "dtype", "torch_dtype", "transformers_version")  # nor do names that begin with "_"
-
-
-def load_frozen(
-    config: FrozenConfig, runtime: Runtime, own: Part, storage: Storage
-) -> tuple[BaseModel, dict[str, ImageEncoder]]:
-    """Load the base model and the image encoders of a run on the host; parts that stay there take no device memory.
-
-    Args:
-        config: which models.
-        runtime: their precision, and the device that packs weights.
-        own: the variant's settings.
-        storage: how the denoiser keeps its weights.
-
-    Raises:
-        Problem: something is missing or of an unknown kind.
-    """
-    base = load_base_of(config, runtime.dtype, "cpu", storage=storage, packed_on=runtime.device)
-    needs = VARIANTS[config.variant].needs
-    return base, load_encoders(needs, config.image_encoder_path, own, config, dtype=runtime.dtype)
-
-
-def load_base_of(config: FrozenConfig, dtype: torch.dtype, device: torch.device | str, **how: Any) -> BaseModel:
-    """Load parts of the base model, see `load_base`; the family's own settings are taken from the run's."""
-    name = config.pretrained_model_name_or_path
-    family = family_of(name, config.family, config)
-    own = part_of(config, FAMILIES[family].Config)
-    noise = part_of(config, NoiseConfig).overrides()
-    return load_base(name, config, family=family, own=own, noise=noise, dtype=dtype, device=device, **how)
 
 
 def module_digest(module: Any) -> str:

@@ -9,6 +9,7 @@ import torch
 from ip_adapter_trainer.adapters import VARIANTS
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.log import say
+from ip_adapter_trainer.evaluate.config import ValidationConfig
 from ip_adapter_trainer.layouts import choose_layout
 from ip_adapter_trainer.loading.adapter import read_adapter_into
 from ip_adapter_trainer.loading.config import part_of
@@ -92,7 +93,7 @@ def make_loop(
         total_steps=plan.total_steps,
         images_per_step=plan.images_per_step,
         save_steps=config.save_steps,
-        validator=Validator(config, record.model, data, step),
+        validator=Validator(part_of(config, ValidationConfig), output, record.model, data, step),
         saving=Saving(state, saver, lambda: record.snapshot(state), log, runtime),
         log=log,
         track=track,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -14,7 +14,6 @@ from ip_adapter_trainer.loading.config import FrozenConfig
 from ip_adapter_trainer.nn.choices import Compile, Storage
 from ip_adapter_trainer.prepare.config import SetConfig
 
-P = TypeVar("P", bound=Part)
 # Defaults of the published scripts, which the scripts of the same names here take too.
 PUBLISHED: dict[str, Any] = {
     "learning_rate": 1e-4, "lr_scheduler": "constant", "lr_warmup_steps": 0, "timestep_density": "uniform",
@@ -199,10 +198,6 @@ class TrainConfig(
 
     Fields come in the order of the bases from the last to the first: in the help, what a user must give stands first.
     """
-
-    def part(self, kind: type[P]) -> P:
-        """Return the settings of one part, such as a variant's own."""
-        return kind(**{name: getattr(self, name) for name in kind.model_fields})
 
     def images_per_step(self, world: int) -> int:
         """Return the number of images of one optimizer step, over `world` processes and all micro-batches."""

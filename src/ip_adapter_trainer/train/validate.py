@@ -10,13 +10,13 @@ import torch
 
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.values import Batch
+from ip_adapter_trainer.evaluate.config import ValidationConfig
 from ip_adapter_trainer.evaluate.grid import validation_grid
 from ip_adapter_trainer.evaluate.losses import ValidationReport, validation_losses
 from ip_adapter_trainer.model import Features, Model
 from ip_adapter_trainer.runtime.stopping import Poll
 from ip_adapter_trainer.storage.disk import reason_of
 from ip_adapter_trainer.storage.staging import staged_file
-from ip_adapter_trainer.train.config import TrainConfig
 from ip_adapter_trainer.train.data import TrainingData
 from ip_adapter_trainer.train.fixed import FixedRows
 from ip_adapter_trainer.train.step import Step
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 class Validator:
     """Answers at intervals whether the adapter is learning to use the picture."""
 
-    def __init__(self, config: TrainConfig, model: Model, data: TrainingData, step: Step) -> None:
-        self.config, self.model, self.data, self.step = config, model, data, step
+    def __init__(self, config: ValidationConfig, output: Path, model: Model, data: TrainingData, step: Step) -> None:
+        self.config, self.output, self.model, self.data, self.step = config, output, model, data, step
 
     def due(self, global_step: int, last: bool) -> bool:
         """Return whether a validation belongs after `global_step` steps."""
@@ -95,7 +95,7 @@ class Validator:
             return
         features = _features(self.model, [batch.to(self.step.device) for batch in encoded]) if encoded else None
         grid = validation_grid(self.model, [batch.to(self.step.device) for batch in batches], config, poll, features)
-        file = Path(config.output_dir) / "grids" / f"step-{global_step:07d}.png"
+        file = self.output / "grids" / f"step-{global_step:07d}.png"
         track.image(global_step, "validation/grid", grid)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)

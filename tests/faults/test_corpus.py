@@ -85,7 +85,7 @@ def test_generated_names_do_not_get_out_of_a_real_check(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return names.write_pocket(tmp_path_factory.mktemp("names"))
+    return names.lay(tmp_path_factory.mktemp("names"))
 
 
 NAMES = st.lists(st.one_of(st.sampled_from(names.PIECES), st.text(max_size=4)), max_size=8).map("".join)

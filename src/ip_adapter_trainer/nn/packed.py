@@ -103,6 +103,7 @@ class PackedLinear(_Packed):
 
     def __init__(self, layer: nn.Linear, storage: Storage, device: torch.device | str) -> None:
         super().__init__(layer, layer.weight.to(device), storage)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
 
     def forward(self, input: Tensor) -> Tensor:
         """Go from [..., I] to [..., O]."""

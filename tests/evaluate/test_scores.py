@@ -75,6 +75,7 @@ def copied(model: Model, features: Features, prompts: Sequence[str], seeds: Sequ
     known = scores.image_features(model, [[image(n)] for n in (*range(6), 9)])
     (need,) = features
     nearest = (features[need][:, None] - known[need][None]).abs().flatten(2).sum(2).argmin(1)
+    nearest = nearest.repeat_interleave(len(prompts) // len(nearest))
     return [image([*range(6), 9][int(n)] if how.scale else 77) for n in nearest]
 
 

@@ -100,7 +100,8 @@ def sample(
 
     Args:
         model: attached or not; it is given back as it was found, its pipeline's scheduler too.
-        features: image prompts [P, n, ...] from `image_features`, or [1, n, ...] for all; None: the base model.
+        features: image prompts [Q, n, ...] from `image_features`, each for P / Q prompts in a row; None: the base
+            model.
         prompts: P text prompts.
         seeds: P seeds, of which each decides its own image's noise and nothing else.
         how: size, steps, guidance, scale.
@@ -109,20 +110,36 @@ def sample(
     assert len(prompts) == len(seeds)
     images: list[Image] = []
     with evaluation_mode(model), _scheduler(model.denoiser.pipeline, how.scheduler):
+        shown = None if features is None else _Shown.of(model, features, len(prompts))
         for start in range(0, len(prompts), how.batch_images):
             part = slice(start, start + how.batch_images)
             poll()
-            count = len(prompts[part])
-            given = (
-                None
-                if features is None
-                else {
-                    need: (feature[part] if len(feature) > 1 else feature.expand(count, *feature.shape[1:]))
-                    for need, feature in features.items()
-                }
-            )
-            images += _draw(model, given, prompts[part], seeds[part], how, poll)
+            images += _draw(model, shown and shown.part(part), prompts[part], seeds[part], how, poll)
     return images
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """Image prompts, and the tokens that are made of them once."""
+
+    features: Features  # [P, n, ...]
+    tokens: Tensor  # [P, M, D]
+    none: Tensor  # [1, M, D], of as many times "no image"
+
+    @classmethod
+    def of(cls, model: Model, features: Features, prompts: int) -> _Shown:
+        """Spread image prompts [Q, n, ...] over so many prompts."""
+        count, images = next(iter(features.values())).shape[:2]
+        own = joined_tokens(model, features).tokens
+        nulls = {need: null[:, None] for need, null in model.null(1).items()}  # [1, 1, ...]
+        none = joined_tokens(model, nulls).tokens.repeat(1, images, 1)
+        each = prompts // count
+        spread = {need: feature.repeat_interleave(each, 0) for need, feature in features.items()}
+        return cls(spread, own.repeat_interleave(each, 0), none)
+
+    def part(self, part: slice) -> _Shown:
+        """Those of some prompts."""
+        return _Shown(select(self.features, part), self.tokens[part], self.none)
 
 
 def _is_guided(model: Model, how: Sampling) -> bool:
@@ -131,27 +148,23 @@ def _is_guided(model: Model, how: Sampling) -> bool:
     return how.guidance_scale > 1 and not distilled
 
 
-def _show(model: Model, features: Features, how: Sampling) -> tuple[Tensor, Tensor]:
-    """Let the adapted layers see prompts' features [P, n, ...]; a guided pipeline runs "no image" first, in one batch.
-
-    Returns:
-        Tokens [P, M, D] of the prompts and of "no image", for layouts in which they join the text.
-    """
-    images, is_guided = next(iter(features.values())).shape[1], _is_guided(model, how)
-    nulls = {need: null[:, None].expand(1, images, *null.shape[1:]) for need, null in model.null(1).items()}
-    if model.variant.reads_time:
-        spread = {need: nulls[need].to(f.dtype).expand_as(f) for need, f in features.items()}
-        both = {need: torch.cat([spread[need], f]) if is_guided else f for need, f in features.items()}
-        model.show_features({need: f.flatten(0, 1) for need, f in both.items()}, how.scale)
-    own, none = joined_tokens(model, features).tokens, joined_tokens(model, nulls).tokens
-    none = none.expand_as(own)
+def _show(model: Model, shown: _Shown, how: Sampling) -> None:
+    """Let the adapted layers see image prompts; a guided pipeline runs "no image" first, in one batch."""
+    is_guided = _is_guided(model, how)
     if not model.variant.reads_time:
+        own, none = shown.tokens, shown.none.expand_as(shown.tokens)
         model.show(ImageTokens(torch.cat([none, own]) if is_guided else own), how.scale)
-    return own, none
+        return
+    nulls = {need: null[:, None] for need, null in model.null(1).items()}
+    given = {
+        need: torch.cat([nulls[need].to(feature.dtype).expand_as(feature), feature]) if is_guided else feature
+        for need, feature in shown.features.items()
+    }
+    model.show_features({need: feature.flatten(0, 1) for need, feature in given.items()}, how.scale)
 
 
 def _draw(
-    model: Model, features: Features | None, prompts: Sequence[str], seeds: Sequence[int], how: Sampling, poll: Poll
+    model: Model, shown: _Shown | None, prompts: Sequence[str], seeds: Sequence[int], how: Sampling, poll: Poll
 ) -> list[Image]:
     """One call of the pipeline."""
 
@@ -165,13 +178,13 @@ def _draw(
     with model.codec.awake():
         positive = model.codec.prompts(list(prompts))
         negative = model.codec.encode([how.negative_prompt] * len(prompts)) if _is_guided(model, how) else None
-    if features is None:
+    if shown is None:
         model.show(None)
     else:
-        own, none = _show(model, features, how)
+        _show(model, shown, how)
         if how.scale:
-            positive = model.layout.condition(positive, own)
-            negative = negative and model.layout.condition(negative, none)
+            positive = model.layout.condition(positive, shown.tokens)
+            negative = negative and model.layout.condition(negative, shown.none.expand_as(shown.tokens))
     watched = {"callback_on_step_end": after_step}  # not by all pipelines
     takes = signature(type(model.denoiser.pipeline).__call__).parameters
     steps = [torch.Generator().manual_seed(key(seed, "sample-steps") % 2**63) for seed in seeds]

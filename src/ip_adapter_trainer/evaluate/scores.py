@@ -150,6 +150,5 @@ def _embeddings(
 ) -> Tensor:
     """Embeddings [R, n, E] of what R image prompts make of n seeds each."""
     features = image_features(model, [[image] for image in images])
-    spread = {need: feature.repeat_interleave(plan.pictures, 0) for need, feature in features.items()}
-    drawn = sample(model, spread, [plan.text] * len(seeds), seeds, plan.how, poll)
+    drawn = sample(model, features, [plan.text] * len(seeds), seeds, plan.how, poll)
     return clip.images(drawn).reshape(len(images), plan.pictures, -1)

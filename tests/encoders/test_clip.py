@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -51,6 +53,14 @@ def test_full_precision_features_are_the_plain_model_s_bit_for_bit(encoder_folde
         assert torch.equal(found[kind], plain(encoder.model, kind)) and torch.equal(
             found[kind], encoder.encode(PIXELS, (kind,))[kind]
         )
+
+
+def test_preprocessing_travels_to_other_processes_without_weights(encoder_folder: Path) -> None:
+    encoder = load_encoder(str(encoder_folder), features=FEATURES, dtype=torch.float32)
+    image = Image.effect_noise((70, 50), 80).convert("RGB")
+    sent = pickle.dumps(encoder.preprocess)
+    assert len(sent) < 10_000 < sum(p.nbytes for p in encoder.model.parameters())
+    assert torch.equal(pickle.loads(sent)(image), encoder.preprocess(image))
 
 
 def test_the_last_layer_is_left_out_where_it_is_not_read(deep: CLIPVisionModelWithProjection) -> None:

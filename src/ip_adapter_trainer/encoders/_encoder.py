@@ -48,6 +48,10 @@ class ImageEncoder(ABC):
         self._null: dict[tuple[str, str], Tensor] = {}
         self.is_released = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what other processes need to preprocess images: everything but weights."""
+        return {**vars(self), "model": None, "_null": {}}
+
     @abstractmethod
     def make_preprocess(self, folder: Path) -> Any:
         """Return what turns images into pixels: one of transformers' image processors.

@@ -62,7 +62,7 @@ def write_pictures(folder: Path, side_px: int, count: int) -> Path:
 
 
 def clip_preprocess(side_px: int) -> dict[str, Preprocess]:
-    """How a CLIP encoder of some side gets its images, by the only role; the encoder itself has no weights."""
+    """Return the preprocessing of a CLIP encoder of some side, by its role; the encoder itself has no weights."""
     with torch.device("meta"):
         model = CLIPVisionModelWithProjection(CLIPVisionConfig(image_size=side_px, num_hidden_layers=1))
     return {"image": ClipEncoder(model, Path("none"), "no weights").preprocess}

@@ -12,8 +12,6 @@ import json
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +100,11 @@ def measure(work: Path, extra: list[str], name: str, kind: str, variant: str, fl
 
 
 def record(work: Path, out: Path, extra: list[str]) -> None:
-    """Measure all runs, two at a time."""
+    """Measure all runs, one after another: threads of two at a time get in each other's way."""
     prepare(work)
     runs = {f"{kind} {variant}": (kind, variant, "") for kind in tiny.BASES for variant in ("base", "plus", "full")}
-    measured = partial(measure, work, extra)
-    with ThreadPoolExecutor(2) as pool:
-        found = {name: pool.submit(measured, name, *run) for name, run in (runs | MORE).items()}
-        out.write_text(json.dumps({name: one.result() for name, one in found.items()}, indent=1) + "\n")
+    found = {name: measure(work, extra, name, *run) for name, run in (runs | MORE).items()}
+    out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def compare(first: Path, second: Path) -> int:

@@ -42,7 +42,7 @@ Given = tuple[torch.Tensor, torch.Tensor, Text, list[Geometry]]
 
 
 def inputs(model: Model, batch: int = 2) -> tuple[Given, torch.Tensor]:
-    """What a denoiser is given, and the pixels of image prompts."""
+    """The inputs of a denoiser, and the pixels of image prompts."""
     generator = torch.Generator().manual_seed(3)
     noisy = torch.randn(batch, 4, 8, 8, generator=generator)
     text = model.codec.text(["a red star", ""][:batch])

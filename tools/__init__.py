@@ -1,1 +1,1 @@
-"""What the project itself needs and no installation holds: how the pocket base was built, the picture of the house."""
+"""Tools of the project itself, which no installation holds: the build of the pocket base, the picture of the house."""

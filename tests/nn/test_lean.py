@@ -19,7 +19,7 @@ PARITY = 1e-5  # of the gradients' norm, in fp32
 
 
 def lean_forwards(net: torch.nn.Module) -> list[object]:
-    """What computes in place of layers' own `forward`."""
+    """The functions that compute in place of layers' own `forward`."""
     return [module.forward.func for module in net.modules() if "forward" in vars(module)]
 
 

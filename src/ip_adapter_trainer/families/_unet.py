@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -118,9 +119,9 @@ class UNetFamily(Family):
         return cls.codec(pipeline, clip_skip), cls.denoiser(pipeline)
 
     @classmethod
+    @abstractmethod
     def codec(cls, pipeline: Any, clip_skip: int | None) -> Codec:
         """Return the family's codec over a pipeline."""
-        raise NotImplementedError
 
     @classmethod
     def denoiser(cls, pipeline: Any) -> Denoiser:

@@ -16,7 +16,7 @@ from ip_adapter_trainer.adapter_files import AdapterCard, read_adapter, write_ad
 from ip_adapter_trainer.cache.index import PICTURES, ImageIndex, Record, name_key
 from ip_adapter_trainer.cache.shards import Table, TableWriter
 from ip_adapter_trainer.config import check_keys, compose
-from ip_adapter_trainer.core.values import Fault
+from ip_adapter_trainer.core.errors import Fault
 from ip_adapter_trainer.inspection import examine
 from ip_adapter_trainer.layouts import make_layout
 from ip_adapter_trainer.manifest.faults import FILE_NAME, FaultLog

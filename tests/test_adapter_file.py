@@ -243,7 +243,7 @@ def test_pairs_that_no_reader_could_place(change: Callable[[dict], object], what
     torch.save(content, tmp_path / "a.bin")
     with pytest.raises(Problem, match=what) as caught:
         read_adapter(tmp_path / "a.bin")
-    assert caught.value.where and caught.value.remedy
+    assert caught.value.fault.where and caught.value.fault.remedy
 
 
 def test_an_unknown_layout_is_refused_with_what_was_found(tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ def test_files_that_do_not_name_their_models_ask_for_flags(
     write_adapter(file, model.adapter.published(), {}, UNET)
     with pytest.raises(Problem, match="does not name its base model") as caught:
         load_model(file, None, str(encoder_folder))
-    assert "--pretrained_model_name_or_path" in caught.value.remedy
+    assert "--pretrained_model_name_or_path" in caught.value.fault.remedy
     with pytest.raises(Problem, match="does not name its image encoder"):
         load_model(file, str(base_folder("sd1")))
     with pytest.raises(Problem, match=r"tokens of width 64, the base model reads 128"):
@@ -355,7 +355,7 @@ def test_a_moved_base_model_is_told_with_who_named_it(model: Model, tmp_path: Pa
     folder = save_checkpoint(model, tmp_path / "moved", tmp_path / "run", 3)
     with pytest.raises(Problem, match=r"named by .*pytorch_model\.bin") as caught:
         load_model(folder)
-    assert "--pretrained_model_name_or_path" in caught.value.remedy
+    assert "--pretrained_model_name_or_path" in caught.value.fault.remedy
 
 
 def test_starting_from_a_file_of_another_variant_is_refused(
@@ -448,7 +448,7 @@ def test_a_card_that_cannot_be_understood_is_refused(model: Model) -> None:
     ):
         with pytest.raises(Problem, match=what) as caught:
             AdapterCard.from_json(json.dumps(content | change), "adapter.json")
-        assert caught.value.where == "adapter.json" and caught.value.remedy
+        assert caught.value.fault.where == "adapter.json" and caught.value.fault.remedy
     for text in ("{", "[]", "3"):
         with pytest.raises(Problem, match="cannot be read"):
             AdapterCard.from_json(text, "adapter.json")

@@ -35,7 +35,7 @@ def test_what_is_accepted_to_differ_may_have_an_earlier_name() -> None:
 def test_a_flag_that_is_gone_is_refused_with_what_to_do(flag: str) -> None:
     with pytest.raises(Problem, match="leave it out: it made no measurable difference") as caught:
         parse_train([*NEEDED, flag])
-    assert caught.value.where == flag.split("=")[0]
+    assert caught.value.fault.where == flag.split("=")[0]
 
 
 @pytest.mark.parametrize("look", [None, lambda config: None], ids=["at once", "with a look"])
@@ -45,7 +45,7 @@ def test_an_unknown_name_in_a_file_is_told_before_what_is_missing(tmp_path: Path
     file.write_text(text)
     with pytest.raises(Problem, match=f"unknown setting '{text.split(':')[0]}'") as caught:
         parse_train(["--config", str(file)], look=look)  # type: ignore[arg-type]
-    assert caught.value.where == str(file)
+    assert caught.value.fault.where == str(file)
 
 
 def test_a_mistyped_flag_ends_the_program_before_the_base_model_is_looked_for(
@@ -67,5 +67,5 @@ def test_settings_of_training_that_another_command_does_not_read_are_named(
     own = ["--data_json_file=d.json", *own]
     with pytest.raises(Problem, match=r"does not read these settings of training[^$]*leave") as caught:
         parse(kind, [*own, *foreign], prog="it")
-    assert caught.value.where.split() == [flag.split("=")[0] for flag in foreign]
+    assert caught.value.fault.where.split() == [flag.split("=")[0] for flag in foreign]
     assert parse(kind, own, prog="it")

@@ -269,7 +269,7 @@ def test_an_existing_file_stays_unless_told_and_even_then_until_the_new_one_is_v
     first = run(model, base, tmp_path).path.read_bytes()
     with pytest.raises(Problem, match="the output exists") as caught:
         run(model, base, tmp_path)
-    assert "--overwrite" in caught.value.remedy
+    assert "--overwrite" in caught.value.fault.remedy
     with monkeypatch.context() as patched:
         patched.setattr(exporting, "verify", lambda model, file: (_ for _ in ()).throw(Problem("no")))
         with pytest.raises(Problem, match="no"):

@@ -286,7 +286,7 @@ def test_what_inspect_says_of_starting_is_what_training_does(
     read_adapter_into(wide, file)
     with pytest.raises(Problem, match="other sizes") as caught:
         read_adapter_into(build(base_folder("sd1"), encoder_folder, "plus"), file)
-    assert caught.value.remedy == "take --num_tokens 32 --resampler_heads 8"
+    assert caught.value.fault.remedy == "take --num_tokens 32 --resampler_heads 8"
     tables = wide.adapter.published()
     tables["image_proj"]["pos_emb.weight"] = torch.zeros(5, 64)
     write_adapter(file, tables, {}, UNET)

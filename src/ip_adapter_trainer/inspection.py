@@ -162,7 +162,7 @@ def _start(file: AdapterFile) -> tuple[str | None, str | None]:
     try:
         fitting_config(file)
     except Problem as problem:
-        return None, _plain(problem.what)
+        return None, _plain(problem.fault.what)
     flags = [f"--variant {VARIANTS.name_of(file.variant)}", *flags_to_fit(file)]
     if file.layout.name != "unet":
         flags += [f"--layout {file.layout.name}", *as_flags(file.layout_config().model_dump())]

@@ -103,7 +103,7 @@ def test_what_a_library_says_of_a_model_is_a_problem_even_if_it_says_nothing() -
         with pytest.raises(Problem) as caught, as_load_problem("it", "there", "another"):
             raise error
         assert str(caught.value).splitlines()[0] == f"cannot load it: {said}"
-        assert (caught.value.where, caught.value.remedy) == ("there", "another")
+        assert (caught.value.fault.where, caught.value.fault.remedy) == ("there", "another")
 
 
 def test_a_problem_says_what_where_and_what_to_do() -> None:

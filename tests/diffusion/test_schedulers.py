@@ -93,7 +93,7 @@ def test_every_scheduler_of_diffusers_is_known_or_refused() -> None:
 def test_other_noise_is_refused(kind: str, config: dict[str, Any], told: str) -> None:
     with pytest.raises(Problem, match=told) as refused:
         process(kind, config)
-    assert refused.value.remedy
+    assert refused.value.fault.remedy
 
 
 def test_settings_that_leave_the_noise_alone_are_taken() -> None:

@@ -50,7 +50,7 @@ def test_a_line_of_a_table_is_judged_as_expected(case: RowCase, tmp_path: Path) 
 def test_a_manifest_is_refused_with_its_place_and_a_remedy(case: FileCase, tmp_path: Path) -> None:
     with pytest.raises(Problem) as caught:
         _read(tmp_path / case.name, case.content)
-    assert caught.value.where.startswith(str(tmp_path / case.name)) and caught.value.remedy
+    assert caught.value.fault.where.startswith(str(tmp_path / case.name)) and caught.value.fault.remedy
     assert all(words in str(caught.value) for words in case.says)
     assert all(line.isprintable() for line in str(caught.value).splitlines())
 
@@ -98,7 +98,7 @@ def test_any_name_stays_under_the_root_or_is_refused(root: Path, name: str) -> N
     try:
         path = safe_join(root, name)
     except Problem as problem:
-        assert problem.remedy
+        assert problem.fault.remedy
     else:
         assert Path(os.path.realpath(path)).is_relative_to(root)
 
@@ -113,6 +113,6 @@ def test_any_bytes_are_rows_faults_or_a_problem(
     try:
         manifest = _read(folder / f"any{ending}", heads[ending] + content)
     except Problem as problem:
-        assert problem.where and problem.remedy
+        assert problem.fault.where and problem.fault.remedy
     else:
         assert manifest.entries >= 1 and all(str(fault).isprintable() for fault in manifest.faults)

@@ -27,10 +27,9 @@ from ip_adapter_trainer.adapter_files import read_adapter
 from ip_adapter_trainer.adapter_files.raw import read_raw
 from ip_adapter_trainer.cli import RUN, guarded
 from ip_adapter_trainer.config import parse_train
-from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.errors import Fault, Problem
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.redact import redacted
-from ip_adapter_trainer.core.values import Fault
 from ip_adapter_trainer.evaluate.clip import ClipScorer
 from ip_adapter_trainer.inspection import examine
 from ip_adapter_trainer.loading.base import load_base
@@ -60,7 +59,7 @@ def refused(read: Callable[[], object]) -> str:
     try:
         read()
     except Problem as problem:
-        assert problem.remedy
+        assert problem.fault.remedy
         return str(problem)
     except SystemExit as ended:  # of the parser of flags
         return f"exit {ended.code}"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ip_adapter_trainer.core.values import Fault
+from ip_adapter_trainer.core.errors import Fault
 from ip_adapter_trainer.feed.bucketing import assign_buckets, scan_sizes
 from ip_adapter_trainer.feed.config import DataConfig
 from ip_adapter_trainer.manifest.manifest import read_manifest

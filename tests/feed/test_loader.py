@@ -132,7 +132,7 @@ def test_workers_lost_again_and_again_are_a_problem(tmp_path: Path) -> None:
     loader = _loader(tmp_path, preparation=trouble, dataloader_num_workers=1, data_timeout_s=2)
     with pytest.raises(DataProblem, match=f"lost {MAX_REPLACEMENTS + 1} times") as caught:
         _take(loader, ROWS)
-    assert "(5.png)" in caught.value.where
+    assert "(5.png)" in caught.value.fault.where
 
 
 class _Stop:

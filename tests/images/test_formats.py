@@ -8,7 +8,7 @@ from PIL import Image, features
 
 from faults.corpus.files import Array, encoded
 from faults.corpus.pictures import BACKGROUND, BLOCKS, UPRIGHT
-from ip_adapter_trainer.core.values import Fault
+from ip_adapter_trainer.core.errors import Fault
 from ip_adapter_trainer.images import decode as decoder
 from ip_adapter_trainer.images.decode import FORMATS, SUFFIXES, ImageFault, decode, read_size
 from ip_adapter_trainer.images.limits import Limits

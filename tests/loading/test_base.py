@@ -156,7 +156,7 @@ def test_a_folder_of_one_variant_is_taken(base: Callable, capsys: pytest.Capture
     assert capsys.readouterr().err == "", "what was asked for is not told"
     with pytest.raises(Problem, match=r"no weights \*\.fp61\.safetensors") as refused:
         load(str(folder), BaseConfig(weights_variant="fp61"))
-    assert "did you mean 'fp16'?" in refused.value.remedy
+    assert "did you mean 'fp16'?" in refused.value.fault.remedy
 
 
 def test_several_variants_are_chosen_from(base: Callable, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,7 +191,7 @@ def test_another_vae_is_taken(base: Callable, tmp_path: Path, capsys: pytest.Cap
     index(folder, vae=[None, None])
     with pytest.raises(Problem, match="vae is null") as refused:
         load(str(folder))
-    assert "--pretrained_vae_model_name_or_path" in refused.value.remedy
+    assert "--pretrained_vae_model_name_or_path" in refused.value.fault.remedy
     wanted = load_file(weights_of(other / "vae"))
     alone, plain = tmp_path / "alone.safetensors", tmp_path / "plain.safetensors"
     save_file({k: v.contiguous() for k, v in vae(other / "vae", prefix="").items()}, alone)

@@ -59,7 +59,7 @@ def test_the_nearest_path_is_named(name: str, told: str, tmp_path: Path, monkeyp
         (tmp_path / "models" / folder).mkdir(parents=True)
     with pytest.raises(Problem) as refused:
         loading_hub.find(f"./{name}".replace("././", "./"), "it", list)
-    assert told in refused.value.remedy
+    assert told in refused.value.fault.remedy
 
 
 def test_a_base_model_on_the_hub_brings_what_is_needed_of_it(hub: Hub, base: Callable, base_folder: Callable) -> None:
@@ -134,7 +134,7 @@ def test_refusals_of_the_hub_are_told_apart(hub: Hub, base_folder: Callable) -> 
     ):
         with pytest.raises(Problem, match=told) as refused:
             load(name)
-        assert remedy in refused.value.remedy
+        assert remedy in refused.value.fault.remedy
 
 
 def test_a_hub_that_cannot_be_asked_is_told_and_its_copies_are_used(
@@ -186,13 +186,13 @@ def test_a_folder_that_is_no_pipeline_is_told_with_what_is_near(base: Callable, 
     for wrong in (tmp_path, folder / "unet"):
         with pytest.raises(Problem, match="cannot read model_index") as refused:
             load(str(wrong))
-        assert f"did you mean {folder}?" in refused.value.remedy
+        assert f"did you mean {folder}?" in refused.value.fault.remedy
     one_file(folder, tmp_path / "whole.safetensors")
     weights_of(folder / "vae").rename(tmp_path / "a-vae.safetensors")
     (folder / "model_index.json").unlink()
     with pytest.raises(Problem, match="cannot read model_index") as refused:
         load(str(tmp_path))
-    assert f"did you mean {tmp_path / 'whole.safetensors'}?" in refused.value.remedy
+    assert f"did you mean {tmp_path / 'whole.safetensors'}?" in refused.value.fault.remedy
     (folder / "model_index.json").write_text("[]")
     with pytest.raises(Problem, match="cannot read the settings"):
         load(str(folder))

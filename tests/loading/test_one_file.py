@@ -76,7 +76,7 @@ def test_what_is_no_whole_checkpoint_is_told(checkpoint: Callable, base: Callabl
         load(str(tmp_path / "merge.safetensors"))
     with pytest.raises(Problem, match="holds other weights") as refused:
         load(str(folder / "unet/diffusion_pytorch_model.safetensors"))
-    assert str(folder) in refused.value.remedy
+    assert str(folder) in refused.value.fault.remedy
     (tmp_path / "old.ckpt").write_bytes(b"x")
     for name, told in (("old.ckpt", r"read as \.safetensors only"), ("torn.safetensors", "cannot load the checkpoint")):
         (tmp_path / name).write_bytes(b"x")
@@ -171,7 +171,7 @@ def test_settings_come_from_the_hub_where_none_are_named(checkpoint: Callable, h
     file, config = checkpoint("sd1")
     with pytest.raises(Problem, match="settings of the base model: no folder stable-diffusion-v1-5") as refused:
         load(str(file))
-    assert "--base_config" in refused.value.remedy
+    assert "--base_config" in refused.value.fault.remedy
     hub.add("stable-diffusion-v1-5/stable-diffusion-v1-5", Path(str(config.base_config)))
     forget()
     assert load(str(file)).family == "sd"
@@ -187,7 +187,7 @@ def test_flags_that_would_do_nothing_are_refused(checkpoint: Callable, base_fold
     ):
         with pytest.raises(Problem, match="is for a base model that is") as refused:
             load(str(name), asked)
-        assert refused.value.remedy.startswith("leave --")
+        assert refused.value.fault.remedy.startswith("leave --")
 
 
 def test_an_adapter_of_one_file_is_trained_exported_and_drawn_with(

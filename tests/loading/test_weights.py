@@ -84,7 +84,7 @@ def test_a_part_that_is_not_whole_is_refused(loads: Callable, part: str) -> None
         with pytest.raises(Problem, match=told) as refused:
             load()
         said = str(refused.value)
-        assert TOLD.get(part, f"the base model's {part}") in said and str(file) in said and refused.value.remedy
+        assert TOLD.get(part, f"the base model's {part}") in said and str(file) in said and refused.value.fault.remedy
         file.write_bytes(good)
     file.write_bytes(good[: len(good) // 2])
     with pytest.raises(Problem, match="damaged"):
@@ -273,7 +273,7 @@ def test_a_tokenizer_without_its_words_is_refused(base: Callable, damage: Callab
     damage(folder / "tokenizer")
     with pytest.raises(Problem, match=told) as refused:
         load_base(str(folder), dtype=torch.float32, device="cpu")
-    assert "the base model's tokenizer" in str(refused.value) and "tokenizer_config.json" in refused.value.remedy
+    assert "the base model's tokenizer" in str(refused.value) and "tokenizer_config.json" in refused.value.fault.remedy
 
 
 def test_the_scorers_tokenizer_is_whole_too(scorer: Path) -> None:

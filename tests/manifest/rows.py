@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ip_adapter_trainer.core.values import Fault, Geometry, map_tensors
+from ip_adapter_trainer.core.errors import Fault
+from ip_adapter_trainer.core.values import Geometry, map_tensors
 from ip_adapter_trainer.feed.bucketing import assign_buckets
 from ip_adapter_trainer.feed.config import DataConfig
 from ip_adapter_trainer.feed.dataset import TrainingSet

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ip_adapter_trainer.core.errors import DataProblem, Problem
-from ip_adapter_trainer.core.values import Fault
+from ip_adapter_trainer.core.errors import DataProblem, Fault, Problem
 from ip_adapter_trainer.manifest.faults import FILE_NAME, FaultLog, allowed_rows
 
 
@@ -36,7 +35,11 @@ def test_distinct_rows_count_and_are_written_once(tmp_path: Path) -> None:
     assert len(lines) == 4 and json.loads(lines[0])["where"] == "data.json, element 1"
     with pytest.raises(DataProblem, match=r"4 of 300 rows are faulty, over the limit of 1\.00%") as caught:
         log.add([_fault(4)])
-    assert caught.value.exit_code == 3 and "element 4" in caught.value.where and FILE_NAME in caught.value.remedy
+    assert (
+        caught.value.exit_code == 3
+        and "element 4" in caught.value.fault.where
+        and FILE_NAME in caught.value.fault.remedy
+    )
 
 
 def test_rate_zero_stops_at_the_first(tmp_path: Path) -> None:

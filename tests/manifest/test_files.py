@@ -44,7 +44,7 @@ def test_names_under_the_root_are_found(root: Path, name: str) -> None:
 def test_names_that_lead_elsewhere_are_refused(root: Path, name: str, words: str) -> None:
     with pytest.raises(Problem, match=words) as caught:
         safe_join(root, name)
-    assert caught.value.remedy
+    assert caught.value.fault.remedy
 
 
 def test_the_flag_lets_out_but_fetches_nothing(root: Path) -> None:

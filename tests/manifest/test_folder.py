@@ -86,7 +86,7 @@ def test_no_captions_at_all_is_one_problem_whose_remedies_work(
     _lay(tmp_path, "a.png", "b.png", *more)
     with pytest.raises(DataProblem, match="none of 2 pictures has a caption") as caught:
         _read(tmp_path)
-    assert way in caught.value.remedy
+    assert way in caught.value.fault.remedy
     assert "a.png" in [row.image_file for row in _read(tmp_path, **obeyed).rows]
 
 
@@ -135,7 +135,7 @@ def test_metadata_of_two_forms_is_refused_and_either_may_be_named(tmp_path: Path
     (tmp_path / "metadata.jsonl").write_text(JSONL)
     with pytest.raises(Problem, match=r"metadata\.csv") as caught:
         _read(tmp_path)
-    assert len(_read(Path(caught.value.remedy.split()[-1])).rows) == 2
+    assert len(_read(Path(caught.value.fault.remedy.split()[-1])).rows) == 2
 
 
 @pytest.mark.parametrize("other", ["caption", "prompt"])
@@ -143,7 +143,7 @@ def test_a_caption_column_of_another_name_is_named_in_the_remedy(other: str, tmp
     (tmp_path / "metadata.csv").write_text(CSV.replace("text", other))
     with pytest.raises(Problem) as caught:
         _read(tmp_path)
-    assert caught.value.remedy.endswith(f"--text_column {other}")
+    assert caught.value.fault.remedy.endswith(f"--text_column {other}")
     assert [row.text for row in _read(tmp_path, text_column=other).rows] == ["one", "two"]
 
 

@@ -100,7 +100,7 @@ def test_a_list_that_is_none_is_a_problem(content: str, words: str, tmp_path: Pa
     (tmp_path / "sums").write_text(content)
     with pytest.raises(Problem) as caught:
         Hashes.of(str(tmp_path / "sums"))
-    assert words in str(caught.value) and caught.value.remedy
+    assert words in str(caught.value) and caught.value.fault.remedy
 
 
 def test_a_list_that_is_not_there_is_a_problem(tmp_path: Path) -> None:

@@ -227,7 +227,12 @@ def test_what_cannot_be_read_at_all_is_a_problem(name: str, tmp_path: Path) -> N
     make(tmp_path / file)
     with pytest.raises(Problem) as caught:
         _read(tmp_path / file)
-    assert words in str(caught.value) and caught.value.where and caught.value.remedy and caught.value.exit_code == 2
+    assert (
+        words in str(caught.value)
+        and caught.value.fault.where
+        and caught.value.fault.remedy
+        and caught.value.exit_code == 2
+    )
 
 
 @pytest.mark.parametrize("start", [b"", b"[{tru", b'["'])

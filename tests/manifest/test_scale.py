@@ -64,7 +64,7 @@ def test_reading_in_pieces_tells_the_same(size: int, tmp_path: Path, monkeypatch
         try:
             return read_manifest(ReadConfig(data_json_file=str(path)))
         except Problem as problem:
-            return str(problem), problem.where, problem.remedy
+            return str(problem), problem.fault.where, problem.fault.remedy
 
     texts = [*BROKEN, json.dumps(OBJECTS, indent=1), json.dumps(OBJECTS, ensure_ascii=False)]
     contents = [text.encode() for text in [*texts, *(f"[{OK},\n{row},\n{OK} ]\n" for row in FAULTY_OBJECTS)]]

@@ -113,7 +113,7 @@ def test_the_key_over_which_workers_are_lost_is_named(chunk: int) -> None:
     assert [next(values) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(DataProblem, match=f"lost {MAX_REPLACEMENTS + 1} times") as caught:
         next(values)
-    assert caught.value.where == "number 3"
+    assert caught.value.fault.where == "number 3"
 
 
 def _faulty(key: int) -> int:

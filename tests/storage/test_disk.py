@@ -15,7 +15,7 @@ from ip_adapter_trainer.storage.disk import as_storage_problem
 def test_a_disk_that_refuses_is_a_problem_of_storage(code: int) -> None:
     with pytest.raises(StorageProblem, match=os.strerror(code)) as caught, as_storage_problem():
         raise OSError(code, os.strerror(code), "/there")
-    assert caught.value.exit_code == 4 and caught.value.where == "/there"
+    assert caught.value.exit_code == 4 and caught.value.fault.where == "/there"
 
 
 def test_other_errors_stay_what_they_are() -> None:

@@ -286,7 +286,7 @@ def test_a_checkpoint_that_is_not_there_is_told_with_those_next_to_it(tmp_path: 
     (tmp_path / "checkpoint-12" / checkpoint.MANIFEST).unlink()
     with pytest.raises(Problem, match="no such checkpoint") as caught:
         starting_point(CheckpointConfig(output_dir=str(tmp_path), resume_from_checkpoint=asked))
-    assert caught.value.remedy == f"give {near.format(tmp_path)}"
+    assert caught.value.fault.remedy == f"give {near.format(tmp_path)}"
 
 
 def test_where_there_is_no_checkpoint_the_ways_on_are_told(tmp_path: Path) -> None:

@@ -59,14 +59,14 @@ def test_one_message_names_every_difference_and_the_ways_on(flags: Flags, tmp_pa
     state = saved(config, of("a", "b", images=8, models={"unet": "fp32:1"}), seed=0, num_tokens=4)
     with pytest.raises(Problem) as caught:
         guard.check(state, config, of("a", "c", models={"unet": "fp32:2"}))
-    assert caught.value.what == (
+    assert caught.value.fault.what == (
         "this run cannot be resumed as another one: num_tokens was 4, is 6; seed was 0, is 7; the training rows "
         "changed (of 2 rows one changed, row 2, now line 2); other weights or settings than before: unet; "
         "a step had 8 images and would have 4"
     )
     for way in ("give --seed=0", "give --num_tokens=4", "restore the manifest", "give --train_batch_size=4"):
-        assert way in caught.value.remedy
-    assert "--accept_changed" not in caught.value.remedy, "tokens and batch cannot be accepted"
+        assert way in caught.value.fault.remedy
+    assert "--accept_changed" not in caught.value.fault.remedy, "tokens and batch cannot be accepted"
 
 
 def test_what_can_be_accepted_is_told_and_given_back(

@@ -83,7 +83,9 @@ def test_a_checkpoint_of_one_machine_is_told_with_what_to_do(
     monkeypatch.setattr(Runtime, "shared", lambda self, own: there)
     with pytest.raises(Problem, match="this one does not have it") as caught:
         agreed_starting_point(parse_train(flags(tmp_path / "out")), second)
-    assert str(there.folder) in caught.value.where and "a disk that all machines share" in caught.value.remedy
+    assert (
+        str(there.folder) in caught.value.fault.where and "a disk that all machines share" in caught.value.fault.remedy
+    )
 
 
 def test_machines_that_read_other_rows_are_refused(
@@ -118,7 +120,7 @@ def test_processes_that_accelerate_starts_alone_are_told(tmp_path: Path, monkeyp
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     with pytest.raises(Problem, match="this process is alone") as caught:
         start(mixed_precision=None, local_rank=-1, output_dir=str(tmp_path), logging_dir="")
-    assert "--multi_gpu" in caught.value.remedy
+    assert "--multi_gpu" in caught.value.fault.remedy
 
 
 def test_waiting_is_told_once_it_is_long(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ def fitting_config(file: AdapterFile) -> Part:
     try:
         built = _built(file.variant, config, file)
     except Problem as problem:
-        raise Problem(problem.what, where=str(file.path), remedy=remedy) from problem
+        raise problem.but(where=str(file.path), remedy=remedy) from problem
     for name in sorted(built.keys() | file.shapes.keys()):
         mine, theirs = built.get(name), file.shapes.get(name)
         if mine != theirs:

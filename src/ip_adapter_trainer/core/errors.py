@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Self
 
-from ip_adapter_trainer.core.redact import plain
+from ip_adapter_trainer.core.redact import one_line, plain
 
 
 def first_line(error: BaseException) -> str:
@@ -14,8 +16,26 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+@dataclass(frozen=True)
+class Fault:
+    """One thing that its user can mend: what, where, what to do; a row's has a `kind`, by which faults are counted."""
+
+    kind: str
+    what: str
+    where: str = ""  # empty until it is known where the row stands
+    remedy: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind:  # a row's may hold names out of a stranger's file, of any length
+            for name in ("what", "where", "remedy"):
+                object.__setattr__(self, name, one_line(getattr(self, name)))
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}; {self.remedy}"
+
+
 class Problem(ValueError):
-    """A fault that its user can mend: one line what, one line where, one line what to do.
+    """A fault that ends the command; shown as one line what, one line where, one line what to do.
 
     `exit_code` is what the command line returns: 2 bad input or config.
     """
@@ -24,15 +44,16 @@ class Problem(ValueError):
 
     def __init__(self, what: str, where: str = "", remedy: str = "") -> None:
         super().__init__(what, where, remedy)
-        self.what, self.where, self.remedy = what, where, remedy
+        self.fault = Fault("", what, where, remedy)
 
     def __str__(self) -> str:
-        lines = [plain(self.what)]
-        if self.where:
-            lines.append(f"  where: {plain(self.where)}")
-        if self.remedy:
-            lines.append(f"  to do: {plain(self.remedy)}")
-        return "\n".join(lines)
+        named = (("", self.fault.what), ("  where: ", self.fault.where), ("  to do: ", self.fault.remedy))
+        return "\n".join(name + plain(text) for name, text in named if text or not name)
+
+    def but(self, **changes: str) -> Self:
+        """Return the same problem with another `what`, `where` or `remedy`."""
+        fault = replace(self.fault, **changes)
+        return type(self)(fault.what, fault.where, fault.remedy)
 
 
 @contextmanager

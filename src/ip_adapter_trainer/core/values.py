@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ip_adapter_trainer.core.devices import to_device
-from ip_adapter_trainer.core.redact import one_line
+from ip_adapter_trainer.core.errors import Fault
 
 if TYPE_CHECKING:
     import torch
@@ -39,23 +39,6 @@ class Row:
         from ip_adapter_trainer.core.rng import stream
 
         return captions[stream(seed, "caption", counter).integers(len(captions))]
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One thing wrong with one row: what, where, what to do. `kind` is what faults are counted by."""
-
-    kind: str
-    what: str
-    where: str  # empty until it is known where the row stands
-    remedy: str
-
-    def __post_init__(self) -> None:
-        for name in ("what", "where", "remedy"):  # all three may hold names out of a stranger's file
-            object.__setattr__(self, name, one_line(getattr(self, name)))
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.what}; {self.remedy}"
 
 
 @dataclass(frozen=True)

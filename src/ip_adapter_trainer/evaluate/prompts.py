@@ -8,8 +8,9 @@ from functools import partial
 
 from PIL.Image import Image
 
+from ip_adapter_trainer.core.errors import Fault
 from ip_adapter_trainer.core.rng import stream
-from ip_adapter_trainer.core.values import Fault, Row
+from ip_adapter_trainer.core.values import Row
 from ip_adapter_trainer.evaluate.config import EvaluateConfig
 from ip_adapter_trainer.images.decode import ImageFault
 from ip_adapter_trainer.manifest.faults import demand_usable

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ip_adapter_trainer.cache.config import BucketConfig
-from ip_adapter_trainer.core.values import Fault, Size
+from ip_adapter_trainer.core.errors import Fault
+from ip_adapter_trainer.core.values import Size
 from ip_adapter_trainer.images.buckets import Buckets
 from ip_adapter_trainer.images.decode import ImageFault
 from ip_adapter_trainer.manifest.images import ImageFiles, fault_of, map_rows

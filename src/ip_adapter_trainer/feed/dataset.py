@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from ip_adapter_trainer.cache.prepared import PreparedSet
-from ip_adapter_trainer.core.errors import DataProblem
+from ip_adapter_trainer.core.errors import DataProblem, Fault
 from ip_adapter_trainer.core.rng import stream
-from ip_adapter_trainer.core.values import Batch, Fault, Geometry, Row, Size
+from ip_adapter_trainer.core.values import Batch, Geometry, Row, Size
 from ip_adapter_trainer.feed.bucketing import MAX_TRIES, Bucketing
 from ip_adapter_trainer.feed.config import DataConfig
 from ip_adapter_trainer.feed.readers import CacheSlotReader, Cutter, ImageSlotReader, Preprocess, Slot, SlotReader

@@ -20,7 +20,8 @@ from typing import BinaryIO, Literal
 
 from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
-from ip_adapter_trainer.core.values import Fault, Size
+from ip_adapter_trainer.core.errors import Fault
+from ip_adapter_trainer.core.values import Size
 from ip_adapter_trainer.images.background import Colour
 from ip_adapter_trainer.images.colour import NotFiniteSamplesError, fold_key, has_other_colours, to_rgb
 from ip_adapter_trainer.images.formats import HEAD_BYTES, is_known, package_for, readable

@@ -162,10 +162,11 @@ def _unnamed(part: str, flag: str, file: AdapterFile) -> Problem:
 
 def _moved(problem: Problem, flag: str, file: AdapterFile) -> Problem:
     """Return a problem with a path that the file names and the user never gave; one with a given flag is unchanged."""
-    if problem.where.startswith("--"):
+    where, remedy = problem.fault.where, problem.fault.remedy
+    if where.startswith("--"):
         return problem
-    remedy = f"{problem.remedy}; or give another with {flag}" if problem.remedy else f"give another with {flag}"
-    return Problem(problem.what, where=f"{problem.where}, named by {file.path}", remedy=remedy)
+    other = f"give another with {flag}"
+    return problem.but(where=f"{where}, named by {file.path}", remedy=f"{remedy}; or {other}" if remedy else other)
 
 
 def _demand_layout(file: AdapterFile, base: BaseModel) -> None:
@@ -175,7 +176,7 @@ def _demand_layout(file: AdapterFile, base: BaseModel) -> None:
         choose_layout(file.layout.name, variant, file.variant.layouts, base.family, base.denoiser.layouts)
     except Problem as problem:
         remedy = "take the kind of base model that it was trained on"
-        raise Problem(problem.what, where=str(file.path), remedy=remedy) from problem
+        raise problem.but(where=str(file.path), remedy=remedy) from problem
 
 
 def _check_widths(file: AdapterFile, token_dim: int, encoders: Mapping[str, ImageEncoder]) -> None:

@@ -108,9 +108,9 @@ def load_encoders(
 
 def _with_hint(problem: Problem) -> Problem:
     """Return the same problem; of an encoder without projection, with what else could be done."""
-    if "visual_projection.weight" not in problem.what:
+    if "visual_projection.weight" not in problem.fault.what:
         return problem
-    return Problem(problem.what, problem.where, f"{problem.remedy}; --variant plus and full read no projection")
+    return problem.but(remedy=f"{problem.fault.remedy}; --variant plus and full read no projection")
 
 
 def _folder_of(name: str, config: BaseConfig) -> Path:

@@ -178,7 +178,7 @@ def _settings_of(file: OneFile, config: BaseConfig) -> Path:
             return find(MOVED.get(repository, repository), what, _small)
         except Problem as problem:
             remedy = "give --base_config: a diffusers folder of a model of its kind, whose weights are not read"
-            raise Problem(problem.what, where=problem.where, remedy=remedy) from problem
+            raise problem.but(remedy=remedy) from problem
     folder = find(config.base_config, what, _small)
     if not folder.is_dir():
         remedy = "give a diffusers folder of a model of its kind, or a hub id"

@@ -157,8 +157,8 @@ class OneFile:
         try:
             return load_tensors(kind, converted, settings, name, where, dtype=dtype, spare=spare)
         except Problem as problem:  # weights that lack nothing may still meet settings of another model
-            remedy = f"{problem.remedy}; or give the --base_config of a model of its kind"
-            raise Problem(problem.what, where=problem.where, remedy=remedy) from problem
+            remedy = f"{problem.fault.remedy}; or give the --base_config of a model of its kind"
+            raise problem.but(remedy=remedy) from problem
 
 
 def _converted(

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.core.values import Fault
+from ip_adapter_trainer.core.errors import Fault, Problem
 from ip_adapter_trainer.manifest.entries import MAX_LINE_BYTES, Entry, lines_of
 from ip_adapter_trainer.manifest.rows import Columns, missing_column, unknown_column
 from ip_adapter_trainer.manifest.splits import METADATA, METADATA_IMAGE_KEY

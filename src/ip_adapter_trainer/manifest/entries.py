@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.core.values import Fault
+from ip_adapter_trainer.core.errors import Fault, Problem
 from ip_adapter_trainer.storage.files import open_regular
 
 MAX_LINE_BYTES = 2**20

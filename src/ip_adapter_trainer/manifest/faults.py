@@ -9,8 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ip_adapter_trainer.core.errors import DataProblem, Problem
-from ip_adapter_trainer.core.values import Fault
+from ip_adapter_trainer.core.errors import DataProblem, Fault, Problem
 from ip_adapter_trainer.storage.documents import json_of
 from ip_adapter_trainer.storage.files import NotRegularError, open_regular
 from ip_adapter_trainer.storage.lines import Lines

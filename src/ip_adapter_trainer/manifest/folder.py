@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from ip_adapter_trainer.core.errors import DataProblem, Problem
-from ip_adapter_trainer.core.values import Fault
+from ip_adapter_trainer.core.errors import DataProblem, Fault, Problem
 from ip_adapter_trainer.images.decode import SUFFIXES as IMAGE_SUFFIXES
 from ip_adapter_trainer.manifest.config import ReadConfig
 from ip_adapter_trainer.manifest.entries import BOM, Entry
@@ -95,7 +94,7 @@ def _caption(root: Path, name: str, *, allow_outside: bool) -> str | Fault | Non
         with open_regular(safe_join(root, name, allow_outside=allow_outside)) as stream:
             content = stream.read(MAX_CAPTION_BYTES + 1)
     except Problem as problem:
-        return Fault("unsafe_path", f"{_own(name)}: {problem.what}", "", problem.remedy)
+        return Fault("unsafe_path", f"{_own(name)}: {problem.fault.what}", "", problem.fault.remedy)
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.core.values import Fault, Size
+from ip_adapter_trainer.core.errors import Fault, Problem
+from ip_adapter_trainer.core.values import Size
 from ip_adapter_trainer.images.background import Colour, parse_colour
 from ip_adapter_trainer.images.decode import DecodedImage, ImageFault, decode, read_file, read_size
 from ip_adapter_trainer.images.limits import Limits
@@ -93,7 +93,7 @@ class ImageFiles:
         try:
             return safe_join(self.root, name, allow_outside=self.allow_outside)
         except Problem as problem:
-            raise ImageFault("unsafe_path", problem.what, problem.remedy) from problem
+            raise ImageFault("unsafe_path", problem.fault.what, problem.fault.remedy) from problem
 
 
 def fault_of(error: ImageFault, where: str) -> Fault:

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.core.values import Fault
+from ip_adapter_trainer.core.errors import Fault, Problem
 from ip_adapter_trainer.manifest.strict_json import StrictDecoder, skip_space
 
 MAX_JSON_BYTES = 2**30

@@ -10,10 +10,10 @@ from json.encoder import encode_basestring_ascii as quoted
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.errors import Fault, Problem
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.redact import one_line
-from ip_adapter_trainer.core.values import Fault, Row
+from ip_adapter_trainer.core.values import Row
 from ip_adapter_trainer.manifest.config import ReadConfig
 from ip_adapter_trainer.manifest.entries import Entry
 from ip_adapter_trainer.manifest.faults import demand_usable

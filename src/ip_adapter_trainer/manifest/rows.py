@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from ip_adapter_trainer.core.errors import did_you_mean
-from ip_adapter_trainer.core.values import Fault, Row
+from ip_adapter_trainer.core.errors import Fault, did_you_mean
+from ip_adapter_trainer.core.values import Row
 from ip_adapter_trainer.storage.files import refusal
 
 _NEAR = 0.8  # of difflib: `prompt_image` is near `prompt_image_file`, `image_id` is not

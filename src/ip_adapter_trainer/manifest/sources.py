@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.core.values import Fault
+from ip_adapter_trainer.core.errors import Fault, Problem
 from ip_adapter_trainer.manifest.config import ReadConfig
 from ip_adapter_trainer.manifest.delimited import read_delimited
 from ip_adapter_trainer.manifest.entries import MAX_LINE_BYTES, Entry, lines_of, open_manifest

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from ip_adapter_trainer.core.values import Fault
+from ip_adapter_trainer.core.errors import Fault
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 
 from tqdm import tqdm
 
-from ip_adapter_trainer.core.values import Fault, Size
+from ip_adapter_trainer.core.errors import Fault
+from ip_adapter_trainer.core.values import Size
 from ip_adapter_trainer.feed.bucketing import assign_buckets, first_without_stand_in
 from ip_adapter_trainer.images.decode import DecodedImage, ImageFault, Note
 from ip_adapter_trainer.manifest.faults import allowed_rows, excess
@@ -114,7 +115,7 @@ def _see(manifest: Manifest, images: ImageFiles, number: int) -> Seen:
     prompt = None
     if row.prompt_image_file is not None:
         prompt, more = _try(images, row.prompt_image_file, where)
-        faults += tuple(Fault(f.kind, f"prompt image: {f.what}", f.where, f.remedy) for f in more)
+        faults += tuple(replace(f, what=f"prompt image: {f.what}") for f in more)
     notes = {note for image in (target, prompt) if image is not None for note in image.notes}
     size_px = None if target is None else (target.image.height, target.image.width)
     return Seen(size_px, tuple(sorted(notes)), faults)

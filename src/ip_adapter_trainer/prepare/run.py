@@ -12,9 +12,9 @@ from ip_adapter_trainer.adapters import IMAGE, VARIANTS
 from ip_adapter_trainer.cache.config import CutConfig
 from ip_adapter_trainer.cache.prepared import PreparedSet
 from ip_adapter_trainer.cache.spec import CacheSpec, random_cuts
-from ip_adapter_trainer.core.errors import Problem, Stopped, StorageProblem
+from ip_adapter_trainer.core.errors import Fault, Problem, Stopped, StorageProblem
 from ip_adapter_trainer.core.log import say
-from ip_adapter_trainer.core.values import Fault, Need
+from ip_adapter_trainer.core.values import Need
 from ip_adapter_trainer.encoders import ImageEncoder
 from ip_adapter_trainer.families import Codec
 from ip_adapter_trainer.images.decode import ImageFault

@@ -121,7 +121,7 @@ class Runtime:
         if problem:
             raise problem
         for rank, other in found:
-            raise type(other)(f"{other.what} (found by rank {rank})", other.where, other.remedy)
+            raise other.but(what=f"{other.fault.what} (found by rank {rank})")
 
     def __enter__(self) -> Runtime:
         return self

@@ -104,7 +104,7 @@ class FixedRows:
     def _note(self, problem: DataProblem) -> None:
         """Tell of the first row that cannot be read; training tells of its own."""
         if not self.problem:
-            self.problem = f"{problem.where}: {problem.what}"
+            self.problem = f"{problem.fault.where}: {problem.fault.what}"
             say(f"rows that cannot be read are not looked at; the first: {self.problem}")
 
     def _order(self) -> Iterator[int]:

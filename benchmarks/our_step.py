@@ -69,7 +69,7 @@ class Rows:
     def __init__(self, batches: Iterator[Batch], images: int) -> None:
         self._batches, self.rows, self.images_per_step = batches, images, images
 
-    def batches(self, first_step: int, poll: Poll) -> Iterator[Batch]:
+    def batches(self, output: Path, first_step: int, poll: Poll) -> Iterator[Batch]:
         """The given batches."""
         return self._batches
 
@@ -183,7 +183,8 @@ class OurStep:
         prepared = PreparedSet(folder, self._spec(files), ImageFiles.of(manifest.root, config))
         rows = RunRows(manifest, np.zeros(len(manifest.rows), np.bool_))
         preprocess = {role: encoder.preprocess for role, encoder in self.model.encoders.items()}
-        return TrainingData(config, self.runtime, rows, preprocess, prepared).batches(0, no_poll)
+        data = TrainingData(config, config, self.runtime, rows, preprocess, prepared, seed=SEED, images_per_step=images)
+        return data.batches(output, 0, no_poll)
 
     def run(self, batches: Iterator[Batch], images: int, output: Path) -> Path:
         """The whole training loop until there are no more batches, and one step after; returns its last checkpoint."""

@@ -151,5 +151,5 @@ class _LoggedOut(GeneralTracker):
 def test_a_tracker_that_does_not_start_is_no_bug(flags: Any, tmp_path: Path) -> None:
     runtime = Runtime(Accelerator(cpu=True, log_with=[_LoggedOut()]), 0, 1, torch.device("cpu"), "no")
     with pytest.raises(Problem, match="a tracker did not start: ConnectionError: no API key") as refused:
-        start_trackers(runtime, parse_train(flags(tmp_path / "out")))
+        start_trackers(runtime, parse_train(flags(tmp_path / "out")), {})
     assert refused.value.exit_code == 2

@@ -88,7 +88,7 @@ def make_loop(
     return Loop(
         state=state,
         loss_of=step,
-        batches=data.batches(state.global_step, stopping.poll),
+        batches=data.batches(output, state.global_step, stopping.poll),
         micro_batches=config.gradient_accumulation_steps,
         total_steps=plan.total_steps,
         images_per_step=plan.images_per_step,

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ip_adapter_trainer.cache.prepared import PreparedSet
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.values import Batch
-from ip_adapter_trainer.feed.bucketing import Bucketing, assign_buckets
+from ip_adapter_trainer.evaluate.config import ValidationConfig
+from ip_adapter_trainer.feed.bucketing import assign_buckets
+from ip_adapter_trainer.feed.config import DataConfig
 from ip_adapter_trainer.feed.dataset import TrainingSet
 from ip_adapter_trainer.feed.loader import Loader
 from ip_adapter_trainer.feed.readers import Preprocess
@@ -20,7 +23,6 @@ from ip_adapter_trainer.feed.sampler import Sampler
 from ip_adapter_trainer.manifest.faults import FaultLog
 from ip_adapter_trainer.runtime.launch import Runtime
 from ip_adapter_trainer.runtime.stopping import Poll
-from ip_adapter_trainer.train.config import TrainConfig
 from ip_adapter_trainer.train.fixed import FixedRows
 from ip_adapter_trainer.train.rows import RunRows, of_validation
 
@@ -44,46 +46,48 @@ class TrainingData:
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: DataConfig,
+        validation: ValidationConfig,
         runtime: Runtime,
         rows: RunRows,
         preprocess: Mapping[str, Preprocess],
         prepared: PreparedSet | None = None,
+        *,
+        seed: int,
+        images_per_step: int,
     ) -> None:
-        self._config, self._runtime, self._manifest, self._prepared = config, runtime, rows.manifest, prepared
+        self._config, self._validation, self._runtime, self._manifest = config, validation, runtime, rows.manifest
         sizes_px = prepared.sizes_px(rows.manifest.rows) if prepared and config.aspect_ratio_buckets else None
         bucketing = assign_buckets(rows.manifest, config, sizes_px)
         trained = bucketing.only(~rows.held_out)
-        self._samples = TrainingSet(
-            rows.manifest, config, trained, seed=config.seed, preprocess=preprocess, prepared=prepared
-        )
+        self._samples = TrainingSet(rows.manifest, config, trained, seed=seed, preprocess=preprocess, prepared=prepared)
         self._early_faults = (*rows.manifest.faults, *bucketing.faults)
         self.rows, self.fingerprint = rows.trained, rows.manifest.fingerprint
-        self.images_per_step = config.images_per_step(runtime.world)
-        self.sampler = Sampler(trained.bucket_of_row, seed=config.seed, batch_images=self.images_per_step)
-        self.seen = FixedRows(
-            rows.manifest, np.flatnonzero(~rows.held_out).tolist(), config, bucketing, preprocess, prepared
-        )
-        self.unseen = self._unseen(rows, bucketing, preprocess)
+        self.images_per_step = images_per_step
+        self.sampler = Sampler(trained.bucket_of_row, seed=seed, batch_images=images_per_step)
 
-    def _unseen(self, rows: RunRows, bucketing: Bucketing, preprocess: Mapping[str, Preprocess]) -> FixedRows | None:
+        def fixed(held_out: NDArray[np.bool_]) -> FixedRows:
+            """Return rows of the training set to look at."""
+            numbers = np.flatnonzero(held_out).tolist()
+            looks = validation.validation_seed
+            return FixedRows(rows.manifest, numbers, config, looks, bucketing, preprocess, prepared)
+
+        self.seen = fixed(~rows.held_out)
+        self.unseen = fixed(rows.held_out) if rows.held_out.any() else None
         if rows.validation:
-            config = of_validation(self._config)
-            return FixedRows(
-                rows.validation, rows.looked_at, config, assign_buckets(rows.validation, config), preprocess
-            )
-        numbers = np.flatnonzero(rows.held_out).tolist()
-        return (
-            FixedRows(rows.manifest, numbers, self._config, bucketing, preprocess, self._prepared) if numbers else None
-        )
+            other, own = rows.validation, of_validation(config, validation)
+            buckets = assign_buckets(other, own)
+            self.unseen = FixedRows(other, rows.looked_at, own, validation.validation_seed, buckets, preprocess)
 
-    def batches(self, first_step: int, poll: Poll) -> Iterator[Batch]:
+    def batches(self, output: Path, first_step: int, poll: Poll) -> Iterator[Batch]:
         """Return this process's micro-batches from a step on, without end; `poll` is called while one is waited for.
+
+        Faults are noted in the folder `output`.
 
         Raises:
             DataProblem: more rows are faulty than the settings allow.
         """
-        log = FaultLog(Path(self._config.output_dir), self._manifest.entries, self._config.max_fault_rate)
+        log = FaultLog(output, self._manifest.entries, self._config.max_fault_rate)
         log.add(self._early_faults, writes=self._runtime.is_main)
         rank, world, pin = self._runtime.rank, self._runtime.world, self._runtime.device.type == "cuda"
         return Loader(self._samples, self.sampler, log, rank=rank, world=world, pin=pin).from_step(first_step, poll)
@@ -94,16 +98,15 @@ class TrainingData:
         Raises:
             Problem: none can.
         """
-        if self._config.validation_data and self.unseen and not self.unseen.batches(1):
+        if self._validation.validation_data and self.unseen and not self.unseen.batches(1):
             what = f"no row of the validation set can be read; the first: {self.unseen.problem}"
             remedy = "correct --validation_root_path, or give another set"
-            raise Problem(what, where=f"--validation_data {self._config.validation_data}", remedy=remedy)
+            raise Problem(what, where=f"--validation_data {self._validation.validation_data}", remedy=remedy)
 
     def encode_unseen(self, model: Model) -> None:
         """Encode the rows of another validation set, before encoders that a prepared set replaces are released."""
-        config = self._config
-        if self.unseen and not self.unseen.is_encoded and config.validates:
-            count = max(config.num_validation_images, config.grid_rows)
+        if self.unseen and not self.unseen.is_encoded and self._validation.validates:
+            count = max(self._validation.num_validation_images, self._validation.grid_rows)
             self.unseen.encode(count, model, self._runtime.device)
 
     def tell(self, steps: int) -> None:
@@ -111,10 +114,9 @@ class TrainingData:
         slow = self.sampler.slow_buckets()
         if not self._config.aspect_ratio_buckets or not slow:
             return
-        sizes = [
-            (images, "{1}x{0}".format(*self._samples.bucketing.buckets.sizes_px[bucket])) for bucket, images in slow
-        ]
-        named = ", ".join(f"{images} of {size}" for images, size in sizes[:_NAMED]) + ", ..." * (len(sizes) > _NAMED)
+        sizes_px = self._samples.bucketing.buckets.sizes_px
+        named = ", ".join("{2} of {1}x{0}".format(*sizes_px[bucket], images) for bucket, images in slow[:_NAMED])
+        named += ", ..." * (len(slow) > _NAMED)
         images, never = sum(images for _, images in slow), self.sampler.never_seen(steps)
         what = f"{images:,} of {self.rows:,} images are not trained on in every epoch"
         why = f"their buckets hold fewer than the {self.images_per_step} images of a step, and wait for several epochs"

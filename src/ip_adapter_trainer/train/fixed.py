@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,11 +14,11 @@ from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.rng import stream
 from ip_adapter_trainer.core.values import Batch, Encoded, map_tensors
 from ip_adapter_trainer.feed.bucketing import MAX_TRIES, Bucketing
+from ip_adapter_trainer.feed.config import DataConfig
 from ip_adapter_trainer.feed.dataset import TrainingSet
 from ip_adapter_trainer.feed.readers import Preprocess
 from ip_adapter_trainer.manifest.hold_out import one_an_image
 from ip_adapter_trainer.manifest.manifest import Manifest
-from ip_adapter_trainer.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from ip_adapter_trainer.model import Model
@@ -34,7 +34,7 @@ class FixedRows:
 
     Usage::
 
-        held_out = FixedRows(manifest, numbers, config, layout, preprocess, prepared)
+        held_out = FixedRows(manifest, numbers, config, seed, bucketing, preprocess, prepared)
         for batch in held_out.batches(16): ...
 
     Attributes:
@@ -45,21 +45,18 @@ class FixedRows:
         self,
         manifest: Manifest,
         numbers: Sequence[int],
-        config: TrainConfig,
+        config: DataConfig,
+        seed: int,
         bucketing: Bucketing,
         preprocess: Mapping[str, Preprocess],
         prepared: PreparedSet | None = None,
     ) -> None:
-        self._manifest, self._numbers, self._config = manifest, numbers, config
-        seed, plain = config.validation_seed, config.model_copy(update=_NO_CHANCE)
-
-        def samples(prepared: PreparedSet | None) -> TrainingSet:
-            """Read a row as it is: none stands in for one that cannot be read."""
-            return TrainingSet(
-                manifest, plain, bucketing, seed=seed, preprocess=preprocess, prepared=prepared, max_tries=1
-            )
-
-        self._pixels, self._samples = samples(None), samples(prepared)
+        self._manifest, self._numbers, self._seed, self._batch_size = manifest, numbers, seed, config.train_batch_size
+        plain = config.model_copy(update=_NO_CHANCE)
+        self._pixels, self._samples = (  # with one try, so that no row stands in for one that cannot be read
+            TrainingSet(manifest, plain, bucketing, seed=seed, preprocess=preprocess, prepared=source, max_tries=1)
+            for source in (None, prepared)
+        )
         self._is_prepared = prepared is not None
         self._encoded: list[Batch] = []
         self.problem = ""
@@ -79,7 +76,7 @@ class FixedRows:
         by_size: dict[tuple[int, int], list[Batch]] = {}
         for row in self._rows(count, pixels):
             by_size.setdefault(row.geometry[0].target_px, []).append(row)
-        most = self._config.train_batch_size
+        most = self._batch_size
         return [_joined(group[i : i + most]) for group in by_size.values() for i in range(0, len(group), most)]
 
     def encode(self, count: int, model: Model, device: torch.device) -> None:
@@ -92,25 +89,17 @@ class FixedRows:
         if self._encoded and not pixels:
             return self._encoded[:count]
         found: list[Batch] = []
-        for tried, number in enumerate(self._order()):
+        drawn = stream(self._seed, "validation-rows").permutation(self._numbers).tolist()
+        for tried, number in enumerate(one_an_image(self._manifest.rows, drawn, self._manifest.root)):
             if len(found) == count or tried - len(found) > MAX_TRIES:
                 break
             try:
                 found.append((self._pixels if pixels else self._samples).batch([(number, number)]))
             except DataProblem as problem:
-                self._note(problem)
+                if not self.problem:  # training tells of its own
+                    self.problem = f"{problem.fault.where}: {problem.fault.what}"
+                    say(f"rows that cannot be read are not looked at; the first: {self.problem}")
         return found
-
-    def _note(self, problem: DataProblem) -> None:
-        """Tell of the first row that cannot be read; training tells of its own."""
-        if not self.problem:
-            self.problem = f"{problem.fault.where}: {problem.fault.what}"
-            say(f"rows that cannot be read are not looked at; the first: {self.problem}")
-
-    def _order(self) -> Iterator[int]:
-        chance = stream(self._config.validation_seed, "validation-rows")
-        drawn = chance.permutation(self._numbers).tolist()
-        return one_an_image(self._manifest.rows, drawn, self._manifest.root)
 
 
 def _joined(rows: Sequence[Batch]) -> Batch:

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.log import say
+from ip_adapter_trainer.evaluate.config import ValidationConfig
+from ip_adapter_trainer.feed.config import DataConfig
 from ip_adapter_trainer.manifest.hold_out import hold_out, seen_in
 from ip_adapter_trainer.manifest.manifest import Manifest, read_alike, usable_manifest
 from ip_adapter_trainer.runtime.launch import Runtime
@@ -54,7 +56,7 @@ class RunRows:
             say(f"nothing is held out ({why}): validation looks at rows that are trained on; {remedy}")
 
 
-def read_rows(config: TrainConfig, runtime: Runtime) -> RunRows:
+def read_rows(config: DataConfig, validation: ValidationConfig, runtime: Runtime) -> RunRows:
     """Read the manifest, choose the rows that are held out, and read the set that stands in for them.
 
     Raises:
@@ -62,19 +64,19 @@ def read_rows(config: TrainConfig, runtime: Runtime) -> RunRows:
         DataProblem: more of its rows are faulty than the settings allow.
     """
     manifest = read_alike(config, runtime)
-    rows = RunRows(manifest, hold_out(manifest.rows, config.validation_share or 0, manifest.root))
+    rows = RunRows(manifest, hold_out(manifest.rows, validation.validation_share or 0, manifest.root))
     with runtime.agreed():
-        return _with_validation(rows, config) if config.validation_data else rows
+        return _with_validation(rows, of_validation(config, validation)) if validation.validation_data else rows
 
 
-def of_validation(config: TrainConfig) -> TrainConfig:
+def of_validation(config: DataConfig, validation: ValidationConfig) -> DataConfig:
     """Return the settings by which the other set is read: hashes are listed of training images."""
-    where = {"data_json_file": config.validation_data, "data_root_path": config.validation_root_path}
+    where = {"data_json_file": validation.validation_data, "data_root_path": validation.validation_root_path}
     return config.model_copy(update={**where, "image_hashes_file": ""})
 
 
-def _with_validation(rows: RunRows, config: TrainConfig) -> RunRows:
-    other, trained = usable_manifest(of_validation(config)), rows.manifest
+def _with_validation(rows: RunRows, config: DataConfig) -> RunRows:
+    other, trained = usable_manifest(config), rows.manifest
     if other.faults:
         count = len(other.faults)
         say(f"{count} faults in --validation_data, whose rows are left out; the first: {other.faults[0]}")

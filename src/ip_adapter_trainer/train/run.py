@@ -9,6 +9,8 @@ from pathlib import Path
 from ip_adapter_trainer.core.errors import Stopped, StorageProblem
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.diffusion import NoiseProcess, ObjectiveConfig
+from ip_adapter_trainer.evaluate.config import ValidationConfig
+from ip_adapter_trainer.feed.config import DataConfig
 from ip_adapter_trainer.loading.config import part_of
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.prepare.cut import warn_of_cut_captions
@@ -27,7 +29,7 @@ from ip_adapter_trainer.train.posterior import POSTERIOR_IMAGES, warn_of_posteri
 from ip_adapter_trainer.train.presets import PRESETS
 from ip_adapter_trainer.train.record import RunRecord, WriteResolved, take_up
 from ip_adapter_trainer.train.rows import RunRows, read_rows
-from ip_adapter_trainer.train.run_plan import RunPlan, make_plan
+from ip_adapter_trainer.train.run_plan import make_plan
 from ip_adapter_trainer.train.starting import agreed_starting_point, demand_same_run, is_over
 from ip_adapter_trainer.train.state import TrainState
 from ip_adapter_trainer.train.step import Step
@@ -47,7 +49,7 @@ def train(config: TrainConfig, write_resolved: WriteResolved) -> None:
     """
     with joined(config) as (runtime, stopping):
         point = agreed_starting_point(config, runtime)
-        rows = read_rows(config, runtime)
+        rows = read_rows(part_of(config, DataConfig), part_of(config, ValidationConfig), runtime)
         with runtime.agreed():
             demand_same_run(config, runtime, rows.manifest, point)
         if is_over(config, runtime, rows, point):
@@ -61,7 +63,10 @@ def train(config: TrainConfig, write_resolved: WriteResolved) -> None:
         data = feed(config, runtime, model, rows, stopping)
         plan = make_plan(model, config, data.rows, data.images_per_step, point.state)
         model.place(runtime.device)  # last: encoders that were let go of need no room beside it
-        tell(config, runtime, model, rows, data, plan, process)
+        say("\n".join(plan.lines()))
+        rows.tell(config)
+        data.tell(plan.total_steps)
+        tell(config, runtime, model, data, process)
         if config.dry_run:
             return
 
@@ -70,7 +75,7 @@ def train(config: TrainConfig, write_resolved: WriteResolved) -> None:
         record = RunRecord(config, model, plan, identity)
         with claimed(Path(config.output_dir), runtime):
             take_up(record, state, point, runtime, write_resolved)
-            start_trackers(runtime, config)
+            start_trackers(runtime, config, config.model_dump(mode="json"))
             step = Step(model, process, config.seed, runtime.device)
             run_loop(make_loop(record, state, data, step, runtime, stopping), step, part_of(config, LeanConfig))
 
@@ -98,7 +103,9 @@ def feed(config: TrainConfig, runtime: Runtime, model: Model, rows: RunRows, sto
     model.place_encoders(runtime.device)
     prepared = prepared_set(config, runtime, model, rows, stopping)
     preprocess = {role: encoder.preprocess for role, encoder in model.encoders.items()}
-    data = TrainingData(config, runtime, rows, preprocess, prepared)
+    own, looks = part_of(config, DataConfig), part_of(config, ValidationConfig)
+    images = config.images_per_step(runtime.world)
+    data = TrainingData(own, looks, runtime, rows, preprocess, prepared, seed=config.seed, images_per_step=images)
     with runtime.agreed():
         data.demand_validation()
     if prepared:
@@ -107,23 +114,11 @@ def feed(config: TrainConfig, runtime: Runtime, model: Model, rows: RunRows, sto
     return data
 
 
-def tell(
-    config: TrainConfig,
-    runtime: Runtime,
-    model: Model,
-    rows: RunRows,
-    data: TrainingData,
-    plan: RunPlan,
-    process: NoiseProcess,
-) -> None:
-    """Say what the run will do, in numbers, and what may be wrong with it."""
-    say("\n".join(plan.lines()))
-    rows.tell(config)
-    data.tell(plan.total_steps)
-    precision = "fp32" if config.mixed_precision else "fp32 (--mixed_precision bf16 halves them)"
-    precision = precision if runtime.precision == "no" else runtime.precision
-    where = f"{runtime.world} x {runtime.device.type}"
-    say(f"on {where}, frozen weights {precision}, predicting {process.prediction}")
+def tell(config: TrainConfig, runtime: Runtime, model: Model, data: TrainingData, process: NoiseProcess) -> None:
+    """Say how the models run, and warn of latents that are mostly noise."""
+    fp32 = "fp32" if config.mixed_precision else "fp32 (--mixed_precision bf16 halves them)"
+    precision = fp32 if runtime.precision == "no" else runtime.precision
+    say(f"on {runtime.world} x {runtime.device.type}, frozen weights {precision}, predicting {process.prediction}")
     if config.latents == "sample" and runtime.is_main and not config.dry_run:
         warn_of_posterior_noise(model, data.seen.batches(POSTERIOR_IMAGES), runtime.device)
     if config.low_memory:
@@ -149,13 +144,7 @@ def run_loop(loop: Loop, step: Step, layers: LeanConfig) -> None:
         finally:
             loop.track.close()
     if loop.stopped:
-        say(_farewell(loop.state.global_step, begun))
+        now, way = loop.state.global_step, "go on by the same command with --resume_from_checkpoint latest"
+        nothing = "stopped before a step was done: nothing was trained or saved yet; run the same command again"
+        say(nothing if now == begun else f"stopped at step {now}, saved checkpoint-{now}; {way}")
         raise Stopped(loop.stopping.exit_code)
-
-
-def _farewell(step: int, begun: int) -> str:
-    """Return what a stop leaves behind of a run that began at a step, and how to go on."""
-    if step == begun:
-        return "stopped before a step was done: nothing was trained or saved yet; run the same command again"
-    saved = f"stopped at step {step}, saved checkpoint-{step}"
-    return f"{saved}; go on by the same command with --resume_from_checkpoint latest"

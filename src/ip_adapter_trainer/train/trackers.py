@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ip_adapter_trainer.core.errors import Problem, did_you_mean
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.runtime.launch import Runtime
 from ip_adapter_trainer.storage.disk import as_storage_problem, reason_of
-from ip_adapter_trainer.train.config import TrainConfig
+from ip_adapter_trainer.train.config import TrackConfig
 
 _WAITING = 1000  # reports at most; a tracker that is so far behind hangs
 _PATIENCE_S = 5.0  # at the end
@@ -38,18 +38,18 @@ def trackers_named(report_to: str) -> tuple[str, ...]:
     return tuple(installed) if "all" in names else tuple(dict.fromkeys(names))
 
 
-def start_trackers(runtime: Runtime, config: TrainConfig) -> None:
-    """Start what `--report_to` names, on the first process.
+def start_trackers(runtime: Runtime, config: TrackConfig, settings: Mapping[str, Any]) -> None:
+    """Start what `--report_to` names, on the first process, and show it all settings of the run.
 
     Raises:
         Problem: on every process alike, if one does not start: it is not logged in, or does not reach its server.
     """
     simple = (int, float, str, bool)
-    settings = {k: v if isinstance(v, simple) else str(v) for k, v in config.model_dump(mode="json").items()}
+    told = {k: v if isinstance(v, simple) else str(v) for k, v in settings.items()}
     with runtime.agreed():
         try:
             with as_storage_problem():
-                runtime.accelerator.init_trackers(config.tracker_project_name, config=settings)
+                runtime.accelerator.init_trackers(config.tracker_project_name, config=told)
         except Problem:
             raise
         except Exception as error:

@@ -41,11 +41,8 @@ def prepared_set(
             raise Problem(what, where="--prepare_text", remedy=remedy)
         return None
     demand_preparable(config)
-    return _opened(config, runtime, rows.manifest, _spec(config, model), Path(config.prepared_dir))
-
-
-def _spec(config: TrainConfig, model: Model) -> CacheSpec:
-    return cache_spec(config, model.codec, model.encoders, model.variant.needs, text=config.prepare_text)
+    spec = cache_spec(config, model.codec, model.encoders, model.variant.needs, text=config.prepare_text)
+    return _opened(config, runtime, rows.manifest, spec, Path(config.prepared_dir))
 
 
 def _opened(config: TrainConfig, runtime: Runtime, manifest: Manifest, spec: CacheSpec, folder: Path) -> PreparedSet:
@@ -72,7 +69,7 @@ def _prepared_if_it_pays(
         say(f"not preparing: {' and '.join(anew)} cut each image otherwise every time")
         return None
     folder = Path(config.prepared_dir or Path(config.output_dir) / "prepared")
-    spec = _spec(config, model)
+    spec = cache_spec(config, model.codec, model.encoders, model.variant.needs, text=config.prepare_text)
     job = Job(config, runtime, rows.manifest, spec, folder)
     images_per_step = config.images_per_step(runtime.world)
     epochs = total_steps(config, rows.trained, images_per_step) * images_per_step / max(rows.trained, 1)

@@ -26,21 +26,13 @@ BEFORE = {"timestep_density": "uniform", "validation_share": 0.0}
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """All that tells a run from others, beside its settings.
-
-    Attributes:
-        rows: of the training set.
-        where: a row's place in its manifest, by its number.
-        models: a short hash of each frozen part, by its name.
-        images_per_step: over all processes and micro batches.
-        world: processes.
-    """
+    """All that tells a run from others, beside its settings."""
 
     rows: Fingerprint
-    where: Callable[[int], str]
-    models: Mapping[str, str]
-    images_per_step: int
-    world: int
+    where: Callable[[int], str]  # a row's place in its manifest, by its number
+    models: Mapping[str, str]  # a short hash of each frozen part, by its name
+    images_per_step: int  # over all processes and micro batches
+    world: int  # processes
 
     def to_json(self) -> dict[str, Any]:
         """Return the identity as a checkpoint keeps it."""
@@ -60,7 +52,7 @@ class Difference:
 def check(
     saved: Mapping[str, Any], config: TrainConfig, identity: RunIdentity, tell: Callable[[str], None] = say
 ) -> list[str]:
-    """Compare a checkpoint's run with this one, and print a line for each difference.
+    """Compare a checkpoint's run with this one, tell each difference, and return those that were accepted.
 
     Args:
         saved: `config` and all of `RunIdentity.to_json`, as the checkpoint has them.
@@ -68,13 +60,14 @@ def check(
         identity: of this run; models that it does not name are not compared.
         tell: takes a line for each difference that is no fault.
 
-    Returns:
-        Each difference that was accepted.
-
     Raises:
         Problem: something that must match differs, and is not accepted; each is named, with what to do.
     """
-    _demand_known(config)
+    known = [ROWS, MODELS, *type(config).resume_lists()["must_match"]]
+    for name in config.accept_changed:
+        if name not in known:
+            what = f"{name!r} is nothing that a resumed run can accept to have changed"
+            raise Problem(what, where="--accept_changed", remedy=did_you_mean(name, known))
     found = [*_settings(saved["config"], config, tell), *_rows(saved, identity)]
     found += [*_models(saved, identity, tell), *_batch(saved["images_per_step"], identity, config)]
     wrong = [d for d in found if d.accepts not in config.accept_changed]
@@ -88,14 +81,6 @@ def check(
     for difference in found:
         tell(f"WARNING: resuming although {difference.what} (--accept_changed {difference.accepts})")
     return [difference.what for difference in found]
-
-
-def _demand_known(config: TrainConfig) -> None:
-    known = [ROWS, MODELS, *type(config).resume_lists()["must_match"]]
-    for name in config.accept_changed:
-        if name not in known:
-            what = f"{name!r} is nothing that a resumed run can accept to have changed"
-            raise Problem(what, where="--accept_changed", remedy=did_you_mean(name, known))
 
 
 def _settings(saved: Mapping[str, Any], config: Part, tell: Callable[[str], None]) -> Iterator[Difference]:

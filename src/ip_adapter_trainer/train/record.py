@@ -25,21 +25,13 @@ WriteResolved = Callable[[TrainConfig, Path], Path]
 
 @dataclass
 class RunRecord:
-    """A run as its checkpoints remember it.
-
-    Attributes:
-        config: all settings.
-        model: with its frozen models.
-        plan: the derived numbers.
-        identity: rows, models and images per step.
-        accepted: differences to the runs that it went on from.
-    """
+    """A run as its checkpoints remember it."""
 
     config: TrainConfig
     model: Model
     plan: RunPlan
     identity: guard.RunIdentity
-    accepted: list[str] = field(default_factory=list)
+    accepted: list[str] = field(default_factory=list)  # differences to the runs that it went on from
 
     def restore(self, state: TrainState, folder: Path) -> None:
         """Take up the run where a checkpoint left it.
@@ -76,19 +68,14 @@ def take_up(
 
     Nothing is changed before every process has read the checkpoint and found it to be its own.
 
-    Args:
-        record: of this run.
-        state: of this run, as it begins; changed to the checkpoint's.
-        point: where the run begins.
-        runtime: of which the first process sees to the folder.
-        write_resolved: writes the settings into it.
-
     Raises:
         Problem: a checkpoint of another run, or another run that came between.
         StorageProblem: the disk refuses.
     """
     output = Path(record.config.output_dir)
-    _warn_of_unshared(output, runtime)
+    if blind := runtime.total(int(not was_claimed(output))):  # machines that do not see what the first process made
+        away = f"{blind} of {runtime.world} processes do not see {output}, which is on another machine's disk"
+        say(f"{away}: checkpoints are saved there alone, and to resume, every machine needs them at that path")
     with runtime.agreed():
         if runtime.is_main:
             point.demand_unchanged(output)
@@ -100,11 +87,3 @@ def take_up(
                 set_aside(output, point.folder, state.global_step)
                 write_resolved(record.config, output)
             cut_metrics(output, state.global_step if point.is_own else -1, state.validated)
-
-
-def _warn_of_unshared(output: Path, runtime: Runtime) -> None:
-    """Tell of machines that do not see the folder that the first process has just claimed."""
-    blind = runtime.total(int(not was_claimed(output)))
-    if blind:
-        away = f"{blind} of {runtime.world} processes do not see {output}, which is on another machine's disk"
-        say(f"{away}: checkpoints are saved there alone, and to resume, every machine needs them at that path")

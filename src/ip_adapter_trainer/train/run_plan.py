@@ -42,20 +42,18 @@ class RunPlan:
     def lines(self) -> list[str]:
         """Return the plan as aligned lines."""
         total = sum(self.trained.values())
+        run = {
+            "rows": f"{self.rows:,}",
+            "images per step": f"{self.images_per_step:,}",
+            "steps": f"{self.total_steps:,}",
+            "epochs": f"{self.epochs:,.2f}",
+            "weights on disk": f"{self.weights_bytes / 1e6:,.1f} MB",
+            "checkpoint on disk": f"{self.checkpoint_bytes / 1e6:,.1f} MB",
+        }
         out = ["trained parameters"]
         out += [f"  {name:<24}{count:>15,}" for name, count in [*self.trained.items(), ("total", total)]]
         out += ["frozen parameters"] + [f"  {name:<24}{count:>15,}" for name, count in self.frozen.items()]
-        out += ["run"]
-        for name, value in (
-            ("rows", f"{self.rows:,}"),
-            ("images per step", f"{self.images_per_step:,}"),
-            ("steps", f"{self.total_steps:,}"),
-            ("epochs", f"{self.epochs:,.2f}"),
-            ("weights on disk", f"{self.weights_bytes / 1e6:,.1f} MB"),
-            ("checkpoint on disk", f"{self.checkpoint_bytes / 1e6:,.1f} MB"),
-        ):
-            out.append(f"  {name:<24}{value:>15}")
-        return out
+        return out + ["run"] + [f"  {name:<24}{value:>15}" for name, value in run.items()]
 
 
 def total_steps(config: OptimConfig, rows: int, images_per_step: int) -> int:
@@ -64,22 +62,11 @@ def total_steps(config: OptimConfig, rows: int, images_per_step: int) -> int:
 
 
 def _warmup_steps(config: OptimConfig, steps: int, rows: int, resumed: Mapping[str, Any] | None) -> int:
-    """Steps of linear warm-up: those asked for, else those that the run began with, however long it is now.
-
-    Args:
-        config: of this run.
-        steps: of this run.
-        rows: of this run.
-        resumed: state of the checkpoint that it goes on from; None: it begins.
-
-    Raises:
-        Problem: the state is no run's.
-    """
+    """Return the steps of linear warm-up: those asked for, else those that a resumed run began with."""
     if resumed is None or config.lr_warmup_steps is not None:
         return optim.warmup_steps(config, steps)
-    known: int | None = resumed.get("warmup_steps")
-    if known is not None:
-        return known
+    if (known := resumed.get("warmup_steps")) is not None:
+        return int(known)
     begun, sums = length_settings(resumed), resumed.get("row_sums")
     steps = total_steps(begun, sums["rows"] if sums else rows, resumed["images_per_step"])
     return optim.warmup_steps(begun, steps)

@@ -29,7 +29,6 @@ class StartingPoint:
 
     Attributes:
         folder: of the checkpoint; None: the run begins at its first step.
-        step: of the checkpoint.
         state: what the checkpoint remembers, tensors left out.
         is_own: whether it lies in the run's own folder.
         standing: steps of all checkpoints that lay there when this one was chosen, ascending.
@@ -94,7 +93,10 @@ def _named(asked: str, output: Path) -> Path:
     if not _is_there(folder) and len(folder.parts) == 1:
         folder = output / folder
     if not _is_there(folder):
-        near = " or ".join(map(str, _nearest(folder, output)))
+        at, there = step_of(folder), numbered_checkpoints(output)
+        before = [path for step, path in there if at is None or step < at]
+        sides = reversed(before), [path for _, path in there[len(before) :]]
+        near = " or ".join(str(path) for side in sides for path in islice(filter(checkpoint.is_whole, side), 1))
         remedy = f"give {near}" if near else f"give the path of a checkpoint-N folder, or {LATEST} to begin afresh"
         raise Problem("there is no such checkpoint", where=f"--resume_from_checkpoint {asked}", remedy=remedy)
     checkpoint.demand_whole(folder)
@@ -106,14 +108,6 @@ def _is_there(path: Path) -> bool:
         return path.exists()
     except OSError:  # a name that no file can have, or a folder that cannot be entered
         return False
-
-
-def _nearest(asked: Path, output: Path) -> list[Path]:
-    """The whole checkpoints of a run's folder next to a step that is not there, before and after; else the newest."""
-    at, there = step_of(asked), numbered_checkpoints(output)
-    before = [folder for step, folder in there if at is None or step < at]
-    after = [folder for _, folder in there[len(before) :]]
-    return [folder for side in (reversed(before), after) for folder in islice(filter(checkpoint.is_whole, side), 1)]
 
 
 def agreed_starting_point(config: CheckpointConfig, runtime: Runtime) -> StartingPoint:
@@ -130,10 +124,9 @@ def agreed_starting_point(config: CheckpointConfig, runtime: Runtime) -> Startin
     with runtime.agreed():
         if point.folder and not complete(point.folder):
             what = "the checkpoint lies on the first machine, and this one does not have it"
-            remedy = (
-                "put --output_dir on a disk that all machines share, or copy the checkpoint to the same path on each"
-            )
-            raise Problem(what, where=f"{point.folder.absolute()} on {platform.node()}", remedy=remedy)
+            where = f"{point.folder.absolute()} on {platform.node()}"
+            disk = "put --output_dir on a disk that all machines share"
+            raise Problem(what, where=where, remedy=f"{disk}, or copy the checkpoint to the same path on each")
     return point
 
 

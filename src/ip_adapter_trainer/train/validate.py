@@ -13,7 +13,7 @@ from ip_adapter_trainer.core.values import Batch
 from ip_adapter_trainer.evaluate.config import ValidationConfig
 from ip_adapter_trainer.evaluate.grid import validation_grid
 from ip_adapter_trainer.evaluate.losses import ValidationReport, validation_losses
-from ip_adapter_trainer.model import Features, Model
+from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.runtime.stopping import Poll
 from ip_adapter_trainer.storage.disk import reason_of
 from ip_adapter_trainer.storage.staging import staged_file
@@ -93,7 +93,8 @@ class Validator:
         if not batches or (encoded and _numbers(batches) != _numbers(encoded)):
             say(f"step {global_step}: no grid, its images cannot be read, or are not those that were prepared")
             return
-        features = _features(self.model, [batch.to(self.step.device) for batch in encoded]) if encoded else None
+        parts = [self.model.features_of(batch.to(self.step.device).inputs) for batch in encoded]
+        features = {need: torch.cat([part[need] for part in parts]) for need in parts[0]} if parts else None
         grid = validation_grid(self.model, [batch.to(self.step.device) for batch in batches], config, poll, features)
         file = self.output / "grids" / f"step-{global_step:07d}.png"
         track.image(global_step, "validation/grid", grid)
@@ -109,9 +110,3 @@ class Validator:
 
 def _numbers(batches: list[Batch]) -> list[int]:
     return [row for batch in batches for row in batch.row.tolist()]
-
-
-def _features(model: Model, batches: list[Batch]) -> Features:
-    """Features [R, ...] of batches that were encoded before."""
-    parts = [model.features_of(batch.inputs) for batch in batches]
-    return {need: torch.cat([part[need] for part in parts]) for need in parts[0]}

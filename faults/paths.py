@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from faults.checking import check
-from faults.corpus.names import cases, lay, spelled
+from faults.corpus.names import cases, spelled, write_files
 from faults.corpus.rows import row
 from faults.lab import Finding, Lab
 from faults.watch import seen
@@ -19,7 +19,7 @@ STRINGS = 10_000
 
 def paths(lab: Lab) -> Iterator[Finding]:
     """Names mixed of every spelling, resolved, and as rows of a manifest that a watched `check` reads."""
-    root = lay(lab.place("paths"))
+    root = write_files(lab.place("paths"))
     names = list(spelled(root, lab.tries(STRINGS)))
     taken = [path for name in names if (path := _joined(root, name)) is not None]
     escapes = [str(path) for path in taken if not path.resolve().is_relative_to(root)]

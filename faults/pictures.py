@@ -31,7 +31,7 @@ _BATCH = 4
 def pictures(lab: Lab) -> Iterator[Finding]:
     """Every file of the corpus, by `check`, by `train` and, for its pixels, by the decoder itself."""
     folder = lab.place("pictures")
-    listed = _lay(folder)
+    listed = _write_files(folder)
     wrong = [f"pixels: {case.what}" for case in listed if isinstance(case, Sound) and not _pixels_are_right(case)]
     checked = check(lab, folder / "rows.jsonl", alpha_background=GROUND_FLAG)
     wrong += _differing("check", listed, {number: [f.kind for f in told] for number, told in checked.faults.items()})
@@ -154,7 +154,7 @@ def _shared(lab: Lab, folder: Path, hurt: int) -> Finding:
     return Finding("faulty rows that two processes share", 2, len(wrong), not wrong, note)
 
 
-def _lay(folder: Path) -> Sequence[Sound | Broken]:
+def _write_files(folder: Path) -> Sequence[Sound | Broken]:
     """Files and `rows.jsonl`; a case's place in the list, from 1, is its row's line. No two broken ones in a row."""
     listed = [case for pair in zip_longest(sound(), broken()) for case in pair if case is not None]
     lines = []

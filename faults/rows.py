@@ -9,7 +9,7 @@ from pathlib import Path
 
 from faults.checking import Checked, check
 from faults.corpus.files import encoded
-from faults.corpus.names import NameCase, cases, lay, lay_captions
+from faults.corpus.names import NameCase, cases, write_captions, write_files
 from faults.corpus.pictures import RGB
 from faults.corpus.rows import FILES, JSON_ROWS, LINES, OK, OK_FILE, TABLE_LINES, FileCase, RowCase, row
 from faults.lab import Finding, Lab
@@ -47,14 +47,14 @@ def rows(lab: Lab) -> Iterator[Finding]:
 
 def names(lab: Lab) -> Iterator[Finding]:
     """Names of pictures by every spelling, with links, devices, pipes, sockets and folders behind them."""
-    root = lay(lab.place("names"))
+    root = write_files(lab.place("names"))
     listed = cases(root)
     manifest = root / "names.jsonl"
     manifest.write_text("".join(row(case.name) + "\n" for case in listed))
     wrong = _misnamed(check(lab, manifest), listed, 3)  # so many in turn that training would stop
     folder = lab.place("captions") / "root"
     folder.mkdir()
-    captioned = lay_captions(folder)
+    captioned = write_captions(folder)
     wrong += _misnamed(check(lab, folder), captioned, 0)
     listed += captioned
     verdicts = Counter(case.kinds[0] if case.kinds else "read" for case in listed)

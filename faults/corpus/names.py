@@ -23,7 +23,7 @@ class NameCase:
     kinds: tuple[str, ...] = ()
 
 
-def lay(folder: Path) -> Path:
+def write_files(folder: Path) -> Path:
     """A root with links, a pipe, a socket and folders in it, and decoys beside it.
 
     Returns:
@@ -60,7 +60,7 @@ def lay(folder: Path) -> Path:
     return root
 
 
-def lay_captions(folder: Path) -> list[NameCase]:
+def write_captions(folder: Path) -> list[NameCase]:
     """A folder of pictures with captions beside them, some of which are none or lie elsewhere, and a decoy beside it.
 
     Returns:
@@ -100,7 +100,7 @@ def _leave_socket(root: Path, name: str) -> None:
 
 
 def cases(root: Path) -> list[NameCase]:
-    """Names under a root that `lay` laid, with their verdicts."""
+    """Names under a root that `write_files` wrote, with their verdicts."""
     out, none, no_file, unreadable = ("unsafe_path",), ("missing_file",), ("not_a_file",), ("unreadable",)
     secret = root.parent / "outside" / "secret.png"
     read = ["ok.png", "./ok.png", "sub/a.png", "sub//a.png", "sub/./a.png", "in/a.png", "in.png", "ünï 画像.png",

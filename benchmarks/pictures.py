@@ -72,8 +72,8 @@ def raw_batches(files: Files, images: int, prompt_px: int, *, pin: bool) -> Iter
     """Batches without end, of pictures that are decoded, cut and preprocessed anew for each step."""
     config = DataConfig(train_batch_size=images, **files.settings)
     manifest = read_manifest(config)
-    layout = assign_buckets(manifest, config)
-    samples = TrainingSet(manifest, config, layout, seed=0, preprocess=clip_preprocess(prompt_px))
-    order = Sampler(layout.bucket_of_row, seed=0, batch_images=images)
+    bucketing = assign_buckets(manifest, config)
+    samples = TrainingSet(manifest, config, bucketing, seed=0, preprocess=clip_preprocess(prompt_px))
+    sampler = Sampler(bucketing.bucket_of_row, seed=0, batch_images=images)
     log = FaultLog(files.manifest.parent, manifest.entries, config.max_fault_rate)
-    return Loader(samples, order, log, pin=pin).from_step(0)
+    return Loader(samples, sampler, log, pin=pin).from_step(0)

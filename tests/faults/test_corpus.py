@@ -65,7 +65,7 @@ def test_names_are_judged_as_expected_by_a_real_check(tmp_path: Path) -> None:
 def test_captions_are_judged_as_expected_and_none_is_read_from_outside(tmp_path: Path) -> None:
     folder = tmp_path / "root"
     folder.mkdir()
-    cases = names.lay_captions(folder)
+    cases = names.write_captions(folder)
     manifest = read_manifest(ReadConfig(data_json_file=str(folder)))
     told = {int(fault.where.split("picture ")[1].split()[0]): fault for fault in manifest.faults}
     for number, case in enumerate(cases, 1):
@@ -85,7 +85,7 @@ def test_generated_names_do_not_get_out_of_a_real_check(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return names.lay(tmp_path_factory.mktemp("names"))
+    return names.write_files(tmp_path_factory.mktemp("names"))
 
 
 NAMES = st.lists(st.one_of(st.sampled_from(names.PIECES), st.text(max_size=4)), max_size=8).map("".join)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
@@ -72,17 +71,11 @@ def output_files(output: Path, seeds: list[int]) -> list[Path]:
     except OSError as error:
         why = f"cannot make the output folder: {error.strerror}"
         raise Problem(why, where=str(folder), remedy="choose another --output") from error
-    if is_file and len(seeds) == 1:
-        return [output]
     if is_file:
-        return [output.with_stem(f"{output.stem}-{seed}") for seed in seeds]
-    return [folder / f"{number:04d}-{seed}.png" for number, seed in zip(_free_numbers(folder), seeds, strict=False)]
-
-
-def _free_numbers(folder: Path) -> Iterator[int]:
-    """Numbers above those that file names in the folder begin with."""
+        return [output.with_stem(f"{output.stem}-{seed}") if len(seeds) > 1 else output for seed in seeds]
     begin = [file.name.split("-")[0] for file in folder.iterdir()]
-    return count(max((int(number) for number in begin if number.isdecimal()), default=0) + 1)
+    free = count(max((int(number) for number in begin if number.isdecimal()), default=0) + 1)
+    return [folder / f"{number:04d}-{seed}.png" for number, seed in zip(free, seeds, strict=False)]
 
 
 def _facts(config: GenerateConfig, adapter: Adapter) -> dict[str, str]:

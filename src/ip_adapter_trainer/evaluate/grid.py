@@ -34,18 +34,7 @@ def grid(
     blocks: int = 1,
     cell_px: tuple[int, int] = CELL_PX,
 ) -> Image:
-    """Draw the grid of some RGB images, a row each.
-
-    Args:
-        model: attached or not; it is given back as it was found.
-        references: the image prompts.
-        prompts: a text for each; those that are not empty are printed over what was drawn with them.
-        seeds: one for each row.
-        how: size, steps, guidance; its scale is not used.
-        poll: called before the first step of every drawing and after every step.
-        blocks: in which rows stand side by side.
-        cell_px: see `draw_grid`.
-    """
+    """Draw the grid of some RGB images, a row each with its own text and seed; see `sample` and `draw_grid`."""
     features = image_features(model, [[reference] for reference in references])
     rows = _rows(model, references, features, prompts, seeds, how, poll)
     return draw_grid(HEADINGS, rows, prompts, blocks, cell_px)
@@ -60,14 +49,8 @@ def validation_grid(
 ) -> Image:
     """Draw the grid of the first `grid_rows` rows of some batches of pixels, each at the size of its target.
 
-    No more images are drawn at once than a batch has.
-
-    Args:
-        model: attached or not; it is given back as it was found.
-        batches: of pixels.
-        config: how many rows, how they are drawn.
-        poll: called before the first step of every drawing and after every step.
-        features: of the batches' image prompts [R, ...], where they were encoded before.
+    No more images are drawn at once than a batch has. Where image prompts were encoded before, their features [R, ...]
+    are taken.
     """
     rows: list[list[Image]] = []
     prompts: list[str] = []

@@ -87,7 +87,11 @@ def draw_grid(
             if row % lines == 0:
                 above_px = grid.caption_px + 0.8 * grid.unit_px
                 draw.text((left + widest_px / 2, top - above_px), heading, FADED, font, anchor="ms")
-            _place(paper, image, grid, row, column)
+            left += (widest_px - image.width) // 2  # into the middle of its cell
+            top += (heights_px[row % lines] - image.height) // 2
+            frame = (left - 1, top - 1, left + image.width, top + image.height)
+            draw.rectangle(frame, outline=FAINT)  # shows where a white picture ends
+            paper.paste(image, (left, top))
         left, top = grid.corner(row, min(1, len(headings) - 1))
         quoted = f"“{' '.join(caption.split())}”" if caption else ""
         text = _shortened(quoted, font, grid.corner(row, len(headings))[0] - left - grid.unit_px)
@@ -110,16 +114,6 @@ def _fitted(image: Image.Image, width_px: int, height_px: int) -> Image.Image:
     factor = int(factor) if tiny else factor
     method = Image.Resampling.NEAREST if tiny else Image.Resampling.LANCZOS
     return image.resize((round(image.width * factor), round(image.height * factor)), method)
-
-
-def _place(paper: Image.Image, image: Image.Image, grid: GridLayout, row: int, column: int) -> None:
-    """Pastes a picture into the middle of its cell, in a thin frame that shows where a white one ends."""
-    left, top = grid.corner(row, column)
-    left += (grid.cell_width_px - image.width) // 2
-    top += (grid.row_heights_px[row % len(grid.row_heights_px)] - image.height) // 2
-    frame = (left - 1, top - 1, left + image.width, top + image.height)
-    ImageDraw.Draw(paper).rectangle(frame, outline=FAINT)
-    paper.paste(image, (left, top))
 
 
 def _shortened(text: str, font: Font, width_px: int) -> str:

@@ -49,11 +49,8 @@ def read_prompts(config: EvaluateConfig) -> tuple[list[Prompt], tuple[Fault, ...
 
 def _prompt(images: ImageFiles, row: Row, number: int, seed: int) -> Prompt:
     name = row.prompt_image_file or row.image_file
-    return Prompt(partial(_read, images, name), row.caption(seed, number), plain_name(name, images.root), number)
-
-
-def _read(images: ImageFiles, name: str) -> Image:
-    return images.read(name).image
+    caption, image = row.caption(seed, number), plain_name(name, images.root)
+    return Prompt(lambda: images.read(name).image, caption, image, number)
 
 
 def _fault(manifest: Manifest, images: ImageFiles, number: int) -> Fault | None:

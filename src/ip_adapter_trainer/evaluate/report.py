@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -61,10 +61,6 @@ class Evaluation:
         }
         return cls(protocol, scores, gains, faults, seconds)
 
-    def as_json(self) -> dict[str, Any]:
-        """Return plain dicts, lists and numbers."""
-        return asdict(self)
-
     def __str__(self) -> str:
         plan, how = self.protocol, self.protocol["how"]
         lines = [
@@ -75,9 +71,8 @@ class Evaluation:
             f"{'':<42}{'CLIP-I':^18}{'CLIP-T':^18}".rstrip(),
         ]
         lines += [_line(_TITLES[how], measures, "") for how, measures in self.scores.items()]
-        lines += [
-            _line(f"{_TITLES[PROMPTED]} over {_TITLES[how]}", measures, "+") for how, measures in self.gains.items()
-        ]
+        over = f"{_TITLES[PROMPTED]} over "
+        lines += [_line(over + _TITLES[how], measures, "+") for how, measures in self.gains.items()]
         if plan["images"] < LEAST_IMAGES:
             none = "" if plan["images"] > 1 else "; there is none to shuffle with"
             lines += ["", f"images: {plan['images']}, too few to judge by, {LEAST_IMAGES} are needed{none}"]

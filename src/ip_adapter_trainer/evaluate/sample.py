@@ -96,10 +96,10 @@ def sample(
     how: Sampling,
     poll: Poll = no_poll,
 ) -> list[Image]:
-    """Draw one image for each of P prompts.
+    """Draw one image for each of P prompts; the model is given back as it was found, attached or not.
 
     Args:
-        model: attached or not; it is given back as it was found, its pipeline's scheduler too.
+        model: its pipeline draws.
         features: image prompts [Q, n, ...] from `image_features`, each for P / Q prompts in a row; None: the base
             model.
         prompts: P text prompts.
@@ -138,19 +138,12 @@ class _Shown:
         return cls(spread, own.repeat_interleave(each, 0), none)
 
     def part(self, part: slice) -> _Shown:
-        """Those of some prompts."""
+        """Return those of some prompts."""
         return _Shown(select(self.features, part), self.tokens[part], self.none)
 
 
-def _is_guided(model: Model, how: Sampling) -> bool:
-    """Return whether the pipeline runs a pass without prompts beside the one with them."""
-    distilled = getattr(model.denoiser.net.config, "time_cond_proj_dim", None) is not None
-    return how.guidance_scale > 1 and not distilled
-
-
-def _show(model: Model, shown: _Shown, how: Sampling) -> None:
+def _show(model: Model, shown: _Shown, how: Sampling, is_guided: bool) -> None:
     """Let the adapted layers see image prompts; a guided pipeline runs "no image" first, in one batch."""
-    is_guided = _is_guided(model, how)
     if not model.variant.reads_time:
         own, none = shown.tokens, shown.none.expand_as(shown.tokens)
         model.show(ImageTokens(torch.cat([none, own]) if is_guided else own), how.scale)
@@ -175,18 +168,20 @@ def _draw(
         # A VAE kept in fp32 beside a half precision denoiser cannot decode half precision latents.
         return {"latents": state["latents"].to(pipeline.vae.dtype)} if last else {}
 
+    distilled = getattr(model.denoiser.net.config, "time_cond_proj_dim", None) is not None
+    is_guided = how.guidance_scale > 1 and not distilled  # by a pass without prompts beside the one with them
     with model.codec.awake():
         positive = model.codec.prompts(list(prompts))
-        negative = model.codec.encode([how.negative_prompt] * len(prompts)) if _is_guided(model, how) else None
+        negative = model.codec.encode([how.negative_prompt] * len(prompts)) if is_guided else None
     if shown is None:
         model.show(None)
     else:
-        _show(model, shown, how)
+        _show(model, shown, how, is_guided)
         if how.scale:
             positive = model.layout.condition(positive, shown.tokens)
             negative = negative and model.layout.condition(negative, shown.none.expand_as(shown.tokens))
-    watched = {"callback_on_step_end": after_step}  # not by all pipelines
     takes = signature(type(model.denoiser.pipeline).__call__).parameters
+    watched = {"callback_on_step_end": after_step} if "callback_on_step_end" in takes else {}
     steps = [torch.Generator().manual_seed(key(seed, "sample-steps") % 2**63) for seed in seeds]
     output = model.denoiser.pipeline(
         **model.denoiser.sampling(positive, negative),
@@ -196,7 +191,7 @@ def _draw(
         guidance_scale=how.guidance_scale,
         latents=initial_latents(model, seeds, how.height_px, how.width_px),
         generator=steps,
-        **{name: call for name, call in watched.items() if name in takes},
+        **watched,
     )
     images: list[Image] = output.images
     return images

@@ -13,12 +13,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
-from torch import Tensor
 
 from ip_adapter_trainer.adapter_files import weights_sha256
 from ip_adapter_trainer.core.errors import Problem, StorageProblem
@@ -64,12 +62,14 @@ def evaluate(config: EvaluateConfig, poll: Poll = no_poll) -> Evaluation:
     model, began = load(config), time.monotonic()
     plan = DrawPlan(sampling(config, model), config.prompt, config.num_images_per_prompt, config.seed)
     values = score(model, clip, prompts, plan, poll)
-    protocol: dict[str, Any] = {
+    protocol = {
         "adapter": Path(config.adapter).name,
         "adapter_sha256": weights_sha256(model.adapter.published()),
+        "clip_model": config.clip_model,
+        "rows": len(prompts),
+        "images": len({prompt.image for prompt in prompts}),
+        **asdict(plan),
     }
-    images = len({prompt.image for prompt in prompts})
-    protocol |= {"clip_model": config.clip_model, "rows": len(prompts), "images": images} | asdict(plan)
     found = Evaluation.of(values, protocol, [str(fault) for fault in faults], round(time.monotonic() - began, 1))
     _write(found, output)
     return found
@@ -91,7 +91,7 @@ def _writable(output: Path) -> Path:
 
 def _write(found: Evaluation, output: Path) -> None:
     try:
-        output.write_text(json.dumps(found.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        output.write_text(json.dumps(asdict(found), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         say(str(found))  # what took hours is at least shown
         what = f"cannot write the scores: {error.strerror}"
@@ -99,16 +99,9 @@ def _write(found: Evaluation, output: Path) -> None:
 
 
 def score(model: Model, clip: ClipScorer, prompts: Sequence[Prompt], plan: DrawPlan, poll: Poll = no_poll) -> Values:
-    """Return CLIP-I and CLIP-T of every row in every condition.
+    """Return CLIP-I and CLIP-T of every row in every condition; `poll` is called between forward passes.
 
     CLIP-T is NaN where a row has no caption; both are, for shuffled prompts, where all rows show one image.
-
-    Args:
-        model: attached or not; it is given back as it was found.
-        clip: the model that scores.
-        prompts: of the rows.
-        plan: what is drawn.
-        poll: called between forward passes.
     """
     wrong = others([prompt.image for prompt in prompts], plan.seed, "evaluate-shuffle")
     values = {how: {name: np.full(len(prompts), np.nan) for name in (CLIP_I, CLIP_T)} for how in CONDITIONS}
@@ -136,19 +129,12 @@ def _score_rows(
     shuffled = [(SHUFFLED, strangers)] if strangers else []
     for condition, pictures in ((PROMPTED, own), (SCALE_0, own), *shuffled):
         how = replace(plan.how, scale=0.0) if condition == SCALE_0 else plan.how
-        drawn = _embeddings(model, clip, pictures, seeds, replace(plan, how=how), poll)  # [R, n, E]
+        features = image_features(model, [[image] for image in pictures])
+        images = sample(model, features, [plan.text] * len(seeds), seeds, how, poll)
+        drawn = clip.images(images).reshape(len(pictures), plan.pictures, -1)  # [R, n, E]
         by_caption = clip_t(drawn, texts).mean(1).numpy()
         values[condition] = {
             CLIP_I: clip_i(drawn, references).mean(1).numpy(),
             CLIP_T: np.where([bool(caption) for caption in captions], by_caption, np.nan),
         }
     return values
-
-
-def _embeddings(
-    model: Model, clip: ClipScorer, images: Sequence[Image], seeds: Sequence[int], plan: DrawPlan, poll: Poll
-) -> Tensor:
-    """Embeddings [R, n, E] of what R image prompts make of n seeds each."""
-    features = image_features(model, [[image] for image in images])
-    drawn = sample(model, features, [plan.text] * len(seeds), seeds, plan.how, poll)
-    return clip.images(drawn).reshape(len(images), plan.pictures, -1)

@@ -17,8 +17,8 @@ def others(images: Sequence[Hashable], seed: int, purpose: str) -> NDArray[np.in
 
     Args:
         images: what each row's image is known by, [rows].
-        seed: of the choice.
-        purpose: name of the random stream.
+        seed: of the random stream named `purpose`.
+        purpose: see `seed`.
 
     Returns:
         Numbers of the other rows, [rows]; None: there is only one image.

@@ -20,16 +20,10 @@ def missing_captions(manifest: Manifest, prepared: PreparedSet, rank: int, world
     if prepared.spec.text is None:
         return []
     distinct = list(dict.fromkeys(["", *(caption for row in manifest.rows for caption in row.captions)]))
-    mine = [text for text in distinct if world == 1 or _share(text, world) == rank]
-    left: list[str] = []
-    for start in range(0, len(mine), _CHUNK):
-        chunk = mine[start : start + _CHUNK]
-        left += [chunk[number] for number in np.flatnonzero(~prepared.captions_there(chunk)).tolist()]
-    return left
-
-
-def _share(text: str, world: int) -> int:
-    return int.from_bytes(digest("caption", text)[:8], "little") % world
+    if world > 1:
+        distinct = [t for t in distinct if int.from_bytes(digest("caption", t)[:8], "little") % world == rank]
+    chunks = [distinct[start : start + _CHUNK] for start in range(0, len(distinct), _CHUNK)]
+    return [chunk[n] for chunk in chunks for n in np.flatnonzero(~prepared.captions_there(chunk)).tolist()]
 
 
 def encode_captions(

@@ -20,20 +20,11 @@ def check(config: CheckConfig) -> rows.CheckReport:
     """
     name = config.pretrained_model_name_or_path
     if name is None:
-        _demand_base(config)
+        if given := [f"--{name}" for name in FoundConfig.model_fields if getattr(config, name) is not None]:
+            what = "no base model is named that these settings are for"
+            remedy = "give --pretrained_model_name_or_path too, or leave them out"
+            raise Problem(what, where=" ".join(given), remedy=remedy)
         return rows.check(config)
     tokenizers = load_tokenizers(name, part_of(config, BaseConfig))  # before hours of reading pictures
     report = rows.check(config)
     return replace(report, captions=str(cut_captions(report.manifest, tokenizers)))
-
-
-def _demand_base(config: CheckConfig) -> None:
-    """Refuse settings by which a base model is found where none is named.
-
-    Raises:
-        Problem: there is one.
-    """
-    given = [f"--{name}" for name in FoundConfig.model_fields if getattr(config, name) is not None]
-    if given:
-        what = "no base model is named that these settings are for"
-        raise Problem(what, where=" ".join(given), remedy="give --pretrained_model_name_or_path too, or leave them out")

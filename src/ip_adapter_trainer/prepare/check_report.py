@@ -98,15 +98,12 @@ def check(config: RowsCheckConfig) -> CheckReport:
         faulty += [number] if seen.faults else []
         notes.update(seen.notes)
         sides_px.extend(seen.size_px or ())
-    return CheckReport(manifest, tuple(faults), notes, sides_px, config, _stuck_at(manifest, faulty, config))
-
-
-def _stuck_at(manifest: Manifest, faulty: list[int], config: RowsCheckConfig) -> str:
-    if not faulty:
-        return ""
-    held_out = hold_out(manifest.rows, config.validation_share, manifest.root)
-    number = first_without_stand_in(assign_buckets(manifest, config).only(~held_out).bucket_of_row, faulty)
-    return "" if number is None else manifest.where(number)
+    stuck = None
+    if faulty:
+        held_out = hold_out(manifest.rows, config.validation_share, manifest.root)
+        stuck = first_without_stand_in(assign_buckets(manifest, config).only(~held_out).bucket_of_row, faulty)
+    stuck_at = "" if stuck is None else manifest.where(stuck)
+    return CheckReport(manifest, tuple(faults), notes, sides_px, config, stuck_at)
 
 
 def _see(manifest: Manifest, images: ImageFiles, number: int) -> Seen:
@@ -131,7 +128,7 @@ def _try(images: ImageFiles, name: str, where: str) -> tuple[DecodedImage | None
 def render(report: CheckReport) -> str:
     """Render the report as plain text: the first faults one by one, counts, the verdict on the last line."""
     shown = [f"{fault.kind:>16}  {fault}" for fault in report.faults[: report.config.show_faults]]
-    hidden = len(report.faults) - len(shown)
+    hidden, unread = len(report.faults) - len(shown), report.manifest.unread_columns
     parts = [
         [*shown, f"{'':>16}  and {hidden} more"] if hidden else shown,
         _table("faults by kind", dict(report.by_kind.most_common())),
@@ -139,7 +136,7 @@ def render(report: CheckReport) -> str:
         _table("width to height", report.by_shape) if report.sizes_px else [],
         _sizes(report.sizes_px, report.config.resolution),
         _table("noticed in the folder", report.manifest.noticed.named()),
-        _unread(report.manifest.unread_columns),
+        [f"columns that nothing reads: {', '.join(unread)}"] if unread else [],
         [report.captions] if report.captions else [],
         [_verdict(report)],
     ]
@@ -159,10 +156,6 @@ def _sizes(sizes_px: list[Size], resolution_px: int) -> list[str]:
         small = bisect_left(shorter, resolution_px)
         lines.append(f"{small} of {len(shorter)} pictures have a side under {resolution_px} px and are enlarged")
     return lines
-
-
-def _unread(columns: tuple[str, ...]) -> list[str]:
-    return [f"columns that nothing reads: {', '.join(columns)}"] if columns else []
 
 
 def _verdict(report: CheckReport) -> str:

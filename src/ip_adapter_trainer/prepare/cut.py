@@ -18,25 +18,15 @@ _CHUNK = 1024
 
 @dataclass(frozen=True)
 class CutCaptions:
-    """The captions that are too long, counted.
+    """The captions that are too long, counted."""
 
-    Attributes:
-        captions: how many there are, empty ones left out.
-        unsure: those of them that may be too long, judged by their letters alone.
-        counted: those of these whose tokens were counted: all, or a sample.
-        cut: those of these that are too long.
-        tokens: that the text encoders read of one.
-        longest: the most tokens of one.
-        first: where the first that is cut stands.
-    """
-
-    captions: int
-    unsure: int
-    counted: int
-    cut: int
-    tokens: int
-    longest: int
-    first: str
+    captions: int  # all but empty ones
+    unsure: int  # those of them that may be too long, judged by their letters alone
+    counted: int  # those of these whose tokens were counted: all, or a sample
+    cut: int  # those of these that are too long
+    tokens: int  # that the text encoders read of one
+    longest: int  # the most tokens of one
+    first: str  # where the first that is cut stands
 
     def __str__(self) -> str:
         of = f"{self.captions:,} captions"

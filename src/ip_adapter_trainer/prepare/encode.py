@@ -7,7 +7,6 @@ neither on how the work was shared nor on where a run was broken off.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,28 +26,20 @@ Kinds = tuple[TableKind, ...]  # tables that one pass of an encoder fills
 
 def encode_with(codec: Codec, encoders: Mapping[str, ImageEncoder]) -> Encode:
     """Return what fills the tables: the autoencoder the moments, an image encoder all its features at once."""
-    return partial(_encode, codec, encoders)
 
+    def encode(pixels: Tensor, role: str, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """Return the rows [B, ...] of the tables of one role; the autoencoder's has no name."""
+        if not role:
+            return {"moments": codec.moments(pixels)}
+        needs = {need.name: name for name in encoders[role].features if (need := Need(role, name)).name in names}
+        found = encoders[role].encode(pixels, tuple(needs.values()))
+        return {name: found[feature] for name, feature in needs.items()}
 
-def _encode(
-    codec: Codec, encoders: Mapping[str, ImageEncoder], pixels: Tensor, role: str, names: Sequence[str]
-) -> Mapping[str, Tensor]:
-    if not role:
-        return {"moments": codec.moments(pixels)}
-    needs = {need.name: feature for feature in encoders[role].features if (need := Need(role, feature)).name in names}
-    found = encoders[role].encode(pixels, tuple(needs.values()))
-    return {name: found[feature] for name, feature in needs.items()}
+    return encode
 
 
 class Encoding:
     """Takes pixels as they come and leaves a prepared set.
-
-    Usage::
-
-        encoding = Encoding(folder, encode_with(codec, encoders), batch_images=8)
-        encoding.take(views, pixels)
-        encoding.finish()
-        encoding.seal()
 
     Attributes:
         encoded: images that went through an encoder, counted each time.

@@ -144,7 +144,9 @@ class Job:
         room = f"{_size(self.need_bytes)} needed at most, {_size(self.free_bytes)} free"
         read = self.runtime.total(len(self.left))
         say(f"prepared set {self.folder}: {read} pictures to read, {room}")
-        self.runtime.agree(None if self.fits else _too_small(self.folder, room))
+        remedy = f"make room, or give {_FLAG}"
+        small = StorageProblem(f"the disk is too small: {room}", where=str(self.folder), remedy=remedy)
+        self.runtime.agree(None if self.fits else small)
         with claimed(self.folder, self.runtime, _FLAG):
             self._begin()
             encoding = Encoding(self.folder, encode_with(codec, encoders), batch_images)
@@ -192,7 +194,8 @@ class Job:
         log, faulty = self._log(), dict[str, ImageFault]()
         if self.runtime.is_main:
             log.add(self.manifest.faults)
-        with Progress(len(self.left), self._unit, shown=self.runtime.is_main) as progress:
+        unit = "picture" if self.runtime.world == 1 else f"process 1 of {self.runtime.world}: picture"
+        with Progress(len(self.left), unit, shown=self.runtime.is_main) as progress:
             for read in read_all(self.left, reader, self.config, self.manifest.where, poll):
                 poll()
                 if read.record is not None:
@@ -206,18 +209,11 @@ class Job:
         encoding.finish()
         log.add(self._faults_of_rows(faulty))
 
-    @property
-    def _unit(self) -> str:
-        world = self.runtime.world
-        return "picture" if world == 1 else f"process 1 of {world}: picture"
-
     def _faults_of_rows(self, faulty: dict[str, ImageFault]) -> list[Fault]:
         """Return the fault of a faulty image for every row that names it."""
-        if not faulty:
-            return []
         return [
             fault_of(faulty[name], self.manifest.where(number))
-            for number, row in enumerate(self.manifest.rows)
+            for number, row in enumerate(self.manifest.rows if faulty else ())
             for name, _ in self.spec.uses(row)
             if name in faulty
         ]
@@ -231,7 +227,3 @@ def _existing(folder: Path) -> Path:
 
 def _size(size_bytes: int) -> str:
     return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
-
-
-def _too_small(folder: Path, room: str) -> StorageProblem:
-    return StorageProblem(f"the disk is too small: {room}", where=str(folder), remedy=f"make room, or give {_FLAG}")

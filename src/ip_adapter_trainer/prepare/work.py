@@ -66,7 +66,10 @@ def missing(items: list[Item], prepared: PreparedSet, images: ImageFiles) -> tup
         for item, record, is_there in zip(chunk, prepared.index.records(places), there, strict=True):
             if not (is_there and record is not None and _still_holds(record, item.name, images)):
                 left.append(item)
-                need_bytes += PICTURES.row_bytes + (0 if is_there else _bytes_of(item, record, prepared.spec))
+                need_bytes += PICTURES.row_bytes
+                if not is_there:  # of unknown size it is taken for a square
+                    size_px = record.size_px if record is not None and record.is_sound else (1, 1)
+                    need_bytes += sum(view.kind.row_bytes for view in prepared.spec.views(b"", size_px, item.use))
     return left, need_bytes
 
 
@@ -77,12 +80,6 @@ def _still_holds(record: Record, name: str, images: ImageFiles) -> bool:
     except ImageFault:
         return False
     return record.is_sound and (status is None or record.fits(status))
-
-
-def _bytes_of(item: Item, record: Record | None, spec: CacheSpec) -> int:
-    """Return the most bytes that an image's encodings take; one of unknown size is taken for a square."""
-    size_px = record.size_px if record is not None and record.is_sound else (1, 1)
-    return sum(view.kind.row_bytes for view in spec.views(b"", size_px, item.use))
 
 
 class MissingReader:
@@ -128,12 +125,7 @@ def read_all(
 ) -> Iterator[ReadImage]:
     """Read every item in order, by data workers, or by this process if there are none.
 
-    Args:
-        items: what to read.
-        reader: reads one.
-        config: says how many workers there are, and how long each may take.
-        where: the place of a row by its number, as faults name it.
-        poll: called every now and then while an item is waited for.
+    Faults name the place `where` of a row by its number; `poll` is called while an item is waited for.
 
     Raises:
         DataProblem: workers are lost over one image again and again.

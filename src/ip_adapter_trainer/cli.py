@@ -224,11 +224,7 @@ def main() -> None:
 
 
 def _without_command(argv: Sequence[str]) -> int:
-    """Print the version or the usage, which need no command; nothing heavy is imported.
-
-    Raises:
-        Problem: there is no such command.
-    """
+    """Print the version or the usage, which need no command; nothing heavy is imported."""
     asked = argv[0] if argv else "help"
     if asked in ("-V", "--version"):
         print(versions())

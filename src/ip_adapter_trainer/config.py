@@ -92,11 +92,7 @@ def parse(kind: type[P], argv: Sequence[str], *, prog: str) -> P:
 
 
 def _demand_own(kind: type[Part], argv: Sequence[str], prog: str) -> None:
-    """Refuse flags that only `train` has; they come with command lines that are copied from `train`.
-
-    Raises:
-        Problem: there are some; each is named.
-    """
+    """Refuse flags that only `train` has; they come with command lines that are copied from `train`."""
     given = TrainConfig.current_names({_setting_of(flag): flag.split("=")[0] for flag in argv if flag[:2] == "--"})
     foreign = [flag for name, flag in given.items() if name in TrainConfig.model_fields.keys() - kind.model_fields]
     if foreign:
@@ -136,27 +132,16 @@ def parse_train(
 
 @dataclass(frozen=True)
 class _Asked:
-    """The settings that a command line and its settings file ask for.
+    """The settings that a command line and its settings file ask for."""
 
-    Attributes:
-        prog: the program's name in messages.
-        variant: the adapter variant.
-        layout: the layout; None: the first that both base model and variant list.
-        file: the settings file, if there is one.
-        beneath: the settings in that file.
-        given: flags that decide the settings class, or its defaults.
-        flags: the other flags.
-        defaults: values in place of the settings' own defaults.
-    """
-
-    prog: str
-    variant: str
-    layout: str | None
-    file: str | None
-    beneath: dict[str, Any]
-    given: dict[str, Any]
-    flags: list[str]
-    defaults: dict[str, Any]
+    prog: str  # the program's name in messages
+    variant: str  # the adapter variant
+    layout: str | None  # the layout; None: the first that both base model and variant list
+    file: str | None  # the settings file, if there is one
+    beneath: dict[str, Any]  # the settings in that file
+    given: dict[str, Any]  # flags that decide the settings class, or its defaults
+    flags: list[str]  # the other flags
+    defaults: dict[str, Any]  # values in place of the settings' own defaults
 
     @classmethod
     def of(cls, argv: Sequence[str], prog: str, defaults: dict[str, Any]) -> _Asked:
@@ -227,11 +212,7 @@ def _peek(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _demand_current(argv: Sequence[str]) -> None:
-    """Refuse flags that were removed.
-
-    Raises:
-        Problem: there is one.
-    """
+    """Refuse flags that were removed."""
     for flag in argv:
         if flag[:2] == "--" and _setting_of(flag) in GONE:
             remedy = f"leave it out: {GONE[_setting_of(flag)]}"
@@ -239,11 +220,7 @@ def _demand_current(argv: Sequence[str]) -> None:
 
 
 def _current(settings: Mapping[str, Any], kind: type[Part], file: str) -> dict[str, Any]:
-    """Return a file's settings under their present names; an earlier version may have written the file.
-
-    Raises:
-        Problem: an unknown name, which no family has either.
-    """
+    """Return a file's settings under their present names; an earlier version may have written the file."""
     for name in settings.keys() & GONE.keys():
         say(f"{name} in {file} is passed over: {GONE[name]}")
     current = kind.current_names({name: value for name, value in settings.items() if name not in GONE})
@@ -260,11 +237,7 @@ def _of_families() -> set[str]:
 
 
 def _demand_variant(name: str) -> None:
-    """Demand a known adapter variant; in diffusers' scripts, `variant` is the kind of weight files.
-
-    Raises:
-        Problem: there is none of this name.
-    """
+    """Demand a known adapter variant; in diffusers' scripts, `variant` is the kind of weight files."""
     if name not in VARIANTS:
         remedy = did_you_mean(name, VARIANTS)
         remedy += f"; for weight files *.{name}.safetensors give --weights_variant {name}"
@@ -272,11 +245,7 @@ def _demand_variant(name: str) -> None:
 
 
 def _preset(family: str, memory: object) -> dict[str, Any]:
-    """Return the settings that `--low_memory` stands for; a value that it does not accept is reported later.
-
-    Raises:
-        Problem: there are none for base models of this family.
-    """
+    """Return the settings that `--low_memory` stands for; a value that it does not accept is reported later."""
     if memory is None or family == "auto":
         return {}
     if family not in PRESETS:

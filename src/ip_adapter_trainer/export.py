@@ -108,11 +108,7 @@ def _check_output(out: Path, overwrite: bool) -> None:
 
 
 def _rounded(tables: dict[str, dict[str, Tensor]], dtype: str) -> dict[str, dict[str, Tensor]]:
-    """Return the tables in the dtype of the file.
-
-    Raises:
-        Problem: weights are not finite, or too large for the dtype.
-    """
+    """Return the tables in the dtype of the file."""
     rounded = {table: {k: v.to(DTYPES[dtype]) for k, v in tensors.items()} for table, tensors in tables.items()}
     for table, tensors in rounded.items():
         for name, tensor in tensors.items():
@@ -136,11 +132,7 @@ def _card(model: Model, file: AdapterFile, config: ExportConfig) -> AdapterCard:
 
 
 def _reread(stage: Path, tables: dict[str, dict[str, Tensor]]) -> AdapterFile:
-    """Read the written file and compare every bit: a denoiser's output would not show a small fault.
-
-    Raises:
-        Problem: a tensor differs from what was meant to be written.
-    """
+    """Read the written file and compare every bit: a denoiser's output would not show a small fault."""
     written = read_adapter(stage)
     for table, tensors in tables.items():
         found = written.tables[table]

@@ -68,21 +68,13 @@ def _differences(table: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Te
 
 @dataclass(frozen=True)
 class Architecture:
-    """The description of an adapter: everything but its weights.
+    """The description of an adapter: everything but its weights."""
 
-    Attributes:
-        variant: turns image features into tokens.
-        config: the variant's settings.
-        layout: the adapter's place in the denoiser.
-        layout_config: the layout's settings.
-        layers: names of the layers that carry it; see `choose_layers`.
-    """
-
-    variant: type[Variant]
-    config: Part
-    layout: Layout
-    layout_config: Part = field(default_factory=Part)
-    layers: Sequence[str] = ("all",)
+    variant: type[Variant]  # turns image features into tokens
+    config: Part  # the variant's settings
+    layout: Layout  # the adapter's place in the denoiser
+    layout_config: Part = field(default_factory=Part)  # the layout's settings
+    layers: Sequence[str] = ("all",)  # names of the layers that carry it; see `choose_layers`
 
 
 class Model:

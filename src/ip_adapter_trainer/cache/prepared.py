@@ -42,13 +42,6 @@ class _Found(NamedTuple):
 class PreparedSet:
     """A set's tables as they were when it was opened; read by many processes, each with maps of its own.
 
-    Usage::
-
-        prepared = PreparedSet(folder, spec, ImageFiles.of(manifest.root, config))
-        encoded = prepared.room(len(rows), target_px)
-        asked = [Asked(row, mirrored=False, text=row.captions[0]) for row in rows]
-        geometry = prepared.read(asked, target_px, encoded, range(len(rows)))
-
     Raises:
         Problem: a damaged shard.
     """

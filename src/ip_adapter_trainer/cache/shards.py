@@ -71,13 +71,6 @@ class _Shard:
 class Table:
     """A table as it was when it was opened.
 
-    Usage::
-
-        table = Table(folder, TableKind("moments", (8, 64, 64), torch.bfloat16))
-        places = table.find([digest("a"), digest("b")])
-        rows = table.room(2)  # [2, 8, 64, 64]
-        table.fill(rows, [0, 1], places.tolist())
-
     Args:
         root: the set's folder.
         kind: of its rows.
@@ -256,14 +249,7 @@ def _fill(spans: dict[str, tuple[int, int]], rows: int, kind: TableKind) -> bool
 
 
 class TableWriter:
-    """Adds rows to a table, a shard at a time: when there are 256 MB of them, or a minute after the first.
-
-    Usage::
-
-        writer = TableWriter(folder, kind)
-        writer.add(key, value)
-        writer.seal()
-    """
+    """Adds rows to a table, a shard at a time: when there are 256 MB of them, or a minute after the first."""
 
     def __init__(self, root: Path, kind: TableKind) -> None:
         self._folder, self._kind = root / kind.folder, kind

@@ -35,15 +35,10 @@ class View:
 
 @dataclass(frozen=True)
 class TextSpec:
-    """All that decides what a caption is encoded to, but for the caption.
+    """All that decides what a caption is encoded to, but for the caption."""
 
-    Attributes:
-        encoders: identity of the text encoders and of the rules by which they are asked.
-        tables: one for each tensor that the family makes of a caption.
-    """
-
-    encoders: str
-    tables: tuple[TableKind, ...]
+    encoders: str  # identity of the text encoders and of the rules by which they are asked
+    tables: tuple[TableKind, ...]  # one for each tensor that the family makes of a caption
 
     @cached_property
     def keys(self) -> tuple[Digests, ...]:
@@ -73,29 +68,17 @@ class Way:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """All that decides what an image is encoded to, but for the image.
+    """All that decides what an image is encoded to, but for the image."""
 
-    Attributes:
-        buckets: sizes of the targets.
-        background: colour under transparent images.
-        pad_square: whether prompts are padded to a square.
-        mirrors: whether mirrored images are wanted too.
-        autoencoder: identity of the latents' encoder, config and weights.
-        encoders: digests of the image encoders, by role.
-        moments: the table of each size.
-        features: the tables of the features wanted.
-        text: how captions are encoded, if they are.
-    """
-
-    buckets: Buckets
-    background: Colour
-    pad_square: bool
-    mirrors: bool
-    autoencoder: str
-    encoders: dict[str, str]
-    moments: dict[Size, TableKind]
-    features: dict[Need, TableKind]
-    text: TextSpec | None = None
+    buckets: Buckets  # sizes of the targets
+    background: Colour  # colour under transparent images
+    pad_square: bool  # whether prompts are padded to a square
+    mirrors: bool  # whether mirrored images are wanted too
+    autoencoder: str  # identity of the latents' encoder, config and weights
+    encoders: dict[str, str]  # digests of the image encoders, by role
+    moments: dict[Size, TableKind]  # the table of each size
+    features: dict[Need, TableKind]  # the tables of the features wanted
+    text: TextSpec | None = None  # how captions are encoded, if they are
 
     @property
     def tables(self) -> list[TableKind]:

@@ -17,19 +17,12 @@ from ip_adapter_trainer.core.redact import redacted
 
 @dataclass(frozen=True)
 class Resume:
-    """The rules for changing a part's own settings between a run and its resumption; each list is names between blanks.
+    """Rules for changing a part's own settings between a run and its resumption; each is a list of names."""
 
-    Attributes:
-        must_match: the run would be another one; each may be accepted by name.
-        of_state: must match too, and cannot be accepted: they decide which tensors a checkpoint holds.
-        may_change: and is told.
-        free: says nothing of what is trained.
-    """
-
-    must_match: str = ""
-    of_state: str = ""
-    may_change: str = ""
-    free: str = ""
+    must_match: str = ""  # the run would be another one; each may be accepted by name
+    of_state: str = ""  # must match too, and cannot be accepted: they decide which tensors a checkpoint holds
+    may_change: str = ""  # and is told
+    free: str = ""  # says nothing of what is trained
 
     def lists(self) -> dict[str, list[str]]:
         """Return the names in each list."""

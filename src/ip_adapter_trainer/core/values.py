@@ -52,15 +52,10 @@ class Geometry:
 
 @dataclass(frozen=True, order=True)
 class Need:
-    """One thing that a variant reads of a sample: a feature of one of its images.
+    """One thing that a variant reads of a sample: a feature of one of its images."""
 
-    Attributes:
-        role: what the image is, which decides the encoder that it goes to: `image`, or another that a variant names.
-        feature: one of the encoder's, as `image_embeds` or `penultimate`.
-    """
-
-    role: str
-    feature: str
+    role: str  # what the image is, which decides the encoder that it goes to: `image`, or another that a variant names
+    feature: str  # one of the encoder's, as `image_embeds` or `penultimate`
 
     @property
     def name(self) -> str:

@@ -24,11 +24,6 @@ def run_text_encoder(tokenizer: Any, encoder: Any, texts: Sequence[str]) -> Any:
 class Reach:
     """The length of text that the encoders of a base model read.
 
-    Usage::
-
-        reach = Reach(codec.tokenizers)
-        tokens = reach.tokens_if_cut([text for text in texts if not reach.surely_covers(text)])
-
     Attributes:
         tokens: number of tokens that all of them read, without the two that mark a text's start and end.
     """

@@ -26,11 +26,6 @@ _AHEAD_ROWS = 256  # looked through at first for rows of the same bucket; a set 
 class TrainingSet:
     """Batches by (index, row). All chance is drawn from (seed, purpose, index): the same pair gives the same sample.
 
-    Usage::
-
-        samples = TrainingSet(manifest, config, bucketing, seed=0, preprocess={"image": encoder.preprocess})
-        batch = samples.batch(sampler.step(0))
-
     With a prepared set, batches hold the encodings of the same images; every draw and every replacement of
     a faulty row is the same.
 

@@ -16,13 +16,6 @@ from ip_adapter_trainer.runtime.workers import Pool
 class Loader:
     """Gives the batches of one process.
 
-    Usage::
-
-        loader = Loader(samples, sampler, log, rank=0, world=1)
-        batches = loader.from_step(1200)
-        for _ in range(loader.micro_per_step):
-            batch = next(batches)
-
     Attributes:
         micro_per_step: micro-batches that make one process's part of a step.
     """

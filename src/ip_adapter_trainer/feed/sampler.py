@@ -31,13 +31,7 @@ Item = TypeVar("Item")
 
 
 class Sampler:
-    """Steps of `batch_images` images, all of one bucket.
-
-    Usage::
-
-        sampler = Sampler(bucketing.bucket_of_row, seed=0, batch_images=64)
-        for index, row in sampler.step(1234): ...
-    """
+    """Steps of `batch_images` images, all of one bucket."""
 
     def __init__(self, bucket_of_row: ArrayLike, *, seed: int, batch_images: int) -> None:
         numbers = np.asarray(bucket_of_row)

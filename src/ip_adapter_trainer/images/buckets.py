@@ -14,14 +14,7 @@ LATENT_STEP_PX = 8  # pixels per latent in each direction, of every autoencoder 
 
 @dataclass(frozen=True)
 class Buckets:
-    """Sizes in pixels (height, width), widest first.
-
-    Usage::
-
-        buckets = Buckets.ladder(1024, step_px=64, max_aspect=2.0)
-        number = buckets.nearest((900, 1600))
-        height, width = buckets.sizes_px[number]
-    """
+    """Sizes in pixels (height, width), widest first."""
 
     sizes_px: tuple[Size, ...]
     _limits: tuple[float, ...] = field(init=False, repr=False)  # log-aspects half-way between neighbours

@@ -114,11 +114,7 @@ def _with_hint(problem: Problem) -> Problem:
 
 
 def _folder_of(name: str, config: BaseConfig) -> Path:
-    """Return the folder with the encoder's config.json.
-
-    Raises:
-        Problem: there is none; what is there is named.
-    """
+    """Return the folder with the encoder's config.json."""
     repository, inner = _split(name, config.image_encoder_subfolder)
     inners = [inner] if inner else ["", "image_encoder"]
 
@@ -183,11 +179,7 @@ def _split(name: str, inner: str | None) -> tuple[str, str | None]:
 
 
 def _entry_of(settings: dict[str, Any], where: str) -> type[ImageEncoder]:
-    """Return the encoder whose config.json this is; one that does not say is CLIP's.
-
-    Raises:
-        Problem: there is none.
-    """
+    """Return the encoder whose config.json this is; one that does not say is CLIP's."""
     kind = settings.get("model_type", "clip")
     for _, entry in ENCODERS.items():
         if kind in entry.known_as:
@@ -228,11 +220,7 @@ def load_scorer(name: str) -> tuple[Any, Any, Any]:
 
 
 def _demand_size(processor: Any, side_px: int, name: str) -> None:
-    """Demands preprocessing to the side that a model takes.
-
-    Raises:
-        Problem: it makes images of another size.
-    """
+    """Demands preprocessing to the side that a model takes."""
     blank = Image.new("RGB", (side_px, side_px + 8))
     found = processor(images=[blank], return_tensors="pt")["pixel_values"].shape[-2:]
     if tuple(found) != (side_px, side_px):

@@ -25,21 +25,13 @@ _SMALL = re.compile(r"(?:[\w-]+/)?[\w.-]+\.(?:json|txt|model)")  # settings and 
 
 @dataclass(frozen=True)
 class Base:
-    """A base model on this machine.
+    """A base model on this machine."""
 
-    Attributes:
-        name: as it was given.
-        config: which of its files.
-        folder: with model_index.json, settings and tokenizers.
-        file: the checkpoint with all weights; None: they lie in the folder.
-        index: the content of model_index.json.
-    """
-
-    name: str
-    config: BaseConfig
-    folder: Path
-    file: OneFile | None
-    index: Mapping[str, Any] = field(repr=False)
+    name: str  # as it was given
+    config: BaseConfig  # which of its files
+    folder: Path  # with model_index.json, settings and tokenizers
+    file: OneFile | None  # the checkpoint with all weights; None: they lie in the folder
+    index: Mapping[str, Any] = field(repr=False)  # the content of model_index.json
 
     @classmethod
     def open(cls, name: str, config: BaseConfig) -> Base:
@@ -150,11 +142,7 @@ class Base:
 
 
 def _demand_flags(name: str, path: Path, config: BaseConfig) -> None:
-    """Demands that what is asked for has a meaning for what was found.
-
-    Raises:
-        Problem: a flag would do nothing.
-    """
+    """Demands that what is asked for has a meaning for what was found."""
     is_here = here(name, _PART) is not None
     for flag, value, is_meant, of in (
         ("--base_config", config.base_config, path.is_file(), "a checkpoint in one file"),
@@ -166,11 +154,7 @@ def _demand_flags(name: str, path: Path, config: BaseConfig) -> None:
 
 
 def _settings_of(file: OneFile, config: BaseConfig) -> Path:
-    """Return the folder with the settings of a checkpoint in one file.
-
-    Raises:
-        Problem: there is none, or it cannot be had.
-    """
+    """Return the folder with the settings of a checkpoint in one file."""
     what = "settings of the base model"
     if config.base_config is None:
         repository = file.settings_repository()
@@ -191,11 +175,7 @@ def _small(names: Sequence[str]) -> list[str]:
 
 
 def _index(folder: Path, given: str) -> dict[str, Any]:
-    """Return the content of model_index.json.
-
-    Raises:
-        Problem: there is none; a pipeline folder or checkpoint nearby is named.
-    """
+    """Return the content of model_index.json."""
     if (folder / INDEX).is_file():
         return read_config(folder, "the base model", INDEX)
     nearby = [folder.parent, *sorted(entry for entry in folder.iterdir() if entry.is_dir())]

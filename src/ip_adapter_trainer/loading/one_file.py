@@ -44,17 +44,11 @@ _REMEDY = "take the whole checkpoint, or a diffusers pipeline folder"
 
 @dataclass(frozen=True)
 class OneFile:
-    """A checkpoint in one file.
+    """A checkpoint in one file."""
 
-    Attributes:
-        path: of the file.
-        shapes: of all its tensors, by their names.
-        metadata: of its header.
-    """
-
-    path: Path
-    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
-    metadata: Mapping[str, str] = field(repr=False)
+    path: Path  # of the file
+    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)  # of all its tensors, by their names
+    metadata: Mapping[str, str] = field(repr=False)  # of its header
 
     @classmethod
     def open(cls, path: Path) -> OneFile:
@@ -164,11 +158,7 @@ class OneFile:
 def _converted(
     held: dict[str, Tensor], part: str, settings: Mapping[str, Any], name: str, where: str
 ) -> dict[str, Tensor]:
-    """Return the weights of one part under the names of diffusers or transformers.
-
-    Raises:
-        Problem: one without which nothing can be converted is missing.
-    """
+    """Return the weights of one part under the names of diffusers or transformers."""
     from diffusers.loaders import single_file_utils as convert
 
     made: dict[str, Tensor]

@@ -55,12 +55,6 @@ class FaultLog:
 
     Processes that share the folder share the file: each hears of what the others wrote before it adds to it.
 
-    Usage::
-
-        log = FaultLog(output_dir, manifest.entries, config.max_fault_rate)
-        log.add(manifest.faults)
-        log.add(batch.faults)
-
     Raises:
         Problem: what stands in the file's place is no file, or too large to be of these rows.
     """

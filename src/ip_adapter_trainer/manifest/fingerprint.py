@@ -21,19 +21,12 @@ SIDE = 1024  # a million rows: 2,001 sums, 32 kB in a checkpoint
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """A summary of all rows, by which they are known again.
+    """A summary of all rows, by which they are known again."""
 
-    Attributes:
-        sha256: over names, captions and prompt names in their order, hexadecimal; not over the images' bytes.
-        rows: how many.
-        lines: sum of each line's CRC-32, [ceil(rows / SIDE)] uint64.
-        columns: sum of each column's, [SIDE] uint64.
-    """
-
-    sha256: str
-    rows: int
-    lines: NDArray[np.uint64]
-    columns: NDArray[np.uint64]
+    sha256: str  # over names, captions and prompt names in their order, hexadecimal; not over the images' bytes
+    rows: int  # how many
+    lines: NDArray[np.uint64]  # sum of each line's CRC-32, [ceil(rows / SIDE)] uint64
+    columns: NDArray[np.uint64]  # sum of each column's, [SIDE] uint64
 
     def to_json(self) -> dict[str, Any]:
         """Return the fingerprint as JSON values."""
@@ -73,14 +66,7 @@ class Fingerprint:
 
 
 class Digest:
-    """Takes the rows one by one.
-
-    Usage::
-
-        digest = Digest()
-        digest.add(b"a row")
-        fingerprint = digest.fingerprint()
-    """
+    """Takes the rows one by one."""
 
     def __init__(self) -> None:
         self._whole = hashlib.sha256()

@@ -26,13 +26,7 @@ _SUM_BYTES = 32
 
 
 class Hashes:
-    """SHA-256 of each listed image, 48 bytes each; names are relative to the root of the image paths.
-
-    Usage::
-
-        hashes = Hashes.of("SHA256SUMS")
-        hashes.demand("a.png", content)
-    """
+    """SHA-256 of each listed image, 48 bytes each; names are relative to the root of the image paths."""
 
     def __init__(self, path: Path, names: bytes, checksums: bytes) -> None:
         keys = np.frombuffer(names, KEY)

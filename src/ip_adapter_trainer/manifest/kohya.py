@@ -14,13 +14,7 @@ _TEXTS = ("caption", "tags")  # joined in this order, as kohya's trainers do
 
 
 class Listed:
-    """Turns one key of such a list and its value into the fields of a row.
-
-    Usage::
-
-        listed = Listed(Path("pictures"), columns)
-        listed.fields("a", {"caption": "a star", "tags": "star, red"})  # {"image_file": "a.png", "text": "a star, ..."}
-    """
+    """Turns one key of such a list and its value into the fields of a row."""
 
     def __init__(self, root: Path, columns: Columns) -> None:
         self._root, self._columns = root.resolve(), columns

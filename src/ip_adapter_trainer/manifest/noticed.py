@@ -8,14 +8,7 @@ _NAMES = 3  # shown of each kind
 
 
 class Noticed:
-    """Counts by kind, with the first names of each.
-
-    Usage::
-
-        noticed = Noticed()
-        noticed.add(".heic files, not read", "a.heic")
-        print(noticed.in_short())
-    """
+    """Counts by kind, with the first names of each."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}

@@ -13,12 +13,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class StrictDecoder:
-    """Decodes one JSON value after another; NaN, Infinity and keys given twice are collected as faults.
-
-    Usage::
-
-        value, end, faults = StrictDecoder().value_at(text, start)
-    """
+    """Decodes one JSON value after another; NaN, Infinity and keys given twice are collected as faults."""
 
     def __init__(self) -> None:
         self._faults: list[Fault] = []

@@ -18,12 +18,6 @@ class RowTable(Sequence[Row]):
     """Rows made on demand, 24 bytes each beside their text.
 
     Forked data workers share the memory: there is no object per row whose reference count would unshare a page.
-
-    Usage::
-
-        table = RowTable()
-        table.append(Row("a.png", "a star"))
-        assert table[0] == Row("a.png", "a star")
     """
 
     def __init__(self) -> None:

@@ -28,13 +28,7 @@ _AGAIN = (
 
 @dataclass(frozen=True)
 class Runtime:
-    """The process that this is, its device, and the other processes of the command.
-
-    Usage::
-
-        with start(...) as runtime:  # the group is left at the end
-            runtime.barrier()
-    """
+    """The process that this is, its device, and the other processes of the command."""
 
     accelerator: Any
     rank: int
@@ -130,9 +124,6 @@ class Runtime:
         """Leaves the groups: one of their threads that met the interpreter's end would abort the process.
 
         The way out of a group of devices is a collective, and of most errors the others know nothing: then it is kept.
-
-        Raises:
-            LostProblem: in place of what the library raised because another process did not answer.
         """
         if self.world == 1:
             return

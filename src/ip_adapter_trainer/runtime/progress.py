@@ -19,13 +19,6 @@ FIRST_S, EVERY_S = 5.0, 30.0
 class Progress:
     """Tells how far work has come.
 
-    Usage::
-
-        with Progress(len(pictures), "picture") as progress:
-            for picture in pictures:
-                work(picture)
-                progress.update(1)
-
     Args:
         total: things to do.
         unit: one of them; "step" gives "step 120 of 400".

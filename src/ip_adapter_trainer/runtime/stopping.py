@@ -39,15 +39,7 @@ def _meeting_store() -> Any:
 
 
 class Stopping:
-    """Knows what a run's processes were asked, over all of them; one for each process, made when the group is.
-
-    Usage::
-
-        with StopSignal() as signal:
-            stopping = Stopping(signal, start(...))
-            with stopping.noted():
-                stopping.together(work)  # work(poll) calls poll() now and then
-    """
+    """Knows what a run's processes were asked, over all of them; one for each process, made when the group is."""
 
     def __init__(self, signal: StopSignal, runtime: Runtime) -> None:
         self._signal, self._runtime = signal, runtime

@@ -44,32 +44,16 @@ _STARTING = threading.Lock()  # a worker forked meanwhile would keep the end of 
 
 @dataclass(frozen=True)
 class Pool(Generic[K, V]):
-    """A function and the worker processes that call it.
+    """A function and the worker processes that call it."""
 
-    Usage::
-
-        pool = Pool(read_row, where=manifest.where, workers=4, timeout_s=300)
-        for value in pool.values(range(1000)): ...
-
-    Attributes:
-        function: makes the value of a key, in a worker.
-        where: tells where a key comes from, should workers be lost over it again and again.
-        workers: number of processes; 0: this one calls the function.
-        timeout_s: longest time that a worker may take for one value.
-        ahead: how many chunks of keys are handed out for each worker before their values are wanted.
-        chunk: keys that are handed out at a time; more than one for values that are quickly made.
-        pin: whether workers' tensors are received into pinned memory.
-        poll: called every now and then while a value is waited for.
-    """
-
-    function: Callable[[K], V]
-    where: Callable[[K], str]
-    workers: int
-    timeout_s: float
-    ahead: int = 2
-    chunk: int = 1
-    pin: bool = False
-    poll: Poll = no_poll
+    function: Callable[[K], V]  # makes the value of a key, in a worker
+    where: Callable[[K], str]  # tells where a key comes from, should workers be lost over it again and again
+    workers: int  # number of processes; 0: this one calls the function
+    timeout_s: float  # longest time that a worker may take for one value
+    ahead: int = 2  # how many chunks of keys are handed out for each worker before their values are wanted
+    chunk: int = 1  # keys that are handed out at a time; more than one for values that are quickly made
+    pin: bool = False  # whether workers' tensors are received into pinned memory
+    poll: Poll = no_poll  # called every now and then while a value is waited for
 
     def values(self, keys: Iterable[K]) -> Iterator[V]:
         """Yield the value of each key, in order.

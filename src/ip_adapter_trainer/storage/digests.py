@@ -36,13 +36,7 @@ def _content(part: bytes | str | int) -> bytes:
 
 @dataclass(frozen=True)
 class Digests:
-    """Many keys that differ in one part only.
-
-    Usage::
-
-        contents = Digests(framed("moments"), framed("vae"))
-        assert contents(b"a") == digest("moments", b"a", "vae")
-    """
+    """Many keys that differ in one part only."""
 
     before: bytes = b""  # parts before the one that differs, framed
     after: bytes = b""  # and those after it

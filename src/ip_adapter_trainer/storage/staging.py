@@ -50,14 +50,7 @@ def _settle(path: Path) -> None:
 
 @contextmanager
 def staged_file(final: Path) -> Iterator[Path]:
-    """Give a path to write; rename it to `final` when the block ends well, remove it when it does not.
-
-    Usage::
-
-        with staged_file(Path("adapter.safetensors")) as stage:
-            save_file(tensors, stage)
-            check(stage)
-    """
+    """Give a path to write; rename it to `final` when the block ends well, remove it when it does not."""
     stage = _stage_of(final)
     try:
         yield stage

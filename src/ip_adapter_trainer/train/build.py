@@ -64,11 +64,7 @@ def _start_from(path: str, model: Model, point: StartingPoint) -> None:
 
 
 def _demand_compilable(config: TrainConfig, runtime: Runtime) -> None:
-    """Refuse what compiling cannot go with, before anything is loaded.
-
-    Raises:
-        Problem: packed weights, or CUDA graphs without CUDA.
-    """
+    """Refuse what compiling cannot go with, before anything is loaded."""
     if config.compile != "off" and config.quantize != "none":
         what = "compiled blocks would hold packed weights in full between forward and backward"
         raise Problem(what, where="--compile --quantize", remedy="leave out one of the two")

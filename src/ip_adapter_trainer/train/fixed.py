@@ -32,11 +32,6 @@ _NO_CHANCE = {
 class FixedRows:
     """Rows of a manifest in an order drawn once, each with another image prompt; a row's index is its number.
 
-    Usage::
-
-        held_out = FixedRows(manifest, numbers, config, seed, bucketing, preprocess, prepared)
-        for batch in held_out.batches(16): ...
-
     Attributes:
         problem: where the first row is that could not be read, and why; empty: all could.
     """

@@ -16,13 +16,7 @@ from ip_adapter_trainer.train.config import LeanConfig
 
 @contextmanager
 def lean(model: Model, config: LeanConfig) -> Iterator[None]:
-    """Make an attached model's training step lean; afterwards its layers, processors and layout are what they were.
-
-    Usage::
-
-        with model.attached(), lean(model, config):
-            step(batch).backward()
-    """
+    """Make an attached model's training step lean; afterwards its layers, processors and layout are what they were."""
     denoiser = model.denoiser.net
     with ExitStack() as stack:
         laid_out = _channels_last(config, model.dtype)

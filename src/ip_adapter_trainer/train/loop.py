@@ -27,33 +27,22 @@ _GO_ON, _LAST, _BROKEN_OFF = range(3)  # what a process makes of a step: the gre
 
 @dataclass
 class Loop:
-    """One run from its first or resumed step to its last.
+    """One run from its first or resumed step to its last."""
 
-    Attributes:
-        state: what is trained.
-        loss_of: the loss of a micro batch, a scalar that reaches the adapter's parameters.
-        batches: this process's micro batches, without end.
-        micro_batches: of them that make its part of a step.
-        total_steps: of the run.
-        images_per_step: over all processes.
-        save_steps: steps between checkpoints.
-        stopped: set once all processes agreed to stop.
-    """
-
-    state: TrainState
-    loss_of: Callable[[Batch], Tensor]
-    batches: Iterator[Batch]
-    micro_batches: int
-    total_steps: int
-    images_per_step: int
-    save_steps: int
+    state: TrainState  # what is trained
+    loss_of: Callable[[Batch], Tensor]  # the loss of a micro batch, a scalar that reaches the adapter's parameters
+    batches: Iterator[Batch]  # this process's micro batches, without end
+    micro_batches: int  # of them that make its part of a step
+    total_steps: int  # of the run
+    images_per_step: int  # over all processes
+    save_steps: int  # steps between checkpoints
     validator: Validator
     saving: Saving
     log: StepLog
     track: Track
     runtime: Runtime
     stopping: Stopping
-    stopped: bool = False
+    stopped: bool = False  # set once all processes agreed to stop
 
     def run(self) -> None:
         """Train to the last step, or until asked to stop; what was trained is saved either way.

@@ -20,19 +20,12 @@ from ip_adapter_trainer.train.config import TrainConfig
 
 @dataclass(frozen=True)
 class RunRows:
-    """Rows as they were read, before any image is.
+    """Rows as they were read, before any image is."""
 
-    Attributes:
-        manifest: the training set, held-out rows included: rows keep their numbers.
-        held_out: which of its rows are not trained on, [rows].
-        validation: another set that validation looks at in their place.
-        looked_at: numbers of that set's rows, but for those that show an image that is trained on.
-    """
-
-    manifest: Manifest
-    held_out: NDArray[np.bool_]
-    validation: Manifest | None = None
-    looked_at: Sequence[int] = ()
+    manifest: Manifest  # the training set, held-out rows included: rows keep their numbers
+    held_out: NDArray[np.bool_]  # which of its rows are not trained on, [rows]
+    validation: Manifest | None = None  # another set that validation looks at in their place
+    looked_at: Sequence[int] = ()  # numbers of that set's rows, but for those that show an image that is trained on
 
     @property
     def trained(self) -> int:

@@ -19,14 +19,6 @@ class Saver:
 
     What the disk refuses is tried again until it is written, or a newer one takes its place.
 
-    Usage::
-
-        saver = Saver(output, keep=3)
-        saver.start(checkpoint.take(step, weights, card, state))
-        saver.check()  # between steps
-        saver.settle()  # before the next start
-        saver.finish()  # before the end
-
     Args:
         output: the run's folder.
         keep: whole checkpoints that stay; None: all.

@@ -25,20 +25,13 @@ LATEST = "latest"
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """The checkpoint that a run goes on from, if there is one.
+    """The checkpoint that a run goes on from, if there is one."""
 
-    Attributes:
-        folder: of the checkpoint; None: the run begins at its first step.
-        state: what the checkpoint remembers, tensors left out.
-        is_own: whether it lies in the run's own folder.
-        standing: steps of all checkpoints that lay there when this one was chosen, ascending.
-    """
-
-    folder: Path | None = None
+    folder: Path | None = None  # of the checkpoint; None: the run begins at its first step
     step: int = 0
-    state: Mapping[str, Any] | None = None
-    is_own: bool = False
-    standing: tuple[int, ...] = ()
+    state: Mapping[str, Any] | None = None  # what the checkpoint remembers, tensors left out
+    is_own: bool = False  # whether it lies in the run's own folder
+    standing: tuple[int, ...] = ()  # steps of all checkpoints that lay there when this one was chosen, ascending
 
     @property
     def lacks_validation(self) -> bool:
@@ -84,11 +77,7 @@ def _steps(output: Path) -> tuple[int, ...]:
 
 
 def _named(asked: str, output: Path) -> Path:
-    """The checkpoint of a path; a bare name may be one in the run's folder, as diffusers' scripts take it.
-
-    Raises:
-        Problem: there is none, or a damaged one.
-    """
+    """The checkpoint of a path; a bare name may be one in the run's folder, as diffusers' scripts take it."""
     folder = Path(asked)
     if not _is_there(folder) and len(folder.parts) == 1:
         folder = output / folder

@@ -131,11 +131,8 @@ class Table:
         fresh = np.flatnonzero(~self._sound[places])
         if not len(fresh):
             return []
-        numbers = places[fresh]
-        sound = (
-            checksums_of(self._keys[numbers], rows[[slots[place] for place in fresh.tolist()]])
-            == self._checksums[numbers]
-        )
+        numbers, copied = places[fresh], rows[[slots[place] for place in fresh.tolist()]]
+        sound = checksums_of(self._keys[numbers], copied) == self._checksums[numbers]
         self._sound[numbers[sound]] = True
         return numbers[~sound].tolist()
 
@@ -144,10 +141,8 @@ class Table:
         return self._shards[int(self._shard[place])].path
 
     def _located(self, place: int) -> tuple[mmap.mmap, int]:
-        number = int(self._shard[place])
-        return self._mapped(number), self._shards[number].starts["value"] + int(
-            self._row[place]
-        ) * self.kind.value_bytes
+        number, row = int(self._shard[place]), int(self._row[place])
+        return self._mapped(number), self._shards[number].starts["value"] + row * self.kind.value_bytes
 
     def values(self) -> NDArray[np.uint8]:
         """Return the bytes of all rows in the order of `keys`, [rows, bytes], in memory; for tables of small rows.
@@ -283,15 +278,13 @@ class TableWriter:
         written = values.reshape(len(values), -1).view(torch.uint8).numpy()
         name = hashlib.blake2b(joined, digest_size=KEY_BYTES)
         name.update(written.data)
-        checksums = torch.from_numpy(checksums_of(np.frombuffer(joined, KEY), written).view(np.uint8)).view(
-            -1, SUM_BYTES
-        )
+        checksums = checksums_of(np.frombuffer(joined, KEY), written).view(np.uint8).reshape(-1, SUM_BYTES)
         keys = torch.frombuffer(bytearray(joined), dtype=torch.uint8).view(-1, KEY_BYTES)
         final = self._folder / f"{name.hexdigest()}.safetensors"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with staged_file(final) as stage:
-                save_file({"key": keys, "sum": checksums, "value": values}, stage)
+                save_file({"key": keys, "sum": torch.from_numpy(checksums), "value": values}, stage)
         except refusals() as error:
             what = f"a shard of the prepared set was not saved: {reason_of(error)}"
             remedy = "make room and run the same command again; it goes on where it was"

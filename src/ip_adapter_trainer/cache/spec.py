@@ -43,9 +43,8 @@ class TextSpec:
     @cached_property
     def keys(self) -> tuple[Digests, ...]:
         """By the caption in UTF-8, for each table."""
-        return tuple(
-            Digests(framed(kind.name), framed(TEXT_FORMAT, self.encoders, str(kind.dtype))) for kind in self.tables
-        )
+        after = {kind: framed(TEXT_FORMAT, self.encoders, str(kind.dtype)) for kind in self.tables}
+        return tuple(Digests(framed(kind.name), after[kind]) for kind in self.tables)
 
 
 Views = tuple[View, ...]  # of one image, by the same pixels
@@ -108,13 +107,10 @@ class CacheSpec:
 
     def ways(self, target_px: Size, use: int) -> list[Way]:
         """Return all the ways in which an image of this bucket is encoded for this use."""
-        found: list[Way] = []
-        if use & TARGET:
-            found += [self.targets[target_px, mirrored] for mirrored in _sides(self.mirrors)]
-        if use & PROMPT:
-            sides = _sides(bool(use & MIRRORED_PROMPT))
-            found += [self.prompts[need, mirrored] for need in self.features for mirrored in sides]
-        return found
+        sides = (False, True) if self.mirrors else (False,)
+        prompt_sides = (False, True) if use & MIRRORED_PROMPT else (False,)
+        targets = [self.targets[target_px, mirrored] for mirrored in sides if use & TARGET]
+        return targets + [self.prompts[n, side] for n in self.features for side in prompt_sides if use & PROMPT]
 
     def views(self, content: bytes, size_px: Size, use: int) -> list[View]:
         """Return all the views of an image of this content and size that this use needs."""
@@ -126,10 +122,6 @@ class CacheSpec:
         if own is None:
             return [(row.image_file, TARGET | PROMPT | (MIRRORED_PROMPT if self.mirrors else 0))]
         return [(row.image_file, TARGET), (own, PROMPT)]
-
-
-def _sides(both: bool) -> tuple[bool, ...]:
-    return (False, True) if both else (False,)
 
 
 def random_cuts(config: CutConfig) -> list[str]:

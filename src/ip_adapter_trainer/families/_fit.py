@@ -19,12 +19,7 @@ _KINDS = {"9": " (inpainting)", "8": " (editing by instructions)", "7": " (upsca
 
 
 def demand_unet(settings: Settings, addition: str | None, where: str) -> None:
-    """Demand a UNet of the plain kind that its VAE and text encoders fit.
-
-    Args:
-        settings: of the parts that are to be loaded.
-        addition: what the UNet embeds beside the time: its `addition_embed_type`.
-        where: the base model, for messages.
+    """Demand a UNet of the plain kind, with this `addition_embed_type`, that its VAE and text encoders fit.
 
     Raises:
         Problem: it is of another kind, or something does not fit.
@@ -68,12 +63,9 @@ def _widths(unet: Mapping[str, Any], settings: Settings) -> str:
         return f"the text encoder's hidden_size is no number: {widths}"
     if widths and sum(widths) != dim:
         return f"this UNet reads text of width {dim}, the text encoders give {' + '.join(map(str, widths))}"
-    return _pooled(unet, settings.get("text_encoder_2", {}))
-
-
-def _pooled(unet: Mapping[str, Any], second: Mapping[str, Any]) -> str:
-    """SDXL reads the second text encoder's pooled text beside six numbers, so the two cannot change places."""
+    # SDXL reads the second text encoder's pooled text beside six numbers, so the two cannot change places.
     both, number = unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim")
+    second = settings.get("text_encoder_2", {})
     if not second or not isinstance(both, int) or not isinstance(number, int):
         return ""
     read, made = both - 6 * number, second.get("projection_dim", 512)

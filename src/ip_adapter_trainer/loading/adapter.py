@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,10 @@ def build_model(
     remembered = remembered_by(file, base, image_encoder)
     chosen = read_as(BaseConfig, how or BaseConfig(), remembered, str(file.path))
     noise = read_as(NoiseConfig, how or NoiseConfig(), remembered, str(file.path))
-    base_model = _load_base(file, base, chosen, noise, dtype, device)
-    encoders = _load_encoders(file, config, image_encoder, chosen, dtype, device)
+    with _named("base model", "pretrained_model_name_or_path", base, file) as name:
+        base_model = load_base(name, chosen, noise=noise.overrides(), dtype=dtype, device=device)
+    with _named("image encoder", "image_encoder_path", image_encoder, file) as name:
+        encoders = load_encoders(file.variant.needs, name, config, chosen, dtype=dtype, device=device)
     _demand_layout(file, base_model)
     _check_widths(file, file.layout.token_dim(base_model.denoiser), encoders)
     with torch.random.fork_rng():  # the initial weights are drawn at random, and then replaced
@@ -82,15 +85,11 @@ def remembered_by(file: AdapterFile, base: str | None, image_encoder: str | None
     card = file.card
     if card is None:
         return {}
-    forgotten = set(_OF_BASE) if base and not _is_same(base, card.pretrained_model_name_or_path) else set()
-    if image_encoder and not _is_same(image_encoder, card.image_encoder_path):
+    real = os.path.realpath  # names mean the same model, as far as their paths tell
+    forgotten = set(_OF_BASE) if base and real(base) != real(card.pretrained_model_name_or_path) else set()
+    if image_encoder and real(image_encoder) != real(card.image_encoder_path):
         forgotten.add("image_encoder_subfolder")
     return {name: value for name, value in card.loaded_with.items() if name not in forgotten}
-
-
-def _is_same(name: str, other: str) -> bool:
-    """Return whether two names mean the same model, as far as their paths tell."""
-    return os.path.realpath(name) == os.path.realpath(other)
 
 
 def read_adapter_into(model: Model, path: str | Path) -> AdapterFile:
@@ -122,51 +121,22 @@ def load_into(model: Model, file: AdapterFile) -> None:
     model.adapter.load_published(file.tables, str(file.path))
 
 
-def _load_base(
-    file: AdapterFile,
-    base: str | None,
-    config: BaseConfig,
-    noise: NoiseConfig,
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> BaseModel:
-    path = base or (file.card.pretrained_model_name_or_path if file.card else "")
-    if not path:
-        raise _unnamed("base model", "--pretrained_model_name_or_path", file)
+@contextmanager
+def _named(part: str, setting: str, given: str | None, file: AdapterFile) -> Iterator[str]:
+    """Give the name of a model, the user's or the file's; a problem with the file's says how to name another."""
+    name = given or getattr(file.card, setting, "")
+    if not name:
+        what = f"the adapter file does not name its {part}"
+        raise Problem(what, where=str(file.path), remedy=f"give it with --{setting}")
     try:
-        return load_base(path, config, noise=noise.overrides(), dtype=dtype, device=device)
+        yield name
     except Problem as problem:
-        raise problem if base else _moved(problem, "--pretrained_model_name_or_path", file) from problem
-
-
-def _load_encoders(
-    file: AdapterFile,
-    own: Part,
-    image_encoder: str | None,
-    config: BaseConfig,
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> dict[str, ImageEncoder]:
-    path = image_encoder or (file.card.image_encoder_path if file.card else "")
-    if not path:
-        raise _unnamed("image encoder", "--image_encoder_path", file)
-    try:
-        return load_encoders(file.variant.needs, path, own, config, dtype=dtype, device=device)
-    except Problem as problem:
-        raise problem if image_encoder else _moved(problem, "--image_encoder_path", file) from problem
-
-
-def _unnamed(part: str, flag: str, file: AdapterFile) -> Problem:
-    return Problem(f"the adapter file does not name its {part}", where=str(file.path), remedy=f"give it with {flag}")
-
-
-def _moved(problem: Problem, flag: str, file: AdapterFile) -> Problem:
-    """Return a problem with a path that the file names and the user never gave; one with a given flag is unchanged."""
-    where, remedy = problem.fault.where, problem.fault.remedy
-    if where.startswith("--"):
-        return problem
-    other = f"give another with {flag}"
-    return problem.but(where=f"{where}, named by {file.path}", remedy=f"{remedy}; or {other}" if remedy else other)
+        where, remedy = problem.fault.where, problem.fault.remedy
+        if given or where.startswith("--"):
+            raise
+        other = f"give another with --{setting}"
+        told = f"{remedy}; or {other}" if remedy else other
+        raise problem.but(where=f"{where}, named by {file.path}", remedy=told) from problem
 
 
 def _demand_layout(file: AdapterFile, base: BaseModel) -> None:

@@ -83,11 +83,7 @@ def load_base(
 
 
 def load_tokenizers(name: str, config: BaseConfig) -> list[Any]:
-    """Load the tokenizers of a base model, and nothing else of it.
-
-    Args:
-        name: see `load_base`.
-        config: which files of it.
+    """Load the tokenizers of a base model, see `load_base`, and nothing else of it.
 
     Raises:
         Problem: no base model of a known family there, or a tokenizer that is not its text encoder's.

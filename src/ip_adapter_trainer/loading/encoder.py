@@ -72,7 +72,10 @@ def load_encoder(
     try:
         model = load_module(kind, files, _PART, dtype=dtype, spare=spare, unread=unread)
     except Problem as problem:
-        raise _with_hint(problem) from problem
+        if "visual_projection.weight" not in problem.fault.what:
+            raise
+        remedy = f"{problem.fault.remedy}; --variant plus and full read no projection"
+        raise problem.but(remedy=remedy) from problem
     return entry(model.to(device), folder, name, is_mended=is_wrapped(files, _PART))
 
 
@@ -85,18 +88,10 @@ def load_encoders(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
 ) -> dict[str, ImageEncoder]:
-    """Load the encoders that a variant needs, by role.
+    """Load the encoders that a variant needs, by role; see `load_encoder`.
 
-    Args:
-        needs: features that are going to be read.
-        image_encoder: folder or hub id of the role `image`'s.
-        own: the variant's settings, which name those of other roles: `face_encoder_path` that of `face`.
-        config: which files of them.
-        dtype: of the weights.
-        device: where they are kept.
-
-    Raises:
-        Problem: see `load_encoder`.
+    `image_encoder` is that of the role `image`; the variant's `own` settings name those of other roles, such as
+    `face_encoder_path` that of `face`.
     """
     loaded = {}
     for role in dict.fromkeys(need.role for need in needs):
@@ -104,13 +99,6 @@ def load_encoders(
         features = [need.feature for need in needs if need.role == role]
         loaded[role] = load_encoder(path, config, features=features, dtype=dtype, device=device)
     return loaded
-
-
-def _with_hint(problem: Problem) -> Problem:
-    """Return the same problem; of an encoder without projection, with what else could be done."""
-    if "visual_projection.weight" not in problem.fault.what:
-        return problem
-    return problem.but(remedy=f"{problem.fault.remedy}; --variant plus and full read no projection")
 
 
 def _folder_of(name: str, config: BaseConfig) -> Path:
@@ -129,18 +117,14 @@ def _folder_of(name: str, config: BaseConfig) -> Path:
 
     path = find(repository, _PART, wanted, given=name)
     if path.is_file():
-        what, remedy = (
-            "an image encoder is a folder, and this is a file",
-            f"put it beside its {_CONFIG}, and name the folder",
-        )
-        raise Problem(what, where=name, remedy=remedy)
+        remedy = f"put it beside its {_CONFIG}, and name the folder"
+        raise Problem("an image encoder is a folder, and this is a file", where=name, remedy=remedy)
     for inner in inners:
         if (path / inner / _CONFIG).is_file():
             return path / inner
     if any(path.glob("open_clip*")):
-        raise Problem(
-            f"{_PART} is in open_clip's own layout", where=str(path), remedy=f"take transformers' form: {_REMEDY}"
-        )
+        remedy = f"take transformers' form: {_REMEDY}"
+        raise Problem(f"{_PART} is in open_clip's own layout", where=str(path), remedy=remedy)
     found = [file.parent for file in (*path.glob(f"*/{_CONFIG}"), *path.glob(f"*/*/{_CONFIG}"))]
     raise _without_settings(name, [folder.relative_to(path).as_posix() for folder in found if _is_encoder(folder)])
 
@@ -155,13 +139,9 @@ def _is_encoder(folder: Path) -> bool:
 
 def _without_settings(name: str, others: Sequence[str]) -> Problem:
     what = f"{_PART} has no {_CONFIG}, the settings without which nothing can be loaded"
-    named = f"name the folder with --image_encoder_subfolder: {' or '.join(sorted(others, key=_likeness)[:3])}"
+    likely = sorted(others, key=lambda folder: ("image_encoder" not in folder, folder))[:3]
+    named = f"name the folder with --image_encoder_subfolder: {' or '.join(likely)}"
     return Problem(what, where=name, remedy=named if others else _REMEDY)
-
-
-def _likeness(folder: str) -> tuple[bool, str]:
-    """Return what folders are sorted by: those that are called so first."""
-    return "image_encoder" not in folder, folder
 
 
 def _within(folder: str, file: str) -> str:
@@ -191,10 +171,7 @@ def _entry_of(settings: dict[str, Any], where: str) -> type[ImageEncoder]:
 
 
 def load_scorer(name: str) -> tuple[Any, Any, Any]:
-    """Load the CLIP model that scores, whole, in fp32, with its tokenizer and preprocessing.
-
-    Args:
-        name: folder or hub id.
+    """Load the CLIP model that scores, of a folder or hub id, whole, in fp32, with its tokenizer and preprocessing.
 
     Raises:
         Problem: no CLIP model, tokenizer and preprocessing there, or not whole.
@@ -215,14 +192,10 @@ def load_scorer(name: str) -> tuple[Any, Any, Any]:
         what = f"{_SCORER} is a {settings['model_type']}, and a CLIPModel with both halves is needed"
         raise Problem(what, where=name, remedy=remedy)
     model = load_module(CLIPModel, weights_in(folder, None, _SCORER), _SCORER, dtype=torch.float32)
-    _demand_size(processor, int(model.config.vision_config.image_size), name)
-    return model, load_tokenizer(folder, model.config.text_config.to_dict(), f"{_SCORER}: its tokenizer"), processor
-
-
-def _demand_size(processor: Any, side_px: int, name: str) -> None:
-    """Demands preprocessing to the side that a model takes."""
+    side_px = int(model.config.vision_config.image_size)
     blank = Image.new("RGB", (side_px, side_px + 8))
     found = processor(images=[blank], return_tensors="pt")["pixel_values"].shape[-2:]
     if tuple(found) != (side_px, side_px):
         what = f"{_SCORER} takes images of {side_px} px, its preprocessor makes {found[0]} x {found[1]}"
         raise Problem(what, where=f"{name}/preprocessor_config.json", remedy="copy or download the folder again")
+    return model, load_tokenizer(folder, model.config.text_config.to_dict(), f"{_SCORER}: its tokenizer"), processor

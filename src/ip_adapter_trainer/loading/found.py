@@ -95,10 +95,7 @@ class Base:
         return entry[1] if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str) else None
 
     def scheduler(self, noise: Mapping[str, Any]) -> Any:
-        """Return the scheduler; what a checkpoint says of itself goes before its settings, and `noise` before both.
-
-        Args:
-            noise: settings that the user overrules.
+        """Return the scheduler; what a checkpoint says goes before its settings, the user's `noise` before both.
 
         Raises:
             Problem: another noise process than those that are known.
@@ -124,21 +121,17 @@ class Base:
             return [*_small(listed), *(name for names in found for name in names)]
 
         find(self.name, _PART, wanted, self.config.revision)
-        self._demand_variant(asked, parts)
+        folders = [self.folder / part for part in parts]
+        known = variants_in([path.name for folder in folders if folder.is_dir() for path in folder.iterdir()])
+        if asked and asked not in known:
+            kinds = [str(variant) for variant in known if variant]
+            remedy = did_you_mean(asked, kinds) if kinds else "leave --weights_variant out"
+            raise Problem(f"the base model has no weights *.{asked}.safetensors", where=self.name, remedy=remedy)
         files = {part: weights_in(self.folder / part, asked, f"the base model's {part}") for part in parts}
         others = [f"{part} as {files[part].variant or 'plain'}" for part in parts if files[part].variant != asked]
         if others:
             say(f"the base model has no {asked or 'plain'} weights of these parts: taking {', '.join(others)}")
         return files
-
-    def _demand_variant(self, asked: str | None, parts: Sequence[str]) -> None:
-        folders = [self.folder / part for part in parts]
-        names = [path.name for folder in folders if folder.is_dir() for path in folder.iterdir()]
-        known = variants_in(names)
-        if asked and asked not in known:
-            others = [str(variant) for variant in known if variant]
-            remedy = did_you_mean(asked, others) if others else "leave --weights_variant out"
-            raise Problem(f"the base model has no weights *.{asked}.safetensors", where=self.name, remedy=remedy)
 
 
 def _demand_flags(name: str, path: Path, config: BaseConfig) -> None:
@@ -181,9 +174,8 @@ def _index(folder: Path, given: str) -> dict[str, Any]:
     nearby = [folder.parent, *sorted(entry for entry in folder.iterdir() if entry.is_dir())]
     found = [path for path in nearby if (path / INDEX).is_file()]
     found += [file for file in sorted(folder.glob("*.safetensors")) if _is_checkpoint(file)]
-    remedy = (
-        f"did you mean {found[0]}?" if found else "give a diffusers pipeline folder, a hub id or a .safetensors file"
-    )
+    forms = "give a diffusers pipeline folder, a hub id or a .safetensors file"
+    remedy = f"did you mean {found[0]}?" if found else forms
     raise Problem(f"cannot read {INDEX} of the base model: there is none", where=given, remedy=remedy)
 
 

@@ -121,15 +121,11 @@ def _brought(repository: str, part: str, revision: str | None, chosen: frozenset
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=sorted(map(_literal, chosen))))
+        patterns = sorted(re.sub(r"([*?[])", r"[\1]", name) for name in chosen)  # each matches one name only
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except Exception as error:
         what = f"cannot download {part} from the hub: {first_line(error)}"
         raise Problem(what, where=_endpoint(), remedy="try again: what has arrived is kept") from error
-
-
-def _literal(name: str) -> str:
-    """Return a pattern that matches one name only."""
-    return re.sub(r"([*?[])", r"[\1]", name)
 
 
 @cache

@@ -30,15 +30,9 @@ _BEGINNINGS: Mapping[str, tuple[str, ...]] = {
 }
 _WORDS = {"unet": "a UNet", "vae": "a VAE", "text_encoder": "a text encoder", "text_encoder_2": "a second text encoder"}
 _EDM = ("edm_mean", "edm_vpred.sigma_max")  # Playground v2.5, CosXL
-# Of training, beside the weights.
-_BESIDE = r"\.(loss|model_ema)\."
+_BESIDE = r"\.(loss|model_ema)\."  # of training, beside the weights
 _OPEN_CLIP = ("cond_stage_model.model.", "conditioner.embedders.1.model.")  # of SD2.x and SDXL
-# Of kohya's metadata.
-_PREDICTIONS = {
-    "v": "v_prediction",
-    "v_prediction": "v_prediction",
-    "epsilon": "epsilon",
-}
+_PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}  # of kohya's metadata
 _REMEDY = "take the whole checkpoint, or a diffusers pipeline folder"
 
 
@@ -84,9 +78,8 @@ class OneFile:
             return
         held = [words for part, words in _WORDS.items() if self.has(part)]
         holds = f"{' and '.join(held)} only" if held else f"other weights: {some(list(self.shapes))}"
-        what = (
-            f"this file is no whole checkpoint: it lacks {' and '.join(_WORDS[p] for p in lacking)}, and holds {holds}"
-        )
+        lacks = " and ".join(_WORDS[part] for part in lacking)
+        what = f"this file is no whole checkpoint: it lacks {lacks}, and holds {holds}"
         beside = self.path.parent.parent
         is_part = not held and (beside / "model_index.json").exists()
         raise Problem(what, where=str(self.path), remedy=f"give the pipeline folder {beside}" if is_part else _REMEDY)
@@ -127,14 +120,7 @@ class OneFile:
         return told
 
     def module(self, kind: Any, part: str, settings: Path, dtype: torch.dtype, spare: str) -> Any:
-        """Load one part, converted, whole.
-
-        Args:
-            kind: its class.
-            part: its name.
-            settings: folder with its config.json.
-            dtype: of the weights.
-            spare: see `load_module`.
+        """Load one part by its name, converted, whole; see `load_module`.
 
         Raises:
             Problem: weights are missing, left over or of another shape.

@@ -19,13 +19,7 @@ _REMEDY = "copy or download the folder again: tokenizer_config.json, and vocab.j
 
 
 def load_tokenizer(folder: Path, encoder: Mapping[str, Any], part: str, kind: Any = None) -> Any:
-    """Load a tokenizer.
-
-    Args:
-        folder: of its files.
-        encoder: settings of the text encoder.
-        part: its name in messages.
-        kind: its class; None: CLIP's.
+    """Load a tokenizer of some class, CLIP's by default, beside the settings of its text encoder.
 
     Raises:
         Problem: words or merges are missing, or they are another encoder's.
@@ -36,8 +30,7 @@ def load_tokenizer(folder: Path, encoder: Mapping[str, Any], part: str, kind: An
         if not folder.is_dir():
             raise FileNotFoundError("no such folder")
         tokenizer: Any = (kind or CLIPTokenizer).from_pretrained(str(folder))
-    fault = _fault(tokenizer, encoder)
-    if fault:
+    if fault := _fault(tokenizer, encoder):
         raise Problem(f"{part} {fault}", where=str(folder), remedy=_REMEDY)
     return tokenizer
 
@@ -45,10 +38,8 @@ def load_tokenizer(folder: Path, encoder: Mapping[str, Any], part: str, kind: An
 def _fault(tokenizer: Any, encoder: Mapping[str, Any]) -> str:
     """Return what is wrong with a tokenizer beside an encoder of such settings; empty: nothing."""
     is_clip = "clip" in str(encoder.get("model_type", "clip"))
-    words, positions = (
-        encoder.get("vocab_size", 49408),
-        encoder.get("max_position_embeddings", 77 if is_clip else 10**6),
-    )
+    words = encoder.get("vocab_size", 49408)
+    positions = encoder.get("max_position_embeddings", 77 if is_clip else 10**6)
     found, end = len(tokenizer), encoder.get("eos_token_id")
     if not isinstance(words, int) or not isinstance(positions, int):
         return f"belongs to a text encoder whose settings say vocab_size {words}, max_position_embeddings {positions}"

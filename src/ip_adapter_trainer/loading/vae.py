@@ -30,10 +30,7 @@ _FLAG = "--pretrained_vae_model_name_or_path"
 def load_vae(config: BaseConfig, base: Path, dtype: torch.dtype) -> Any:
     """Load the VAE that `pretrained_vae_model_name_or_path` names: a folder, hub id or .safetensors file.
 
-    Args:
-        config: names the VAE.
-        base: folder of the base model; a single file takes the settings of its VAE.
-        dtype: of the weights.
+    A single file takes the settings of the VAE in the folder of the base model.
 
     Raises:
         Problem: nothing is there, or it is no `AutoencoderKL`, or not whole.

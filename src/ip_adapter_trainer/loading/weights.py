@@ -93,12 +93,7 @@ def choose_variant(variants: set[str | None], asked: str | None, part: str, wher
 def wanted_weights(listed: Iterable[str], folder: str, asked: str | None, part: str, where: str) -> list[str]:
     """Return the weight files of one part, in one variant, among the files of a repository.
 
-    Args:
-        listed: names, relative to the repository.
-        folder: the part's, relative too; empty: the repository itself.
-        asked: the variant that was asked for.
-        part: its name in messages.
-        where: the repository, for messages.
+    The names listed and the part's folder are relative to the repository; see `choose_variant`.
     """
     inside = [Path(name) for name in listed if Path(name).parent.as_posix() == (folder or ".")]
     variant = choose_variant(variants_in(path.name for path in inside), asked, part, where)
@@ -181,7 +176,7 @@ def load_tensors(
     spare: str = SPARE,
     unread: str | None = None,
 ) -> Any:
-    """Load one frozen module from tensors [...] in memory, and demand that it is whole.
+    """Load one frozen module from tensors [...] in memory, and demand that it is whole; see `load_module`.
 
     Args:
         kind: its class.
@@ -192,9 +187,6 @@ def load_tensors(
         dtype: of the weights.
         spare: see `load_module`.
         unread: see `load_module`.
-
-    Raises:
-        Problem: see `load_module`.
     """
     demand_numbers([name for name, tensor in tensors.items() if not tensor.is_floating_point()], part, where)
     quiet_loading()
@@ -223,13 +215,16 @@ def _made(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[nn.Module, dict
     return model, {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched}
 
 
+@torch.no_grad()
 def _judged(model: Any, info: dict[str, Any], part: str, where: str, spare: str, unread: str | None) -> Any:
-    """Return a module, frozen; raise a `Problem` if it is not whole."""
+    """Return a module, frozen; raise a `Problem` if it is not whole. What nothing reads is zeros at every load."""
     lacking = _missing(model, info)
     _judge(model, info, lacking, part, where, spare, unread)
     if lacking:
         say(f"{part} lacks {some(lacking)}, which nothing reads here")
-        _fill(model, lacking)
+        tensors = dict(_tensors(model))
+        for name in lacking:
+            tensors[name].zero_()
     return model.eval().requires_grad_(False)
 
 
@@ -244,21 +239,17 @@ def names_of(weights: Weights, part: str) -> list[str]:
         try:
             with safe_open(file, "pt") as opened:
                 keys = list(opened.keys())
-                coded = [key for key in keys if not _is_float(opened, key)]
+                dtypes = {key: str(opened.get_slice(key).get_dtype()) for key in keys}
         except (SafetensorError, OSError) as error:
             raise damaged(file, part, error) from error
+        coded = [key for key in keys if not dtypes[key].startswith(("F", "BF"))]
         demand_numbers(coded, part, str(file))
         names += keys
     return names
 
 
 def demand_numbers(coded: Sequence[str], part: str, where: str) -> None:
-    """Demand weights that are numbers, not the integer codes of a quantized model.
-
-    Args:
-        coded: names of the integer tensors; tables of positions may be among them.
-        part: the module's name in messages.
-        where: the file, for messages.
+    """Demand weights that are numbers, but for tables of positions; `coded` names the integer tensors.
 
     Raises:
         Problem: there are codes of a quantized model.
@@ -270,13 +261,7 @@ def demand_numbers(coded: Sequence[str], part: str, where: str) -> None:
 
 
 def damaged(file: Path, part: str, error: Exception) -> Problem:
-    """Return the problem with a weights file that cannot be read.
-
-    Args:
-        file: the file.
-        part: the module's name in messages.
-        error: what its reader raised.
-    """
+    """Return the problem with a weights file whose reader raised an error."""
     if (known := mistaken(file)) is not None:
         return Problem(f"{part} is {known[0]}", where=str(file), remedy=known[1])
     what, remedy = f"cannot load {part}: {first_line(error)}", "the file is damaged: copy or download it again"
@@ -290,10 +275,6 @@ def is_wrapped(weights: Weights, part: str) -> bool:
         Problem: the files cannot be read.
     """
     return any(_unwrapped(name) != name for name in names_of(weights, part))
-
-
-def _is_float(opened: Any, key: str) -> bool:
-    return str(opened.get_slice(key).get_dtype()).startswith(("F", "BF"))
 
 
 def _unwrapped(name: str) -> str:
@@ -328,9 +309,8 @@ def _judge(
     needed = [name for name in lacking if not (unread and re.search(unread, name))]
     if info["mismatched_keys"]:
         told = [f"{n} is {list(found)}, expected {list(own)}" for n, found, own in sorted(info["mismatched_keys"])]
-        what = (
-            f"{part} has {len(told)} of {total} weights in other shapes than its config.json says: {some(told, '; ')}"
-        )
+        what = f"{part} has {len(told)} of {total} weights in other shapes than its config.json says"
+        what += f": {some(told, '; ')}"
         raise Problem(what, where=where, remedy="take the config.json that belongs to these weights, or another copy")
     if needed:
         what = f"{part} lacks {len(needed)} of {total} weights: {some(needed)}"
@@ -339,14 +319,6 @@ def _judge(
     if extra:
         what = f"{part} has {len(extra)} weights that its config.json knows no place for: {some(extra)}"
         raise Problem(what, where=where, remedy="take the config.json that belongs to these weights, or another copy")
-
-
-@torch.no_grad()
-def _fill(model: nn.Module, names: Sequence[str]) -> None:
-    """Set weights that nothing reads to zeros, so that the model is the same at every load."""
-    tensors = dict(_tensors(model))
-    for name in names:
-        tensors[name].zero_()
 
 
 def read_config(folder: Path, part: str, name: str = "config.json") -> dict[str, Any]:

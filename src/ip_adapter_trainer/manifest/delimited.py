@@ -16,12 +16,7 @@ DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
 def read_delimited(path: Path, columns: Columns, usual: str) -> Iterator[Entry]:
-    """Yield the entries of a table whose header line names the columns.
-
-    Args:
-        path: of the table.
-        columns: their names, by which the delimiter is found.
-        usual: the delimiter where the header does not tell it.
+    """Yield the entries of a table whose header line names the columns; the `usual` delimiter is that of its suffix.
 
     Raises:
         Problem: the header lacks a column, or a line is too long.

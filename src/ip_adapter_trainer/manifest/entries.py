@@ -46,9 +46,8 @@ def open_manifest(path: Path) -> BinaryIO:
         stream = open_regular(path)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise Problem(
-            f"the manifest cannot be read: {reason}", where=str(path), remedy="correct --data_json_file"
-        ) from error
+        what = f"the manifest cannot be read: {reason}"
+        raise Problem(what, where=str(path), remedy="correct --data_json_file") from error
     if stream.read(2) in _UTF16:
         stream.close()
         raise Problem("the manifest is UTF-16", where=str(path), remedy="save it as UTF-8")

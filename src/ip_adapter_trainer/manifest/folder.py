@@ -63,21 +63,16 @@ def read_folder(folder: Path, columns: Columns, config: ReadConfig, noticed: Not
         text = _caption(root, pair.caption, allow_outside=config.allow_outside_root)
         if text is None:
             missing += 1
-            text = _instead(pair, config, noticed)
+            text = Fault("missing_caption", f"there is no {_own(pair.caption)}", "", "write one; it may be empty")
+            if config.missing_captions == "empty":
+                noticed.add(_EMPTY, pair.image)
+                text = ""
         if isinstance(text, Fault):
             yield Entry(number, None, (text,), pair.image)
         else:
             yield Entry(number, {columns.image: pair.image, columns.text: text}, (), pair.image)
     if 0 < number == missing and config.missing_captions == "error":
         raise _no_captions(folder, number, pair.caption, noticed)
-
-
-def _instead(pair: _Pair, config: ReadConfig, noticed: Noticed) -> str | Fault:
-    """Return what takes the place of a caption that is missing."""
-    if config.missing_captions == "empty":
-        noticed.add(_EMPTY, pair.image)
-        return ""
-    return Fault("missing_caption", f"there is no {_own(pair.caption)}", "", "write one; it may be empty")
 
 
 def _no_captions(folder: Path, images: int, caption: str, noticed: Noticed) -> DataProblem:
@@ -172,17 +167,13 @@ class _Walk:
             yield before, sorted(name for name in files if not name.startswith("."))
 
     def _enters(self, folder: Path) -> bool:
-        if not self._follows:
-            if folder.is_symlink():
-                self._noticed.add(_LINKED, self._name(folder))
-                return False
-            return True
-        identity = _identity(folder)
-        if identity in self._known:
-            self._noticed.add(_AGAIN, self._name(folder))
-            return False
-        self._known.add(identity)
-        return True
+        identity = _identity(folder) if self._follows else None
+        why = _AGAIN if identity in self._known else _LINKED if identity is None and folder.is_symlink() else ""
+        if why:
+            self._noticed.add(why, self._name(folder))
+        elif identity is not None:
+            self._known.add(identity)
+        return not why
 
     def _closed(self, error: OSError) -> None:
         self._noticed.add(_CLOSED, self._name(Path(error.filename)))

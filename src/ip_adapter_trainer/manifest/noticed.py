@@ -23,12 +23,9 @@ class Noticed:
 
     def named(self) -> dict[str, int]:
         """Return the counts by kind, the first names with each kind."""
-        return {one_line(f"{kind}: {self._names(kind)}"): count for kind, count in self.counts.items()}
+        more = {kind: ", ..." * (count > _NAMES) for kind, count in self.counts.items()}
+        return {one_line(f"{k}: {', '.join(self.first[k])}{more[k]}"): count for k, count in self.counts.items()}
 
     def in_short(self) -> str:
         """Return the counts on one line; empty if there are none."""
         return "; ".join(f"{kind}: {count}" for kind, count in self.counts.items())
-
-    def _names(self, kind: str) -> str:
-        names = ", ".join(self.first[kind])
-        return names if self.counts[kind] <= _NAMES else f"{names}, ..."

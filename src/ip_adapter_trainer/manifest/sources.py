@@ -35,12 +35,7 @@ class OpenedManifest:
 
 
 def open_source(config: ReadConfig, columns: Columns, noticed: Noticed) -> OpenedManifest:
-    """Open a manifest: a file by its suffix, a folder by what is in it.
-
-    Args:
-        config: names the manifest.
-        columns: the names of its columns.
-        noticed: takes what reading a folder notices that is no fault.
+    """Open a manifest: a file by its suffix, a folder by what is in it, of which `noticed` takes what is no fault.
 
     Raises:
         Problem: not there, or of no known form. Reading on may raise it too, where the file breaks off.

@@ -34,10 +34,7 @@ def metadata_in(folder: Path) -> Path | None:
 def trained_part(folder: Path, noticed: Noticed, *, follows: bool) -> Path:
     """Return what is trained on of a folder: its `train` folder if it has splits, else all of it.
 
-    Args:
-        folder: as the settings name it.
-        noticed: takes what lies beside the `train` folder.
-        follows: whether linked folders are taken too.
+    `noticed` takes what lies beside the `train` folder; with `follows`, linked folders are taken too.
 
     Raises:
         Problem: the folder cannot be read.
@@ -52,13 +49,10 @@ def trained_part(folder: Path, noticed: Noticed, *, follows: bool) -> Path:
     for name in others:
         way = f"validate on one by train --validation_data {folder / others[0]}"
         noticed.add(f"splits beside {trained[0]}, not trained on ({way})", name)
-    for name in _names(folder, lambda name: name not in splits and (_is_image(name) or (folder / name).is_dir())):
-        noticed.add(f"folders and pictures beside {trained[0]}, not read", name)
+    for name in _names(folder, lambda name: name not in splits):
+        if PurePath(name).suffix.lower() in IMAGE_SUFFIXES or (folder / name).is_dir():
+            noticed.add(f"folders and pictures beside {trained[0]}, not read", name)
     return folder / trained[0]
-
-
-def _is_image(name: str) -> bool:
-    return PurePath(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 def _is_folder(path: Path, follows: bool) -> bool:

@@ -21,9 +21,7 @@ from ip_adapter_trainer.storage.staging import lock, sweep
 T = TypeVar("T")
 
 _PATIENCE_S = 30.0  # until the others are asked for; torch itself gives up after half an hour
-_AGAIN = (
-    "see what the other processes said; start all of them again, with --resume_from_checkpoint latest if it trained"
-)
+_AGAIN = "see what the others said; start all processes again, with --resume_from_checkpoint latest if it trained"
 
 
 @dataclass(frozen=True)
@@ -136,9 +134,8 @@ class Runtime:
 
 def _is_loss(error: BaseException) -> bool:
     """Return whether a library says that another process did not answer; gloo does so without a class of its own."""
-    return isinstance(error, torch.distributed.DistError) or (
-        isinstance(error, RuntimeError) and "/gloo/" in str(error)
-    )
+    is_gloo = isinstance(error, RuntimeError) and "/gloo/" in str(error)
+    return is_gloo or isinstance(error, torch.distributed.DistError)
 
 
 def _accelerator(trackers: Sequence[str], output_dir: str, logging_dir: str) -> Any:
@@ -206,17 +203,13 @@ def claimed(folder: Path, runtime: Runtime, flag: str = "--output_dir") -> Itera
         Problem: another run holds it.
         StorageProblem: the disk refuses.
     """
-    held, problem = None, None
-    if runtime.is_main:
-        try:
+    held = None
+    with runtime.agreed():
+        if runtime.is_main:
             with as_storage_problem():
                 folder.mkdir(parents=True, exist_ok=True)
                 held = lock(folder, flag)
-        except Problem as found:
-            problem = found
-        else:
             sweep(folder)
-    runtime.agree(problem)
     try:
         yield
     finally:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ip_adapter_trainer.core.settings import Part
-from ip_adapter_trainer.core.values import AttentionLayer
 from ip_adapter_trainer.layouts import LAYOUTS, Layout
 
 
@@ -18,16 +14,6 @@ class PrefixLayout(Layout):
 
     families = ("sd", "sdxl", "pixart")
     variants = ("base", "plus", "full")
-
-    def layers(self, denoiser: Any) -> list[AttentionLayer]:
-        """See `Layout.layers`: there are none."""
-        return []
-
-    def module(self, layer: AttentionLayer, token_dim: int, config: Part) -> Any:
-        """See `Layout.module`."""
-        raise NotImplementedError("there are no layers")
-
-    processor = module  # nothing is put into a layer either
 
     def condition(self, text: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
         """See `Layout.condition`: a context [B, L + N, D], and a mask [B, L + N] where there is one."""

@@ -35,12 +35,7 @@ _OTHER_NAMES = {
 
 
 def base_guess(context_dim: int, widths: Sequence[int]) -> str:
-    """Return the base model that an adapter was made for, and how certain that is.
-
-    Args:
-        context_dim: width of the tokens.
-        widths: output width of each adapted layer, in the order of their numbers.
-    """
+    """Return the base model that an adapter was made for, by the widths of tokens and layers, and how certain it is."""
     name, known = _BASES.get(context_dim, ("", []))
     if name and list(widths) == known:
         return f"{name} (certain: {len(known)} layers of its widths, tokens {context_dim} wide)"
@@ -67,22 +62,13 @@ class Foreign:
 
 _FLUX_ONLY: Mapping[Reader, str] = {"original": "has no FLUX adapter", "comfy": "has no FLUX adapter"}
 _SD3_ONLY: Mapping[Reader, str] = {"original": "has no SD3 adapter", "comfy": "has no SD3 adapter"}
-_KOLORS_FACE = Foreign(
-    "Kolors FaceID-Plus",
-    {"diffusers": "computes 4 tokens, the file makes 6", "original": "has no Kolors adapter"},
-)
+_NO_KOLORS: Mapping[Reader, str] = {
+    "diffusers": "computes 4 tokens, the file makes 6", "original": "has no Kolors adapter",
+}  # fmt: skip
 
 
 def _has(shapes: Shapes, part: str) -> bool:
     return any(part in name for name in shapes)
-
-
-def _is_face_mlp(shapes: Shapes) -> bool:
-    return {"image_proj.proj.2.weight", "image_proj.norm.weight"} <= shapes.keys()
-
-
-def _reads_face(shapes: Shapes) -> bool:
-    return all(shapes.get(name) == shape for name, shape in _FACE_RESAMPLER.items())
 
 
 _KINDS: tuple[tuple[Callable[[Shapes], bool], Foreign], ...] = (
@@ -93,7 +79,10 @@ _KINDS: tuple[tuple[Callable[[Shapes], bool], Foreign], ...] = (
         lambda s: "ip_adapter.0.to_k_ip.weight" in s,
         Foreign("FLUX, InstantX", {**_FLUX_ONLY, "diffusers": "wants biases, and 4 or 16 tokens of one layer"}),
     ),
-    (lambda s: s.get("image_proj.perceiver_resampler.layers.0.0.to_out.weight", (0,))[0] == 4096, _KOLORS_FACE),
+    (
+        lambda s: s.get("image_proj.perceiver_resampler.layers.0.0.to_out.weight", (0,))[0] == 4096,
+        Foreign("Kolors FaceID-Plus", _NO_KOLORS),
+    ),
     (
         lambda s: _has(s, "image_proj.perceiver_resampler."),
         Foreign("FaceID-Plus", remark="PlusV2 has the same tensors: ComfyUI tells it by 'plusv2' in the file's path"),
@@ -102,14 +91,10 @@ _KINDS: tuple[tuple[Callable[[Shapes], bool], Foreign], ...] = (
         lambda s: _has(s, ".to_q_lora."),
         Foreign("FaceID", remark="diffusers needs peft for its LoRA, ComfyUI wants the LoRA in a file of its own"),
     ),
-    (_is_face_mlp, Foreign("FaceID-Portrait")),
+    (lambda s: {"image_proj.proj.2.weight", "image_proj.norm.weight"} <= s.keys(), Foreign("FaceID-Portrait")),
     (
-        _reads_face,
-        Foreign(
-            "InstantID, or Portrait of un-normalised embeddings",
-            {"original": "has no such class"},
-            is_unnorm=True,
-        ),
+        lambda s: s.items() >= _FACE_RESAMPLER.items(),
+        Foreign("InstantID, or Portrait of un-normalised embeddings", {"original": "has no such class"}, "", True),
     ),
 )
 

@@ -88,18 +88,14 @@ def _read_safetensors(path: Path) -> RawFile:
 
 
 def _read_bin(path: Path) -> RawFile:
-    named = _unique(_flatten(_load(path), set()))
-    tensors = {name: tensor for name, tensor in named.items() if not _FROZEN.match(name)}
-    return RawFile(path, "bin", tensors, {}, len(named) - len(tensors))
-
-
-def _load(path: Path) -> Mapping[str, Any]:
     mapped = zipfile.is_zipfile(path)  # files of torch before 1.6 are no zip archives, and are read whole
     demand_table(path, mapped)
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     if not isinstance(content, Mapping):
         raise ValueError(f"it holds a {type(content).__name__}, not tables of tensors")
-    return content
+    named = _unique(_flatten(content, set()))
+    tensors = {name: tensor for name, tensor in named.items() if not _FROZEN.match(name)}
+    return RawFile(path, "bin", tensors, {}, len(named) - len(tensors))
 
 
 def _flatten(content: Mapping[str, Any], seen: set[int], prefix: str = "") -> Iterator[tuple[str, Tensor]]:

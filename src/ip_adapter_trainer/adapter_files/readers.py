@@ -57,7 +57,7 @@ def _of_origin(origin: Origin) -> dict[Reader, str]:
     if origin == "published":
         return {}
     if origin == "comfy":
-        reason = "does not look for the pairs under adapter_modules; export the file"
+        reason = "does not look for weights under adapter_modules; export the file"
         return {"diffusers": reason, "original": reason}
     return dict.fromkeys(get_args(Reader), "takes no training checkpoint; export it")
 

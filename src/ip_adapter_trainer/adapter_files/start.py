@@ -33,11 +33,9 @@ def fitting_config(file: AdapterFile) -> Part:
 
 
 def flags_to_fit(file: AdapterFile, built: Shapes | None = None) -> list[str]:
-    """Return the flags that give a projector the file's sizes.
+    """Return the flags that give a projector the sizes of a file that `fitting_config` accepts.
 
-    Args:
-        file: one that `fitting_config` accepts.
-        built: shapes of a projector of the same variant; None: those without any flags.
+    They are told beside `built`, shapes of a projector of the same variant; None: those without any flags.
     """
     kind = file.variant.Config
     mine = file.variant.facts(built or _built(file.variant, kind(), file))

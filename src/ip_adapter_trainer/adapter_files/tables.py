@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,7 @@ _ORDER = {"down_blocks": 0, "up_blocks": 1, "mid_block": 2}  # module order of d
 
 @dataclass(frozen=True)
 class Tables:
-    """The projector's and the pairs' tensors under their published names."""
+    """The projector's and the layers' tensors under their published names."""
 
     origin: Origin
     image_proj: dict[str, Tensor]
@@ -69,17 +70,15 @@ def tables_of(raw: RawFile, named: str | None) -> Tables:
 
 
 def _layout_of(layers: Mapping[str, Tensor]) -> str:
-    """The layout that owns layer weights; the published one, which says what is wrong, if none does."""
+    """Return the layout that owns layer weights; the published one, which says what is wrong, if none does."""
     shapes = {name: tuple(tensor.shape) for name, tensor in layers.items()}
     return next((name for name, entry in LAYOUTS.items() if entry().owns(shapes)), "unet")
 
 
 def _found(raw: RawFile) -> str:
-    """A short list of what a file holds: the first parts of its tensors' names, with counts."""
-    counts = {"unet": raw.frozen} if raw.frozen else {}
-    for name in raw.tensors:
-        head = name.split(".")[0]
-        counts[head] = counts.get(head, 0) + 1
+    """List in short what a file holds: the first parts of its tensors' names, with counts."""
+    counts = Counter({"unet": raw.frozen} if raw.frozen else {})
+    counts.update(name.split(".")[0] for name in raw.tensors)
     shown = [f"{head} ({count})" for head, count in counts.items()]
     more = [f"and {len(shown) - 6} more"] if len(shown) > 6 else []
     return ", ".join(shown[:6] + more) or "no tensors"
@@ -90,7 +89,7 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _renumber(processors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor], dict[int, str]]:
-    """Pairs under the UNet's own layer names, to pairs under the numbers of the contract.
+    """Bring pairs under the UNet's own layer names to the numbers of the contract.
 
     Names are sorted by the numbers in them: a .safetensors file lists block 10 before block 2.
     """
@@ -108,7 +107,7 @@ def _renumber(processors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, T
 
 
 def _place(layer: str, path: Path) -> tuple[int, ...]:
-    """A layer's place among all layers: down, up, mid, then block, attention, transformer block."""
+    """Return a layer's place among all layers: down, up, mid, then block, attention, transformer block."""
     match = _LAYER.fullmatch(layer)
     if match is None:
         what = f"the place of unet.{layer} among the layers cannot be told from its name"
@@ -118,7 +117,7 @@ def _place(layer: str, path: Path) -> tuple[int, ...]:
 
 
 def _check_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Every tensor holds numbers of a type that weights have: what holds none can claim any width."""
+    """Demand numbers in every tensor, of a type that weights have: what holds none can claim any width."""
     for name, tensor in tensors.items():
         if not tensor.numel():
             what = f"{name} has the shape {list(tensor.shape)}, which holds nothing"

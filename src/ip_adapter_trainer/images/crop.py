@@ -59,12 +59,9 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def random_part(image: Image.Image, min_share: float, draws: tuple[float, float, float]) -> Image.Image:
-    """Return a part with the image's own aspect that keeps at least `min_share` of its area.
+    """Return a part with the image's own aspect that keeps at least `min_share` of its area, in (0, 1].
 
-    Args:
-        image: any image.
-        min_share: smallest share of the area, in (0, 1].
-        draws: how much, how far down, how far right, each in [0, 1).
+    `draws` decides how much, how far down and how far right, each in [0, 1).
     """
     side_share = math.sqrt(min_share + (1 - min_share) * draws[0])
     part_px = math.ceil(image.height * side_share), math.ceil(image.width * side_share)

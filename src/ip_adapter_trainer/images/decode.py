@@ -11,12 +11,12 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, TypeVar
 
 from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
@@ -27,6 +27,8 @@ from ip_adapter_trainer.images.colour import NotFiniteSamplesError, fold_key, ha
 from ip_adapter_trainer.images.formats import HEAD_BYTES, is_known, package_for, readable
 from ip_adapter_trainer.images.limits import MOST_MEGAPIXELS, MOST_PROFILE_BYTES, Limits
 from ip_adapter_trainer.storage.files import NotRegularError, open_regular
+
+V = TypeVar("V")
 
 _READABLE = readable()
 FORMATS = tuple(_READABLE)
@@ -95,13 +97,12 @@ def decode(source: Path | bytes, limits: Limits, background: Colour = (255, 255,
     with _opened(source, limits) as image:
         fold_key(image)
         _check_scans(image)
-        others = _has_other_colours(image)
+        others = _told(lambda: has_other_colours(image), False)
         image.load()
         turn = _orientation(image)  # after load: Pillow turns a TIFF itself, and then no longer says so
         picture, left_out = to_rgb(image, background)
-        noted: dict[Note, bool] = {
-            "several_frames": _has_several_frames(image), "profile_left_out": left_out, "not_srgb": others,
-        }  # fmt: skip
+        frames = _told(lambda: bool(getattr(image, "is_animated", False)), False)
+        noted: dict[Note, bool] = {"several_frames": frames, "profile_left_out": left_out, "not_srgb": others}
     upright = picture.transpose(_TURNS[turn]) if turn in _TURNS else picture
     return DecodedImage(upright, tuple(note for note, is_so in noted.items() if is_so))
 
@@ -133,8 +134,9 @@ def read_file(path: Path, limits: Limits) -> tuple[bytes, os.stat_result]:
 
 @contextmanager
 def _opened(source: Path | bytes, limits: Limits) -> Iterator[ImageFile.ImageFile]:
-    """The picture with its header checked; whatever goes wrong inside the block becomes a `ImageFault`."""
-    _raise_pillows_limit(limits.max_pixels)
+    """Give the picture with its header checked; whatever goes wrong inside the block becomes an `ImageFault`."""
+    if Image.MAX_IMAGE_PIXELS is not None:  # which also holds for what is cropped later, and is never lowered
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, limits.max_pixels)
     with _stream(source, limits) as stream, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -150,12 +152,6 @@ def _opened(source: Path | bytes, limits: Limits) -> Iterator[ImageFile.ImageFil
             raise
         except Exception as error:  # a broken file can make Pillow raise nearly anything
             raise _fault_of(error, stream, limits) from error
-
-
-def _raise_pillows_limit(max_pixels: int) -> None:
-    """Has Pillow, which also looks at what is cropped later, take what our limits allow; its limit is never lowered."""
-    if Image.MAX_IMAGE_PIXELS is not None:
-        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
 
 
 def _stream(source: Path | bytes, limits: Limits) -> BinaryIO:
@@ -260,13 +256,6 @@ def _too_many_pixels(what: str, pixels: int, limits: Limits) -> ImageFault:
     return ImageFault("too_many_pixels", f"the picture claims {what}, {over}", remedy)
 
 
-def _has_other_colours(image: ImageFile.ImageFile) -> bool:
-    try:
-        return has_other_colours(image)
-    except Exception:  # what cannot be read says nothing, as with the orientation
-        return False
-
-
 def _fault_of(error: Exception, stream: BinaryIO, limits: Limits) -> ImageFault:
     if isinstance(error, NotFiniteSamplesError):
         return ImageFault("not_finite", str(error), _REPLACE)
@@ -277,7 +266,8 @@ def _fault_of(error: Exception, stream: BinaryIO, limits: Limits) -> ImageFault:
         return ImageFault("too_many_pixels", "the picture takes more memory than there is", "shrink it")
     if isinstance(error, OSError) and error.errno is not None:
         return ImageFault("unreadable", f"the file cannot be read ({error.strerror})", "check the disk and retry")
-    head = _head(stream)
+    stream.seek(0)
+    head = stream.read(HEAD_BYTES)
     if isinstance(error, UnidentifiedImageError) and (package := package_for(head, FORMATS)):
         remedy = f"install {package}, convert it to PNG or JPEG, or remove the row"
         return ImageFault("not_a_picture", "a picture of a format that cannot be read here", remedy)
@@ -290,20 +280,13 @@ def _fault_of(error: Exception, stream: BinaryIO, limits: Limits) -> ImageFault:
     return ImageFault("damaged", f"the picture is damaged, cut short or of an unusual kind ({reason})", _REPLACE)
 
 
-def _head(stream: BinaryIO) -> bytes:
-    stream.seek(0)
-    return stream.read(HEAD_BYTES)
-
-
 def _orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # broken EXIF says nothing; the pixels may still be sound
-        return 1
+    return _told(lambda: int(image.getexif().get(_ORIENTATION_TAG, 1)), 1)
 
 
-def _has_several_frames(image: Image.Image) -> bool:
+def _told(ask: Callable[[], V], otherwise: V) -> V:
+    """Return what a picture says beside its pixels; broken EXIF, colours or second frames say nothing."""
     try:
-        return bool(getattr(image, "is_animated", False))
-    except Exception:  # a broken second frame; the first has been read
-        return False
+        return ask()
+    except Exception:
+        return otherwise

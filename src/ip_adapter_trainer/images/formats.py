@@ -20,17 +20,14 @@ _BRANDS = {  # by which a file of ISO/IEC 14496-12, of which there are films too
     b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIF", b"heix": "HEIF", b"heim": "HEIF", b"heis": "HEIF",
     b"hevc": "HEIF", b"hevx": "HEIF",
 }  # fmt: skip
-_HELP = {
-    "AVIF": "a Pillow that reads AVIF (pip install -U pillow)",
-    "HEIF": "pillow-heif (pip install pillow-heif)",
-}
+_HELP = {"AVIF": "a Pillow that reads AVIF (pip install -U pillow)", "HEIF": "pillow-heif (pip install pillow-heif)"}
 HEAD_BYTES = 64  # of a file, enough for all that is asked here
 
 
 def readable() -> dict[str, tuple[str, ...]]:
     """Return the suffixes of each format that can be read in this environment, by Pillow's name of it."""
-    built_in = {name: suffixes for name, suffixes in _BUILT_IN.items() if _has(name.lower())}
-    return _ALWAYS | built_in | (_HEIF if _register_heif() else {})
+    own = [name for name in _BUILT_IN if name.lower() in features.modules and features.check(name.lower())]
+    return _ALWAYS | {name: _BUILT_IN[name] for name in own} | (_HEIF if _register_heif() else {})
 
 
 def is_known(head: bytes) -> bool:
@@ -50,10 +47,6 @@ def _by_brand(head: bytes) -> str | None:
     box = head[: int.from_bytes(head[:4], "big")]
     brands = [box[8:12], *(box[at : at + 4] for at in range(16, len(box), 4))]
     return next((_BRANDS[brand] for brand in brands if brand in _BRANDS), None)
-
-
-def _has(module: str) -> bool:
-    return module in features.modules and bool(features.check(module))
 
 
 def _register_heif() -> bool:

@@ -29,15 +29,10 @@ _KEPT = 16  # conversions, of which one takes up to 3 MB beside its profile
 
 
 def to_srgb(image: Image.Image, mode: str, profile: object) -> tuple[Image.Image, bool]:
-    """Convert a picture of 8 bits to sRGB by its profile.
-
-    Args:
-        image: of any mode, which may be changed.
-        mode: of the result, RGB or RGBA.
-        profile: what Pillow found as its profile, None if nothing.
+    """Convert a picture of 8 bits, which may be changed, to sRGB by the profile that Pillow found in it, or None.
 
     Returns:
-        The picture, and whether it has a profile that was left out.
+        The picture in `mode`, RGB or RGBA, and whether it has a profile that was left out.
     """
     space = _space(profile)
     if profile is None or (space, image.mode) == (b"Lab ", "LAB"):
@@ -81,7 +76,7 @@ def _of_gray(profile: bytes, mode: str) -> Conversion:
     levels = _transform(profile, "L", "RGB", _PRECISE).apply(Image.fromarray(ramp[None]))
     table: NDArray[np.uint8] = np.asarray(levels)[0].T  # [3, 256]
     if _is_same(table, ramp):
-        return _unchanged
+        return lambda picture: picture
     opacity = ramp[None, :] if mode == "RGBA" else ramp[:0]
     return lambda picture: picture.point([*table.ravel().tolist(), *opacity.ravel().tolist()])
 
@@ -91,15 +86,11 @@ def _of_rgb(profile: bytes, mode: str) -> Conversion:
     steps = np.arange(0, 256, 17, dtype=np.uint8)
     cube = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(64, 64, 3)
     turned = transform.apply(Image.fromarray(cube).convert(mode)).convert("RGB")
-    return _unchanged if _is_same(np.asarray(turned), cube) else transform.apply_in_place
+    return (lambda picture: picture) if _is_same(np.asarray(turned), cube) else transform.apply_in_place
 
 
 def _is_same(turned: NDArray[np.uint8], samples: NDArray[np.uint8]) -> bool:
     return bool(np.abs(turned.astype(int) - samples).max() <= _ROUNDING)
-
-
-def _unchanged(picture: Image.Image) -> Image.Image:
-    return picture
 
 
 def _transform(profile: bytes, mode: str, into: str, flags: ImageCms.Flags) -> ImageCms.ImageCmsTransform:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -46,7 +45,7 @@ class Probe:
     encoder: Any  # the image encoder of the role `image`
 
 
-class Layout(ABC):
+class Layout:
     """The place of an adapter in a denoiser, and the form of its files.
 
     A subclass lives in a file of its own and registers a name. A variant and a base model each list the layouts that
@@ -66,17 +65,20 @@ class Layout(ABC):
 
     Config: ClassVar[type[Part]] = Part
 
-    @abstractmethod
     def layers(self, denoiser: Any) -> list[AttentionLayer]:
-        """Return the attention layers that files hold weights for, in the order and numbering of the file contract."""
+        """Return the attention layers that files hold weights for, in the order and numbering of the file contract.
 
-    @abstractmethod
+        There are none by default; a layout with layers also says `module` and `processor`.
+        """
+        return []
+
     def module(self, layer: AttentionLayer, token_dim: int, config: Part) -> Any:
         """Return the module trained at a layer, a `LayerModule`, for tokens of width `token_dim`."""
+        raise NotImplementedError
 
-    @abstractmethod
     def processor(self, layer: AttentionLayer, module: Any, prompt: ImagePrompt, original: Any) -> Any:
         """Return a diffusers attention processor for a layer; without an image prompt, it calls the original one."""
+        raise NotImplementedError
 
     def token_dim(self, denoiser: Any) -> int:
         """Return the width of image tokens: by default, that of the text that the denoiser reads."""
@@ -137,12 +139,7 @@ def choose_layout(
 ) -> Layout:
     """Return the layout that is asked for, else the first that a variant and a base model go with.
 
-    Args:
-        asked: its name; None: none is.
-        variant: the variant's name.
-        of_variant: layouts that the variant lists.
-        family: the base model's family.
-        of_base: layouts that its denoiser lists, the usual one first.
+    Both list the layouts that they know, the base model's usual one first; layouts may add themselves to either.
 
     Raises:
         Problem: they have none in common, or not the one that is asked for.
@@ -173,12 +170,7 @@ def make_layout(name: str) -> Layout:
 def choose_layers(
     layers: Sequence[AttentionLayer], names: Sequence[str], groups: Mapping[str, Sequence[str]]
 ) -> list[AttentionLayer]:
-    """Return the layers that names stand for: `all`, a group, or the beginning of layers' names.
-
-    Args:
-        layers: all of them.
-        names: as a user gives them.
-        groups: names for sets of layers, each by the beginnings of their names.
+    """Return the layers that names stand for: `all`, a group of beginnings, or the beginning of layers' names.
 
     Raises:
         Problem: a name that stands for no layer.

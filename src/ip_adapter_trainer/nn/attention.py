@@ -100,15 +100,9 @@ def decoupled_attention(
     scale: float,
     mask: Tensor | None,
 ) -> Tensor:
-    """Return equation 8 of the paper, [B, L, C], before the output projection.
+    """Return equation 8 of the paper, [B, L, C], before the output projection, for a query [B, L, C].
 
-    Args:
-        query: [B, L, C].
-        text: keys and values [B, M, C] of the text prompt.
-        image: keys and values [B, N, C] of the image prompt.
-        heads: number of attention heads.
-        scale: weight of the image branch.
-        mask: additive text mask [B, heads, 1 or L, M], or None.
+    Keys and values are [B, M, C] of the text, [B, N, C] of the image; the mask [B, heads, 1 or L, M] is the text's.
     """
     return attend(query, *text, heads, mask) + scale * attend(query, *image, heads, None)
 
@@ -121,8 +115,8 @@ class DecoupledProcessor:
     diffusers' own: it passes on to a processor only what it finds in its signature.
     """
 
-    def __init__(self, pair: ImageKV, prompt: ImagePrompt, original: Any) -> None:
-        self.pair, self.prompt, self.original = pair, prompt, original
+    def __init__(self, module: Any, prompt: ImagePrompt, original: Any) -> None:
+        self.module, self.prompt, self.original = module, prompt, original
 
     def __call__(
         self,
@@ -134,22 +128,27 @@ class DecoupledProcessor:
         **kwargs: Any,
     ) -> Tensor:
         """Return the layer's output [B, L, C] for hidden states [B, L, C]."""
-        if not self.prompt.active:
+        if not self.is_active:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs)
-        out = self._attended(attn, hidden_states, encoder_hidden_states, attention_mask)
-        for layer in attn.to_out:
-            out = layer(out)
-        return out
+        return self.attended(attn, hidden_states, encoder_hidden_states, attention_mask)
 
-    def _attended(self, attn: Any, hidden_states: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
-        """Return the decoupled attention [B, L, C] before the output projection."""
+    @property
+    def is_active(self) -> bool:
+        """True if the layer's own processor does not run alone."""
+        return self.prompt.active
+
+    def attended(self, attn: Any, hidden_states: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Return the layer's output [B, L, C] by decoupled attention."""
         prompt = self.prompt
         assert context is not None and prompt.tokens is not None
         if attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
-        text, image = (attn.to_k(context), attn.to_v(context)), self.pair(prompt.tokens)
+        text, image = (attn.to_k(context), attn.to_v(context)), self.module(prompt.tokens)
         query = attn.to_q(hidden_states)
-        return decoupled_attention(query, text, image, attn.heads, prompt.scale, prepared_mask(attn, mask, context))
+        out = decoupled_attention(query, text, image, attn.heads, prompt.scale, prepared_mask(attn, mask, context))
+        for layer in attn.to_out:
+            out = layer(out)
+        return out
 
 
 class AddedKV(ImageKV):

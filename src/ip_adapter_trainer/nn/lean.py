@@ -141,15 +141,9 @@ def lean_geglu(layer: GEGLU, hidden_states: Tensor) -> Tensor:
 
 
 def lean_residual(block: ResnetBlock2D, input_tensor: Tensor, temb: Tensor | None) -> Tensor:
-    """Compute diffusers' residual block in the one shape that the frozen nets have it in; see `_is_plain`.
+    """Compute diffusers' residual block, [B, C, H, W] to [B, D, H, W], in the shape that frozen nets have it in.
 
-    Args:
-        block: whose layers.
-        input_tensor: [B, C, H, W].
-        temb: time embedding [B, T], where the block has a layer for it.
-
-    Returns:
-        [B, D, H, W].
+    See `_is_plain`; `temb` [B, T] is the time's embedding, where the block has a layer for it.
     """
     hidden = block.conv1(_norm_silu(block.norm1, input_tensor))
     if block.time_emb_proj is not None:
@@ -195,8 +189,6 @@ def _is_plain(block: Any) -> bool:
 def lean_layers(net: nn.Module, *, products: bool) -> AbstractContextManager[None]:
     """Let a frozen net's layers keep less for a while; parameters and their names stay where they are.
 
-    Args:
-        net: whose layers.
-        products: whether convolutions may compute as matrix products; for nets that are laid out channels-last.
+    With `products`, convolutions of a channels-last net may compute as matrix products.
     """
     return forwards_replaced((layer, lean) for layer in net.modules() if (lean := _lean_forward(layer, products)))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ip_adapter_trainer.nn.attention import ImageKV, ImagePrompt, attend, prepared_mask
+from ip_adapter_trainer.nn.attention import DecoupledProcessor, ImageKV, attend, prepared_mask
 
 
 class LowRank(nn.Module):
@@ -42,42 +41,26 @@ class LoraAttention(ImageKV):
         if self.is_cross:
             super().start_from(attention)
 
-    @torch.no_grad()
-    def silence(self) -> None:
-        """Set the pair and the deltas to zero."""
-        for parameter in self.parameters():
-            parameter.zero_()
 
+class LoraProcessor(DecoupledProcessor):
+    """Decoupled attention with deltas; the query of the image branch has its delta too, as in the published code."""
 
-class LoraProcessor:
-    """A diffusers attention processor with deltas and decoupled attention; without image tokens, the original runs.
+    @property
+    def is_active(self) -> bool:
+        """True with image tokens, at scale 0 too: readers keep the deltas on."""
+        return self.prompt.tokens is not None
 
-    The query of the image branch has its delta too, as in the published FaceID code.
-    """
-
-    def __init__(self, module: LoraAttention, prompt: ImagePrompt, original: Any) -> None:
-        self.module, self.prompt, self.original = module, prompt, original
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Attention [B, L, C] -> [B, L, C]."""
+    def attended(self, attn: Any, hidden_states: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Return the layer's output [B, L, C] by self-attention or decoupled attention, each with its deltas."""
         deltas, prompt, x = self.module, self.prompt, hidden_states
-        if prompt.tokens is None:
-            return self.original(attn, x, encoder_hidden_states, attention_mask, temb, **kwargs)
-        context = x if encoder_hidden_states is None else encoder_hidden_states
-        mask = prepared_mask(attn, attention_mask, context)
+        context = x if context is None else context
+        mask = prepared_mask(attn, mask, context)
         query = attn.to_q(x) + deltas.to_q_lora(x)
         key = attn.to_k(context) + deltas.to_k_lora(context)
         value = attn.to_v(context) + deltas.to_v_lora(context)
         out = attend(query, key, value, attn.heads, mask)
         if deltas.is_cross and prompt.scale:
+            assert prompt.tokens is not None
             image_key, image_value = deltas(prompt.tokens)
             out = out + prompt.scale * attend(query, image_key, image_value, attn.heads)
         return attn.to_out[1](attn.to_out[0](out) + deltas.to_out_lora(out))

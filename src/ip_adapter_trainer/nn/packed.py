@@ -156,7 +156,11 @@ def pack(net: nn.Module, storage: Storage, device: torch.device | str, spared: C
     if storage == "none":
         return
     if storage == "nf4":
-        _demand_bitsandbytes()
+        try:
+            import bitsandbytes  # noqa: F401
+        except ImportError as error:
+            remedy = "pip install 'ip_adapter_trainer[bnb]', or take --quantize int8, which needs nothing"
+            raise Problem("nf4 needs bitsandbytes", where="--quantize", remedy=remedy) from error
     packed = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}
     names = [name for name, layer in net.named_modules() if type(layer) in packed and not spared(name)]
     for name in names:  # no list of layers, which would keep the weights of all of them to the end
@@ -167,11 +171,3 @@ def pack(net: nn.Module, storage: Storage, device: torch.device | str, spared: C
 def packed_weights(net: nn.Module) -> int:
     """Count the weights that a net keeps as codes."""
     return sum(layer.shape.numel() for layer in net.modules() if isinstance(layer, _Packed))
-
-
-def _demand_bitsandbytes() -> None:
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        remedy = "pip install 'ip_adapter_trainer[bnb]', or take --quantize int8, which needs nothing"
-        raise Problem("nf4 needs bitsandbytes", where="--quantize", remedy=remedy) from error

@@ -58,9 +58,6 @@ def judge_alone(device_type: str) -> None:
 
     It then sets the address of a group, and no size of it.
 
-    Args:
-        device_type: of this process, which is the only one.
-
     Raises:
         Problem: there may be one on each of several machines, which would each train a run of its own.
     """

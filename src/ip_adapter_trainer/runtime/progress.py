@@ -17,14 +17,7 @@ FIRST_S, EVERY_S = 5.0, 30.0
 
 
 class Progress:
-    """Tells how far work has come.
-
-    Args:
-        total: things to do.
-        unit: one of them; "step" gives "step 120 of 400".
-        initial: done before.
-        shown: tells nothing without.
-    """
+    """Tells how far work has come, in units of which some were done before: "step 120 of 400"; or nothing."""
 
     def __init__(self, total: int, unit: str, *, initial: int = 0, shown: bool = True) -> None:
         self._total, self._unit, self._done, self._began_at = total, unit, initial, initial

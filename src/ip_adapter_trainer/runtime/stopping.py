@@ -80,10 +80,7 @@ class Stopping:
             raise Stopped(self.exit_code)
 
     def together(self, work: Callable[[Poll], None]) -> None:
-        """Work on every process, each at its own pace, and wait until all are done.
-
-        Args:
-            work: takes `poll`; no collective may be in it.
+        """Work on every process, each at its own pace, and wait until all are done; no collective may be in it.
 
         Raises:
             Stopped: on all processes, if any was asked to stop before all were done.

@@ -54,12 +54,8 @@ def sha256_of(file: Path) -> str:
 def verified(folder: Path, names: Iterable[str] | None = None, *, required: Iterable[str] = ()) -> bool:
     """Return whether a checkpoint's files have the sizes and hashes that its manifest lists.
 
-    Files outside the folder are never looked at.
-
-    Args:
-        folder: a checkpoint.
-        names: the files to look at; all of the manifest's by default.
-        required: files that the manifest must name.
+    All of them are looked at, or those of some `names`; the manifest must name the required ones. Files outside the
+    folder are never looked at.
     """
     return _as_listed(folder, names, required, hashed=True)
 

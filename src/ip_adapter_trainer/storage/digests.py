@@ -16,22 +16,13 @@ _MANY = 256  # from so many on it pays to search in order: each step then finds 
 
 def digest(*parts: bytes | str | int) -> bytes:
     """Return the 16-byte key under which a thing is kept: a hash of all that decides it, each part with its length."""
-    digest = hashlib.blake2b(digest_size=KEY_BYTES)
-    for part in parts:
-        content = _content(part)
-        digest.update(len(content).to_bytes(8, "little"))
-        digest.update(content)
-    return digest.digest()
+    return hashlib.blake2b(framed(*parts), digest_size=KEY_BYTES).digest()
 
 
 def framed(*parts: bytes | str | int) -> bytes:
     """Return the bytes that `digest` hashes for these parts: each with its length before it."""
-    contents = [_content(part) for part in parts]
+    contents = [part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass") for part in parts]
     return b"".join([len(content).to_bytes(8, "little") + content for content in contents])
-
-
-def _content(part: bytes | str | int) -> bytes:
-    return part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
 
 
 @dataclass(frozen=True)
@@ -57,15 +48,10 @@ class Digests:
 def places_of(keys: Sequence[bytes], among: NDArray[np.bytes_]) -> NDArray[np.int64]:
     """Return the first place of each key among sorted keys [N], as [keys]; -1 for one that is not there."""
     wanted = np.frombuffer(b"".join(keys), KEY)
-    places = _search(among, wanted) if len(wanted) >= _MANY else np.searchsorted(among, wanted)
+    places = np.empty(len(wanted), np.int64)
+    # Of many keys, asked in nearly their order: that of their first halves.
+    order = np.argsort(wanted.view(">u8")[::2].astype(np.uint64)) if len(wanted) >= _MANY else slice(None)
+    places[order] = np.searchsorted(among, wanted[order])
     there = places < len(among)
     there[there] = among[places[there]] == wanted[there]
     return np.where(there, places, -1)
-
-
-def _search(among: NDArray[np.bytes_], wanted: NDArray[np.bytes_]) -> NDArray[np.int64]:
-    """`np.searchsorted`, asked in nearly the order of the addresses: that of their first halves."""
-    order = np.argsort(wanted.view(">u8")[::2].astype(np.uint64))
-    places = np.empty(len(wanted), np.int64)
-    places[order] = np.searchsorted(among, wanted[order])
-    return places

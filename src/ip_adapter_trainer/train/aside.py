@@ -37,12 +37,7 @@ def set_aside(output: Path, parent: Path | None, step: int) -> None:
     """Move those checkpoints of a run's folder aside that do not lead to where the run goes on, and say so.
 
     Whenever it is broken off, each of them is whole in one of the two places, and the folder's newest one stays so
-    until the others have moved.
-
-    Args:
-        output: the run's folder, claimed.
-        parent: the checkpoint that the run goes on from, read already; None: it begins afresh.
-        step: of that checkpoint.
+    until the others have moved. Without a `parent` the run begins afresh.
 
     Raises:
         StorageProblem: the disk refuses.
@@ -54,7 +49,8 @@ def set_aside(output: Path, parent: Path | None, step: int) -> None:
         return
     try:
         aside = _new_folder(output)
-        _move(_grids(output, last), aside / _GRIDS)
+        named = [(file, _GRID.fullmatch(file.name)) for file in sorted(output.glob(f"{_GRIDS}/*.png"))]
+        _move([file for file, match in named if match and int(match.group(1)) > last], aside / _GRIDS)
         _move(folders, aside)
     except OSError as error:
         what, remedy = f"cannot set checkpoints aside: {reason_of(error)}", "make room, or give another --output_dir"
@@ -63,7 +59,9 @@ def set_aside(output: Path, parent: Path | None, step: int) -> None:
     why = f"newer than {parent.name}" if parent and is_own else why
     whence = ", from which this run goes on" if parent else ""
     how = "what is whole can be exported or resumed by its path there"
-    say(f"{_named(folders)} {why}{whence}: kept in {aside}; {how}")
+    first, last_name, count_of = folders[0].name, folders[-1].name, len(folders)
+    several = f"{first} and {last_name} are" if count_of == 2 else f"{first} to {last_name} ({count_of}) are"
+    say(f"{f'{first} is' if count_of == 1 else several} {why}{whence}: kept in {aside}; {how}")
 
 
 def _new_folder(output: Path) -> Path:
@@ -75,22 +73,8 @@ def _new_folder(output: Path) -> Path:
     return free
 
 
-def _grids(output: Path, last: int) -> list[Path]:
-    """The grids of later steps than the last that stays."""
-    named = [(file, _GRID.fullmatch(file.name)) for file in sorted(output.glob(f"{_GRIDS}/*.png"))]
-    return [file for file, match in named if match and int(match.group(1)) > last]
-
-
 def _move(paths: Sequence[Path], folder: Path) -> None:
     if paths:
         folder.mkdir(exist_ok=True)
     for path in paths:
         path.rename(folder / path.name)
-
-
-def _named(folders: Sequence[Path]) -> str:
-    """The first and the last."""
-    ends = [folder.name for folder in (folders[0], folders[-1])]
-    if len(folders) == 1:
-        return f"{ends[0]} is"
-    return f"{' and '.join(ends)} are" if len(folders) == 2 else f"{' to '.join(ends)} ({len(folders)}) are"

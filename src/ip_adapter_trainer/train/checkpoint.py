@@ -58,14 +58,7 @@ class Snapshot:
 
 
 def take(step: int, weights: Mapping[str, Tensor], card: AdapterCard, state: Mapping[str, Any]) -> Snapshot:
-    """Copy all that a checkpoint holds into the host's memory.
-
-    Args:
-        step: optimizer steps done.
-        weights: the adapter's published state dict, tensors of any shape [...].
-        card: the adapter's description.
-        state: nested state of JSON values and tensors [...].
-    """
+    """Copy all that a checkpoint holds into the host's memory: weights [...], nested JSON values and tensors [...]."""
     tensors, skeleton = flatten(dict(state), "state")
     copied = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in weights.items()}
     return Snapshot(step, copied, card, tensors, skeleton)
@@ -111,11 +104,8 @@ def _check_room(output: Path, tensors: list[Tensor]) -> None:
 def prune(newest: Path, keep: int | None) -> None:
     """Remove checkpoints older than the `keep` newest whole ones, by renaming first, once the newest has verified.
 
-    Of the others only the sizes are looked at. Where the disk refuses, a line says so and the next save tries again.
-
-    Args:
-        newest: the checkpoint that was just written; the others stand beside it.
-        keep: whole checkpoints that stay; None: all stay.
+    Of the others, beside it, only the sizes are looked at; with None all stay. Where the disk refuses, a line says so
+    and the next save tries again.
     """
     folders = all_checkpoints(newest.parent)
     line = folders[: folders.index(newest) + 1] if newest in folders else []

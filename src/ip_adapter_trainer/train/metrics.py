@@ -18,12 +18,8 @@ _MAX_LINE_BYTES = 2**16  # a line takes some hundred
 def cut_metrics(output: Path, step: int, validated: int) -> None:
     """Take back the lines of later steps, and what a kill tore at the end.
 
-    A validation's numbers of `step` itself stay only where the checkpoint knows of them: else it is done again.
-
-    Args:
-        output: the run's folder.
-        step: that the run goes on from; -1: no line stays.
-        validated: the step of the last validation that the run's checkpoint knows of.
+    The run goes on from `step`; at -1 no line stays. A validation's numbers of that step itself stay only where the
+    checkpoint knows of them, as its last one is that of step `validated`: else it is done again.
 
     Raises:
         Problem: what stands in the file's place is no file.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,26 +20,21 @@ _SAYS_NOTHING = ("_class_name", "_diffusers_version", "_name_or_path", "_use_def
 
 
 def hash_models(model: Model) -> dict[str, str]:
-    """Hash each frozen module's sampled weights and dtype, by its name, and the scheduler's settings.
-
-    Args:
-        model: before any of its encoders is released.
-    """
+    """Hash each frozen module's sampled weights and dtype, by its name, and the scheduler's settings."""
     encoders = {f"{role}_encoder": encoder.model for role, encoder in model.encoders.items()}
     parts = {**model.denoiser.pipeline.components, **encoders}
     model_hashes = {name: _of_weights(part) for name, part in parts.items() if isinstance(part, nn.Module)}
-    return model_hashes | {"scheduler": _of_settings(model.denoiser.pipeline.scheduler.config)}
+    settings = dict(model.denoiser.pipeline.scheduler.config)
+    told = {name: value for name, value in settings.items() if name not in _SAYS_NOTHING}
+    scheduler = f"settings:{_hash(json.dumps(told, sort_keys=True, default=str).encode())}"
+    return model_hashes | {"scheduler": scheduler}
 
 
 def compared(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """Return the parts that changed, and those whose hashes cannot be compared since they were loaded differently."""
     both = [name for name in new if name in old and old[name] != new[name]]
-    changed = [name for name in both if _way(old[name]) == _way(new[name])]
+    changed = [name for name in both if old[name].partition(":")[0] == new[name].partition(":")[0]]
     return changed, [name for name in both if name not in changed]
-
-
-def _way(mark: str) -> str:
-    return mark.partition(":")[0]
 
 
 @torch.no_grad()
@@ -57,11 +51,6 @@ def _sampled(tensor: Tensor) -> Tensor:
     places = torch.linspace(0, tensor.numel() - 1, min(SAMPLES, tensor.numel()), device=tensor.device).long()
     at = torch.unravel_index(places, tensor.shape)  # no copy, whatever the layout
     return tensor[at].float()
-
-
-def _of_settings(config: Any) -> str:
-    told = {name: value for name, value in dict(config).items() if name not in _SAYS_NOTHING}
-    return f"settings:{_hash(json.dumps(told, sort_keys=True, default=str).encode())}"
 
 
 def _hash(content: bytes) -> str:

@@ -118,14 +118,9 @@ def make_schedule(
     warmup: int | None = None,
     global_step: int = 0,
 ) -> Any:
-    """Make diffusers' learning-rate schedule over optimizer steps.
+    """Make diffusers' learning-rate schedule over the optimizer steps of a whole run, from `global_step` on.
 
-    Args:
-        optimizer: whose rates follow it.
-        config: its shape.
-        total_steps: of the whole run.
-        warmup: steps of linear warm-up; None: as `warmup_steps` says.
-        global_step: from which on it goes; beyond 0 the optimizer must have had a schedule before.
+    Beyond step 0 the optimizer must have had a schedule before; without `warmup` it is as `warmup_steps` says.
 
     Raises:
         Problem: warm-up asked of a schedule that has none.

@@ -118,11 +118,7 @@ def demand_fits(
 ) -> None:
     """Demand that a checkpoint's weights and moments have this run's names and shapes, before anything is changed.
 
-    Args:
-        saved: weights of the checkpoint, [...] each.
-        mine: weights of this run's adapter, [...] each.
-        moments: the optimizer's state of each trained parameter, by its number.
-        trained: this run's trained parameters, [...] each.
+    Weights are [...] each; the optimizer's moments are those of each trained parameter, by its number.
 
     Raises:
         Problem: the first that does not fit.

@@ -19,12 +19,8 @@ if TYPE_CHECKING:
 class Saving:
     """Saves a run's state, at most once for each step; a full disk is told of and training goes on.
 
-    Args:
-        state: of the run.
-        saver: writes checkpoints beside the training.
-        snapshot: copies the state as it is now, with all that a checkpoint says of its run.
-        log: of the steps, whose numbers are written before the checkpoint of their step.
-        runtime: of which the first process writes.
+    `snapshot` copies the state as it is now, with all that a checkpoint says of its run. The numbers of the steps are
+    written before the checkpoint of their step.
     """
 
     def __init__(
@@ -46,7 +42,7 @@ class Saving:
         if self._saved == self._state.global_step:
             return
         self._state.demand_finite()
-        self._log.flush()
+        self._log.write_pending()
         if self._runtime.is_main:
             self._tell_of(self.saver.settle)
             self.saver.start(self._snapshot())
@@ -58,13 +54,9 @@ class Saving:
         Raises:
             StorageProblem: the disk refused it, and there will be no later one.
         """
-        problem = None
-        if self._runtime.is_main:
-            try:
+        with self._runtime.agreed():
+            if self._runtime.is_main:
                 self.saver.finish()
-            except StorageProblem as refused:
-                problem = refused
-        self._runtime.agree(problem)
 
     def rescue(self) -> None:
         """Keep what was trained after an error of any kind; other processes are not waited for, they may be gone."""
@@ -76,7 +68,6 @@ class Saving:
         self._log.write_pending()
         try:
             self._state.demand_finite()
-            self._log.flush()
             self.saver.start(self._snapshot())
             self.saver.finish()
             say(f"saved checkpoint-{self._state.global_step} before stopping")

@@ -31,13 +31,10 @@ class TrainState:
     """The whole state of a run.
 
     Attributes:
-        adapter: what is trained.
-        gradients: of its trained parameters.
-        ema: the average of its weights; None: none is kept.
+        ema: the average of the adapter's weights; None: none is kept.
         global_step: optimizer steps that are done.
         validated: the step of the last validation; -1: there was none.
         bad_steps: steps that were not finite, in a row.
-        spikes: losses far above the usual.
     """
 
     def __init__(self, adapter: nn.Module, config: OptimConfig, plan: RunPlan, runtime: Runtime) -> None:

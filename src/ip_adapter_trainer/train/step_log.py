@@ -22,12 +22,7 @@ MAX_BAD_STEPS = 5  # in a row; then something is wrong that waiting will not men
 class StepLog:
     """Reports every step once its numbers have come, names the rows of odd ones, and stops a run that is not finite.
 
-    Args:
-        state: of the run, which counts bad steps and knows the usual loss.
-        track: takes the numbers.
-        runtime: whose processes each know rows of their own.
-        where: a row's place in its manifest, by its number.
-        every: steps between reports.
+    The state counts bad steps and knows the usual loss; `where` tells a row's place in its manifest, by its number.
     """
 
     def __init__(
@@ -48,19 +43,18 @@ class StepLog:
         """
         for metrics in self._pending.read(0 if everything else self._pending.late):
             self._write(metrics)
-            if metrics.is_finite:
-                self._state.bad_steps = 0
-                self._note_spike(metrics)
-            else:
+            if not metrics.is_finite:
                 self._note_skipped(metrics)
+                continue
+            self._state.bad_steps = 0
+            if (times := self._state.spikes.excess(metrics.loss)) is not None:
+                named = self._named(metrics)
+                say(f"step {metrics.step}: loss {metrics.loss:.4g}, {times:.3g} times the usual; its rows: {named}")
 
     def write_pending(self) -> None:
-        """Write down what has not been read yet, unjudged."""
+        """Write down all that has come or is still to come, unjudged."""
         for metrics in self._pending.read(keep=0):
             self._write(metrics)
-
-    def flush(self) -> None:
-        """Write what was reported and not written yet."""
         self._track.flush()
 
     def _write(self, metrics: StepMetrics) -> None:
@@ -71,11 +65,6 @@ class StepLog:
     def _named(self, metrics: StepMetrics) -> str:
         """The rows of a step, on all processes."""
         return "; ".join(self._where(row) for rows in self._runtime.gathered(metrics.rows) for row in rows)
-
-    def _note_spike(self, metrics: StepMetrics) -> None:
-        if (times := self._state.spikes.excess(metrics.loss)) is not None:
-            named = self._named(metrics)
-            say(f"step {metrics.step}: loss {metrics.loss:.4g}, {times:.3g} times the usual; its rows: {named}")
 
     def _note_skipped(self, metrics: StepMetrics) -> None:
         state = self._state

@@ -22,7 +22,7 @@ def package_version() -> str:
 def card_of(
     model: Model, *, base: str, step: int | None, images_seen: int | None, loaded_with: Mapping[str, Any]
 ) -> AdapterCard:
-    """Return the description of a model's adapter; see `loading.config.loaded_with`. None: steps or images not known."""
+    """Return the description of a model's adapter; see `loading.config.loaded_with`."""
     need = model.variant.needs[0]
     encoder, rules = model.encoder, {need.name: model.layout.null(need) for need in model.variant.needs}
     is_published = model.layout.name == "unet" and encoder.kind == "clip"

@@ -30,7 +30,7 @@ COMMANDS = {
     "export": "turn a checkpoint into an adapter file, verified by reloading it",
     "inspect": "tell what an adapter file holds and who can read it",
     "check": "read every row and picture of a training set and list the faults",
-    "pocket": "lay out the embedded base model and a training set to try everything on",
+    "pocket": "write the embedded base model and a training set to try everything on",
     "demo": "train on the embedded base model and score the result, in minutes",
 }
 
@@ -57,10 +57,15 @@ def versions() -> str:
     return "\n".join(f"{name} {number}" for name, number in (found | {"python": platform.python_version()}).items())
 
 
-def _train(argv: Sequence[str]) -> int:
-    from ip_adapter_trainer.config import parse_train
+def _train(argv: Sequence[str], **how: Any) -> int:
+    """Train with resolved settings, and write them beside the result."""
+    from ip_adapter_trainer.config import parse_train, write_resolved
 
-    return run_training(parse_train(argv, look=look))
+    config = parse_train(argv, look=look, **how)
+    from ip_adapter_trainer.train.run import train
+
+    train(config, write_resolved)
+    return 0
 
 
 def look(config: TrainConfig) -> None:
@@ -83,15 +88,6 @@ def demand_free(folder: str, flag: str) -> None:
         demand_folder(Path(folder))
         if was_claimed(Path(folder)):
             lock(Path(folder), flag, LOOK_PATIENCE_S).release()
-
-
-def run_training(config: TrainConfig) -> int:
-    """Train with resolved settings, and write them beside the result."""
-    from ip_adapter_trainer.config import write_resolved
-    from ip_adapter_trainer.train.run import train
-
-    train(config, write_resolved)
-    return 0
 
 
 def _prepare(argv: Sequence[str]) -> int:
@@ -173,21 +169,18 @@ def _ended(work: Callable[[], int], *, debug: bool = False) -> int:
         tell_at_once("stopped")
         return 128 + (asked.args[0] if asked.args else signal.SIGINT)
     except Problem as problem:
-        _trace(debug)
+        if debug:
+            print(redacted(traceback.format_exc()), file=sys.stderr)
         print(f"error: {problem}", file=sys.stderr)
         return problem.exit_code
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             return 141
-        _trace(debug)
+        if debug:
+            print(redacted(traceback.format_exc()), file=sys.stderr)
         told = f"bug: {type(error).__name__}: {error}\n  to do: run again with --debug and report it"
         print(redacted(told), file=sys.stderr)
         return 1
-
-
-def _trace(debug: bool) -> None:
-    if debug:
-        print(redacted(traceback.format_exc()), file=sys.stderr)
 
 
 def _reader_is_gone() -> bool:
@@ -206,11 +199,9 @@ def script(variant: str) -> None:
 
     def run(argv: Sequence[str]) -> int:
         """Train with the published script's defaults for flags that are not given."""
-        from ip_adapter_trainer.config import parse_train
         from ip_adapter_trainer.train.config import PUBLISHED
 
-        prog, defaults = Path(sys.argv[0]).name, PUBLISHED | {"variant": variant}
-        return run_training(parse_train(argv, prog=prog, defaults=defaults, look=look))
+        return _train(argv, prog=Path(sys.argv[0]).name, defaults=PUBLISHED | {"variant": variant})
 
     _leave(guarded(run, sys.argv[1:]))
 

@@ -75,12 +75,7 @@ def groups_of(variant: str, family: str, layout: str | None = None) -> dict[str,
 
 
 def parse(kind: type[P], argv: Sequence[str], *, prog: str) -> P:
-    """Read flags into a settings class; unknown flags end the program (exit 2) with a suggestion.
-
-    Args:
-        kind: the settings class.
-        argv: flags.
-        prog: the program's name in messages.
+    """Read flags into a settings class; unknown flags end the program, `prog`, (exit 2) with a suggestion.
 
     Raises:
         Problem: a value that a part's own rules refuse, with its flag; or flags that only `train` has.
@@ -113,11 +108,8 @@ def parse_train(
 ) -> TrainConfig:
     """Return the settings of a training run from flags and, with `--config FILE`, a YAML file beneath them.
 
-    Args:
-        argv: flags.
-        prog: the program's name in messages.
-        defaults: values in place of the settings' own defaults, for scripts with defaults of their own.
-        look: called with the settings before the base model is looked for; those that depend on it have defaults.
+    Scripts have `defaults` of their own. `look` is called with the settings before the base model is looked for; those
+    that depend on it have defaults then.
 
     Raises:
         Problem: a setting is unknown, removed or refused, or there is no base model of a known family.
@@ -150,13 +142,18 @@ class _Asked:
         Raises:
             Problem: the file cannot be read, or a setting is unknown or removed.
         """
-        _demand_current(argv)
+        for flag in (flag for flag in argv if flag[:2] == "--" and _setting_of(flag) in GONE):
+            remedy = f"leave it out: {GONE[_setting_of(flag)]}"
+            raise Problem("this setting is gone", where=flag.split("=")[0], remedy=remedy)
         given, flags = _peek(argv)
         file = given.pop("config", None)
         beneath = read_yaml(file) if file else {}
         chosen = {"variant": "base"} | defaults | beneath | given
         variant, layout = str(chosen["variant"]), chosen.get("layout")
-        _demand_variant(variant)
+        if variant not in VARIANTS:  # in diffusers' scripts, this is the kind of weight files
+            remedy = did_you_mean(variant, VARIANTS)
+            remedy += f"; for weight files *.{variant}.safetensors give --weights_variant {variant}"
+            raise Problem(f"no adapter variant {variant!r}", where="--variant", remedy=remedy)
         kind = compose(variant, "auto", layout)
         if HELP.union(HELP_ALL).intersection(flags):
             groups = groups_of(variant, "auto", layout)
@@ -211,14 +208,6 @@ def _peek(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     return {name: value for name, value in vars(known).items() if value is not None}, flags
 
 
-def _demand_current(argv: Sequence[str]) -> None:
-    """Refuse flags that were removed."""
-    for flag in argv:
-        if flag[:2] == "--" and _setting_of(flag) in GONE:
-            remedy = f"leave it out: {GONE[_setting_of(flag)]}"
-            raise Problem("this setting is gone", where=flag.split("=")[0], remedy=remedy)
-
-
 def _current(settings: Mapping[str, Any], kind: type[Part], file: str) -> dict[str, Any]:
     """Return a file's settings under their present names; an earlier version may have written the file."""
     for name in settings.keys() & GONE.keys():
@@ -234,14 +223,6 @@ def _of_families() -> set[str]:
     from ip_adapter_trainer.families import FAMILIES
 
     return {name for _, family in FAMILIES.items() for name in family.Config.model_fields}
-
-
-def _demand_variant(name: str) -> None:
-    """Demand a known adapter variant; in diffusers' scripts, `variant` is the kind of weight files."""
-    if name not in VARIANTS:
-        remedy = did_you_mean(name, VARIANTS)
-        remedy += f"; for weight files *.{name}.safetensors give --weights_variant {name}"
-        raise Problem(f"no adapter variant {name!r}", where="--variant", remedy=remedy)
 
 
 def _preset(family: str, memory: object) -> dict[str, Any]:

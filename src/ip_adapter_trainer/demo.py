@@ -43,6 +43,10 @@ class Pair:
         """Return the attributes of a picture that obeys both."""
         return {**self.reference.attributes(), "shape": self.text_shape}
 
+    def prompt(self) -> str:
+        """Return the text that asks for the shape."""
+        return world.caption(replace(self.reference, shape=self.text_shape), ASKED_OF_TEXT)
+
 
 def held_out_pairs(count: int, seed: int) -> list[Pair]:
     """Draw pairs whose reference and whose wanted picture are both combinations held out from training."""
@@ -54,10 +58,6 @@ def held_out_pairs(count: int, seed: int) -> list[Pair]:
         if world.held_out(replace(reference, shape=shape)):
             pairs.append(Pair(shape, reference))
     return pairs
-
-
-def _prompt(pair: Pair) -> str:
-    return world.caption(replace(pair.reference, shape=pair.text_shape), ASKED_OF_TEXT)
 
 
 def score(images: list[Image], pairs: list[Pair]) -> dict[str, float]:
@@ -101,18 +101,7 @@ def _draw(model: Model, pairs: list[Pair], references: list[Image], config: Demo
         batch_images=50,
     )  # fmt: skip
     features = image_features(model, [[r] for r in references])
-    prompts = [_prompt(p) for p in pairs]
-    return sample(model, features, prompts, [config.seed + i for i in range(len(pairs))], how)
-
-
-def _load(adapter: Path, folder: Path) -> Model:
-    import torch
-
-    from ip_adapter_trainer.loading.adapter import load_model
-
-    return load_model(
-        str(adapter), str(folder / "base"), str(folder / "image_encoder"), dtype=torch.float32, device="cpu"
-    )
+    return sample(model, features, [pair.prompt() for pair in pairs], [config.seed + i for i in range(len(pairs))], how)
 
 
 def _grid(model: Model, pairs: list[Pair], references: list[Image], config: DemoConfig, folder: Path) -> Path:
@@ -120,9 +109,7 @@ def _grid(model: Model, pairs: list[Pair], references: list[Image], config: Demo
     from ip_adapter_trainer.evaluate.sample import Sampling
 
     how = Sampling(world.SIZE_PX, world.SIZE_PX, steps=config.steps, guidance_scale=config.guidance_scale)
-    rows = range(GRID_ROWS)
-    prompts = [_prompt(pairs[i]) for i in rows]
-    seeds = [config.seed + i for i in rows]
+    prompts, seeds = [pair.prompt() for pair in pairs[:GRID_ROWS]], [config.seed + i for i in range(GRID_ROWS)]
     image = grid(model, references[:GRID_ROWS], prompts, seeds, how, blocks=GRID_BLOCKS, cell_px=GRID_CELL_PX)
     image.save(folder / "grid.png")
     return folder / "grid.png"
@@ -153,35 +140,30 @@ def summary(scores: dict[str, dict[str, float]], seconds: dict[str, float]) -> d
     }
 
 
-class _Clock:
-    """A stopwatch for the parts of the demo, in seconds."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Measure the time of a `with` block."""
-        began = time.monotonic()
-        yield
-        self.seconds[name] = round(time.monotonic() - began, 1)
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Note the time of a `with` block."""
+    began = time.monotonic()
+    yield
+    seconds[name] = round(time.monotonic() - began, 1)
 
 
 def demo(config: DemoConfig) -> str:
     """Run the main job, write `scores.json` and `grid.png`, and return the table of scores and the grid's path."""
     from PIL import Image
 
+    from ip_adapter_trainer.loading.adapter import load_model
     from ip_adapter_trainer.pocket import write
 
-    folder, clock = Path(config.output_dir), _Clock()
-    with clock.part("write"):
+    folder, spent_s = Path(config.output_dir), dict[str, float]()
+    with _timed(spent_s, "write"):
         write.write_pocket(folder, rows=config.rows, seed=config.seed)
-    with clock.part("train"):
+    with _timed(spent_s, "train"):
         _train(config, folder)
-    with clock.part("export"):
+    with _timed(spent_s, "export"):
         adapter = _export(folder)
-    with clock.part("generate"):
-        model = _load(adapter, folder)
+    with _timed(spent_s, "generate"):
+        model = load_model(adapter, str(folder / "base"), str(folder / "image_encoder"))
         pairs = held_out_pairs(config.pairs, config.seed)
         references = [Image.fromarray(world.render(p.reference)) for p in pairs]
         shuffled = references[1:] + references[:1]
@@ -192,7 +174,7 @@ def demo(config: DemoConfig) -> str:
         }
         image = _grid(model, pairs, references, config, folder)
     scores = {name: score(drawn, pairs) for name, drawn in images.items()}
-    seconds = clock.seconds | {"total": round(sum(clock.seconds.values()), 1)}
+    seconds = spent_s | {"total": round(sum(spent_s.values()), 1)}
     (folder / "scores.json").write_text(json.dumps(summary(scores, seconds), indent=1) + "\n", encoding="utf-8")
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     return f"{table(scores)}\n\n{spent}\nscores: {folder / 'scores.json'}\npicture: {image}"

@@ -16,12 +16,9 @@ from ip_adapter_trainer.core.settings import Alias, Part
 
 P = TypeVar("P", bound=Part)
 _STRINGS = tyro.constructors.PrimitiveConstructorSpec(
-    nargs="*",
-    metavar="[STR [STR ...]]",
-    instance_from_str=tuple,
+    nargs="*", metavar="[STR [STR ...]]", instance_from_str=tuple, str_from_instance=list,
     is_instance=lambda value: isinstance(value, tuple),
-    str_from_instance=list,
-)
+)  # fmt: skip
 HELP, HELP_ALL = frozenset({"-h", "--help"}), frozenset({"--help_all", "--help-all"})
 
 
@@ -44,7 +41,7 @@ def read_flags(
         prog: the program's name in messages.
         about: the text above the help.
         defaults: values in place of the settings' own defaults.
-        spare: takes what is no flag of these settings, which otherwise ends the program.
+        spare: takes what is no flag of these settings.
     """
     boxes = [
         (f"group_{number}", Annotated[_box(fields, defaults), tyro.conf.arg(name=title), tyro.conf.OmitArgPrefixes])

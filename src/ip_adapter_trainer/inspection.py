@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -125,6 +126,10 @@ def _of_adapter(file: AdapterFile) -> AdapterReport:
     keys = [file.layer_shapes.get(f"{number}.to_k_ip.weight") for number in file.numbers]
     widths = [shape[0] for shape in keys if shape]
     flags, refusal = _start(file)
+    need = file.variant.needs[0]
+    encoder = encoder_guess(need.feature, file.feature_dim(need))
+    if card and card.image_encoder != "clip":
+        encoder = f"{card.image_encoder} ({need.feature}, {file.feature_dim(need)} wide)"
     return AdapterReport(
         file=str(file.path),
         container=file.container,
@@ -136,7 +141,7 @@ def _of_adapter(file: AdapterFile) -> AdapterReport:
         layers=file.numbers,
         parameters={table: sum(t.numel() for t in tensors.values()) for table, tensors in file.tables.items()},
         dtypes=_dtypes([*file.image_proj.values(), *file.ip_adapter.values()]),
-        image_encoder=_encoder(file) + (f"; the file names {_plain(card.image_encoder_path)}" if card else ""),
+        image_encoder=encoder + (f"; the file names {_plain(card.image_encoder_path)}" if card else ""),
         steps=file.step,
         metadata=file.metadata or (card.to_metadata() if card else {}),
         readers={reader: why.get(reader) for reader in READERS},
@@ -144,13 +149,6 @@ def _of_adapter(file: AdapterFile) -> AdapterReport:
         start_refusal=refusal,
         remarks=_remarks(file, why),
     )
-
-
-def _encoder(file: AdapterFile) -> str:
-    need = file.variant.needs[0]
-    if file.card and file.card.image_encoder != "clip":
-        return f"{file.card.image_encoder} ({need.feature}, {file.feature_dim(need)} wide)"
-    return encoder_guess(need.feature, file.feature_dim(need))
 
 
 def _tokens(file: AdapterFile) -> int | None:
@@ -197,11 +195,10 @@ def _remarks(file: AdapterFile, why: Mapping[Reader, str]) -> list[str]:
 
 
 def _of_foreign(raw: RawFile, kind: Foreign) -> AdapterReport:
-    parameters: dict[str, int] = {}
+    parameters = Counter[str]()
     published, why = published_shapes(raw), foreign_refusals(kind, raw.path)
     for name, shape in published.items():
-        table = name.split(".")[0]
-        parameters[table] = parameters.get(table, 0) + math.prod(shape)
+        parameters[name.split(".")[0]] += math.prod(shape)
     numbers = {name.split(".")[1] for name in published if name.startswith(("ip_adapter.", "double_blocks."))}
     return AdapterReport(
         file=str(raw.path),
@@ -211,7 +208,7 @@ def _of_foreign(raw: RawFile, kind: Foreign) -> AdapterReport:
         base_model="see the variant",
         tokens=tokens_guess(published),
         layers=sorted(int(number) for number in numbers if number.isdecimal() and len(number) < 5),
-        parameters=parameters,
+        parameters=dict(parameters),
         dtypes=_dtypes(list(raw.tensors.values())),
         image_encoder="see the variant",
         steps=None,

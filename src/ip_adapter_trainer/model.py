@@ -139,12 +139,8 @@ class Model:
         """Put the adapter into the denoiser's attention layers."""
         assert self._originals is None, "attached twice"
         own, modules = self.denoiser.processors([layer.name for layer in self.adapted]), self.adapter.adapter_modules
-        self.denoiser.install(
-            {
-                layer.name: self.layout.processor(layer, modules[str(layer.number)], self.prompt, own[layer.name])
-                for layer in self.adapted
-            }
-        )
+        made = [self.layout.processor(a, modules[str(a.number)], self.prompt, own[a.name]) for a in self.adapted]
+        self.denoiser.install(dict(zip(own, made, strict=True)))
         self._originals = own
         if self.variant.reads_time:
             self._hook = self.denoiser.net.register_forward_pre_hook(self._project_now, with_kwargs=True)

@@ -41,11 +41,9 @@ class Base(Variant):
 
         assert isinstance(config, BaseConfig)
         if config.num_tokens != TOKENS:
-            raise Problem(
-                f"the base variant has {TOKENS} tokens in every loader, not {config.num_tokens}",
-                where="--num_tokens",
-                remedy="leave it at 4, or take --variant plus for another number of tokens",
-            )
+            what = f"the base variant has {TOKENS} tokens in every loader, not {config.num_tokens}"
+            remedy = "leave it at 4, or take --variant plus for another number of tokens"
+            raise Problem(what, where="--num_tokens", remedy=remedy)
         return ImageProjection(shapes[cls.needs[0]][-1], token_dim, config.num_tokens)
 
     @classmethod

@@ -41,11 +41,9 @@ class Full(Variant):
         assert isinstance(config, FullConfig)
         feature_length, feature_dim = shapes[cls.needs[0]]
         if config.num_tokens not in (None, feature_length):
-            raise Problem(
-                f"the full variant makes one token a feature: {feature_length}, not {config.num_tokens}",
-                where="--num_tokens",
-                remedy="leave it out, or take --variant plus to choose the number of tokens",
-            )
+            what = f"the full variant makes one token a feature: {feature_length}, not {config.num_tokens}"
+            remedy = "leave it out, or take --variant plus to choose the number of tokens"
+            raise Problem(what, where="--num_tokens", remedy=remedy)
         return FullProjection(feature_dim, token_dim)
 
     @classmethod

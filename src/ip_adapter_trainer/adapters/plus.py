@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from pydantic import Field
 
@@ -63,11 +63,8 @@ class Plus(Variant):
         for name, fixed in (("depth", DEPTH), ("head_dim", HEAD_DIM), ("ff_mult", EXPANSION)):
             value = getattr(config, f"resampler_{name}")
             if value != fixed:
-                raise Problem(
-                    f"resampler_{name} {value}: diffusers would load the file and compute it with {fixed}",
-                    where=f"--resampler_{name}",
-                    remedy=f"leave it at {fixed}",
-                )
+                what = f"resampler_{name} {value}: diffusers would load the file and compute it with {fixed}"
+                raise Problem(what, where=f"--resampler_{name}", remedy=f"leave it at {fixed}")
         width, heads = _built(token_dim)
         return Resampler(
             shapes[cls.needs[0]][-1],
@@ -109,8 +106,7 @@ class Plus(Variant):
             why |= {"diffusers": f"{reason}, and would leave them out", "original": reason, "comfy": reason}
         for name, fixed in (("depth", DEPTH), ("ff_mult", EXPANSION)):
             if (value := facts[f"resampler_{name}"]) != fixed:
-                reason = f"computes a resampler of {name} {fixed}, the file has {value}"
-                why |= {"diffusers": reason, "original": reason, "comfy": reason}
+                why |= dict.fromkeys(get_args(Reader), f"computes a resampler of {name} {fixed}, the file has {value}")
         own = facts["resampler_dim"], facts["resampler_heads"]
         built = _built(facts["context_dim"])
         if own != built:

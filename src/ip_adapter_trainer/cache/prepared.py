@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,13 +63,9 @@ class PreparedSet:
         return found
 
     def lacking(self, rows: Sequence[Row], among: range) -> Iterator[int]:
-        """Yield the numbers of the rows for which the set lacks some value.
+        """Yield, of some row numbers without gaps, those of the rows for which the set lacks some value.
 
         Rows that are known to be faulty, or whose files are gone since they were encoded, are not among them.
-
-        Args:
-            rows: of the manifest.
-            among: numbers of those that are looked up, without gaps.
         """
         for first in range(among.start, among.stop, _CHUNK_ROWS):
             chunk = rows[first : min(first + _CHUNK_ROWS, among.stop)]
@@ -95,11 +92,9 @@ class PreparedSet:
         return there
 
     def all_there(self, places: NDArray[np.int64], uses: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return whether the set holds all that each use of an image needs, [images]; a known fault needs nothing.
+        """Return whether the set holds all that each use [images] of an image needs, [images]; faults need nothing.
 
-        Args:
-            places: of the images in the index, -1 for one that is not there, [images].
-            uses: what each is used as, [images].
+        Images are given by their places in the index, [images], -1 for one that is not there.
         """
         there = places >= 0
         known = np.flatnonzero(there)
@@ -214,8 +209,7 @@ class PreparedSet:
         check_density(record.size_px, record.file_bytes, limits)
 
     def _admits(self, record: Record) -> bool:
-        try:
+        with suppress(ImageFault):
             self._demand_limits(record)
-        except ImageFault:
-            return False
-        return True
+            return True
+        return False

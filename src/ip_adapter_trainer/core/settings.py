@@ -54,10 +54,9 @@ class Part(BaseModel):
     @classmethod
     def current_names(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return settings under the names of now, in place of aliases: of earlier versions, or of other trainers."""
-        fields = {
-            a: n for n, f in cls.model_fields.items() for m in f.metadata if isinstance(m, Alias) for a in m.names
-        }
-        return {fields.get(name, name): value for name, value in settings.items()}
+        marks = [(n, m) for n, f in cls.model_fields.items() for m in f.metadata if isinstance(m, Alias)]
+        now = {other: name for name, mark in marks for other in mark.names}
+        return {now.get(name, name): value for name, value in settings.items()}
 
     @classmethod
     def resume_lists(cls) -> dict[str, list[str]]:

@@ -111,17 +111,15 @@ class NoiseProcess:
         config, (first, end) = self.config, self.drawn
         if config.timestep_density == "uniform":
             return int(rng.integers(first, end))
-        return min(first + int(self._place(rng) * (end - first)), end - 1)  # the place 1 itself is the last one's
-
-    def _place(self, rng: Generator) -> float:
-        config = self.config
         if config.timestep_uniform_share and rng.random() >= 1 - config.timestep_uniform_share:
-            return rng.random()
-        if config.timestep_density == "logit_normal":
-            return density.logit_normal(rng, config.logit_mean, config.logit_std)
-        if config.timestep_density == "shifted":
-            return density.shifted(rng, config.timestep_shift)
-        return density.cubic(rng)
+            place = rng.random()
+        elif config.timestep_density == "logit_normal":
+            place = density.logit_normal(rng, config.logit_mean, config.logit_std)
+        elif config.timestep_density == "shifted":
+            place = density.shifted(rng, config.timestep_shift)
+        else:
+            place = density.cubic(rng)
+        return min(first + int(place * (end - first)), end - 1)  # the place 1 itself is the last one's
 
     def posterior(self, normal: Tensor) -> Tensor:
         """Return the noise [B, C, h, w] that samples the VAE's posterior: zeros where its mean is trained on."""

@@ -65,13 +65,9 @@ class NoiseConfig(Part):
 
 
 def make_scheduler(kind: str, config: Mapping[str, Any], overrides: Mapping[str, Any], where: str) -> Any:
-    """Return the base model's scheduler, with settings overruled.
+    """Return the base model's scheduler, of the class that model_index.json names, with settings overruled.
 
-    Args:
-        kind: its class, as model_index.json names it.
-        config: the content of its scheduler_config.json.
-        overrides: settings in place of the config's; a zero terminal SNR brings the timesteps that it needs.
-        where: the base model, for messages.
+    A zero terminal SNR brings the timesteps that it needs.
 
     Raises:
         Problem: noise that is not known, or settings that contradict each other.
@@ -84,7 +80,8 @@ def make_scheduler(kind: str, config: Mapping[str, Any], overrides: Mapping[str,
     settings = {**config, **overrides}
     try:
         scheduler: Any = getattr(diffusers, kind).from_config(settings)
-        _demand_betas(scheduler.betas)
+        if not len(scheduler.betas) or not bool(((scheduler.betas >= 0) & (scheduler.betas <= 1)).all()):
+            raise ValueError("no betas, or some outside of 0 to 1")
     except ImportError as error:  # a dummy of diffusers, in place of a class whose library is not installed
         what = f"the base model's {kind} needs another library: {first_line(error)}"
         raise Problem(what, where=where, remedy="pip install scipy torchsde") from error
@@ -99,7 +96,8 @@ def _demand_known(kind: str, config: Mapping[str, Any], where: str) -> None:
     said = config.get("_class_name") or kind
     for name in dict.fromkeys((kind, *(said if isinstance(said, list) else [said]))):
         if name not in KNOWN:
-            what = f"the base model's scheduler is {name}{_noise_of(str(name))}, which is not trained here"
+            noise = " (EDM)" if "EDM" in str(name) else " (flow matching)" if "Flow" in str(name) else ""
+            what = f"the base model's scheduler is {name}{noise}, which is not trained here"
             raise Problem(what, where=where, remedy=_REMEDY)
     if config.get("prediction_type") in _FLOW:
         what = f"the base model's scheduler has prediction_type {config['prediction_type']} (flow matching)"
@@ -110,16 +108,6 @@ def _demand_known(kind: str, config: Mapping[str, Any], where: str) -> None:
         if value is not None and value not in harmless:
             what = f"the base model's scheduler has {key} {value!r}: another noise process, which is not trained here"
             raise Problem(what, where=where, remedy=_REMEDY)
-
-
-def _noise_of(name: str) -> str:
-    kinds = {"EDM": " (EDM)", "Flow": " (flow matching)"}
-    return next((told for part, told in kinds.items() if part in name), "")
-
-
-def _demand_betas(betas: Any) -> None:
-    if not len(betas) or not bool(((betas >= 0) & (betas <= 1)).all()):
-        raise ValueError("no betas, or some outside of 0 to 1")
 
 
 def _demand_prediction(config: Any, settings: Mapping[str, Any], where: str) -> None:

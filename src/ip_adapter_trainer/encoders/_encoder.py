@@ -56,11 +56,8 @@ class ImageEncoder(ABC):
     def make_preprocess(self, folder: Path) -> Any:
         """Return what turns images into pixels: one of transformers' image processors.
 
-        Args:
-            folder: of the model, where its settings may lie.
-
         Raises:
-            Problem: they do not.
+            Problem: its settings, if it needs any, do not lie in the model's folder.
         """
 
     @property
@@ -73,18 +70,15 @@ class ImageEncoder(ABC):
     def last_layer(self) -> nn.Module:
         """The last layer of the model's stack, whose input is `penultimate`."""
 
-    @abstractmethod
     def embeds(self, output: Any) -> Tensor:
-        """Return `image_embeds` [B, E] of the model's output."""
+        """Return `image_embeds` [B, E] of the model's output: its pooled output, by default."""
+        return output.pooler_output
 
     @classmethod
     def unread(cls, settings: Mapping[str, Any], names: Sequence[str], features: Sequence[str]) -> str | None:
         """Return the pattern of weights that some features do not read, so that they may be missing; None: no such.
 
-        Args:
-            settings: the content of config.json.
-            names: of the weights in its files.
-            features: that are going to be read.
+        `settings` is the content of config.json, `names` those of the weights in the model's files.
         """
         return None
 

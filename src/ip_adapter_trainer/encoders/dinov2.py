@@ -10,7 +10,7 @@ from ip_adapter_trainer.encoders._encoder import ENCODERS, ImageEncoder, folder_
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import Tensor, nn
+    from torch import nn
 
 
 @ENCODERS.register("dinov2")
@@ -36,10 +36,6 @@ class DinoEncoder(ImageEncoder):
     def last_layer(self) -> nn.Module:
         """See `ImageEncoder.last_layer`."""
         return self.model.encoder.layer[-1]
-
-    def embeds(self, output: Any) -> Tensor:
-        """See `ImageEncoder.embeds`."""
-        return output.pooler_output
 
 
 @ENCODERS.register("dinov2_with_registers")

@@ -10,7 +10,7 @@ from ip_adapter_trainer.encoders._encoder import ENCODERS, ImageEncoder, folder_
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import Tensor, nn
+    from torch import nn
 
 
 @ENCODERS.register("siglip")
@@ -36,10 +36,6 @@ class SiglipEncoder(ImageEncoder):
     def last_layer(self) -> nn.Module:
         """See `ImageEncoder.last_layer`."""
         return getattr(self.model, "vision_model", self.model).encoder.layers[-1]
-
-    def embeds(self, output: Any) -> Tensor:
-        """See `ImageEncoder.embeds`."""
-        return output.pooler_output
 
     @classmethod
     def unread(cls, settings: Mapping[str, Any], names: Sequence[str], features: Sequence[str]) -> str | None:

@@ -18,8 +18,7 @@ from torch import Tensor
 from ip_adapter_trainer.core.rng import stream
 from ip_adapter_trainer.core.values import Batch, ImageTokens
 from ip_adapter_trainer.diffusion.objective import NoiseProcess
-from ip_adapter_trainer.evaluate.mode import evaluation_mode
-from ip_adapter_trainer.evaluate.sample import select
+from ip_adapter_trainer.evaluate.sample import evaluation_mode, select
 from ip_adapter_trainer.evaluate.shuffle import others
 from ip_adapter_trainer.manifest.hold_out import LEAST_IMAGES
 from ip_adapter_trainer.model import Features, Model
@@ -195,12 +194,10 @@ def _report(errors: dict[str, Table], edges: list[int]) -> ValidationReport:
     """Means, paired gaps and bands of errors [R, BANDS]."""
     by_row = {name: table.mean(1) for name, table in errors.items()}
     losses = {name: float(row.mean()) for name, row in by_row.items()}
-    gaps = {name: _gap(by_row[name] - by_row[RIGHT], losses[RIGHT]) for name in by_row if name != RIGHT}
+    gaps: dict[str, Gap] = {}
+    for name in (name for name in by_row if name != RIGHT):
+        more = by_row[name] - by_row[RIGHT]
+        error = float(more.std(ddof=1)) / len(more) ** 0.5 if len(more) > 1 else None
+        gaps[name] = Gap(float(more.mean()), error, losses[RIGHT])
     bands = {(edges[b], edges[b + 1] - 1): float(errors[RIGHT][:, b].mean()) for b in range(BANDS)}
     return ValidationReport(len(by_row[RIGHT]), losses, gaps, bands)
-
-
-def _gap(differences: Table, loss: float) -> Gap:
-    rows = len(differences)
-    error = float(differences.std(ddof=1)) / rows**0.5 if rows > 1 else None
-    return Gap(float(differences.mean()), error, loss)

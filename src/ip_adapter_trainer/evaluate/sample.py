@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,6 @@ from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.rng import key, stream
 from ip_adapter_trainer.core.values import ImageTokens
 from ip_adapter_trainer.evaluate.config import Scheduler
-from ip_adapter_trainer.evaluate.mode import evaluation_mode
 from ip_adapter_trainer.model import Features, Model
 from ip_adapter_trainer.runtime.stopping import Poll, no_poll
 
@@ -195,6 +194,20 @@ def _draw(
     )
     images: list[Image] = output.images
     return images
+
+
+@contextmanager
+def evaluation_mode(model: Model) -> Iterator[None]:
+    """Attach the adapter in evaluation mode, without gradients; leave all as it was found, whatever is raised."""
+    was_training, seen = model.adapter.training, dict(vars(model.prompt))
+    model.adapter.eval()
+    try:
+        # Not inference_mode: the encoder keeps its null feature, and training needs that one afterwards.
+        with nullcontext() if model.is_attached else model.attached(), torch.no_grad():
+            yield
+    finally:
+        model.adapter.train(was_training)
+        vars(model.prompt).update(seen)
 
 
 @contextmanager

@@ -191,10 +191,8 @@ class Family(ABC):
     def demand(cls, settings: Mapping[str, Mapping[str, Any]], clip_skip: int | None, where: str) -> None:
         """Demand parts that can be trained on and that fit together, before any weights are read.
 
-        Args:
-            settings: content of the config.json of each component that is to be loaded, by its name.
-            clip_skip: the text encoder's layer that is asked for, counted from its end.
-            where: the base model, for messages.
+        `settings` is the config.json of each component that is to be loaded, by its name; `clip_skip` the layer of the
+        text encoder that is asked for, counted from its end.
 
         Raises:
             Problem: they cannot be trained on, or do not fit together.
@@ -214,13 +212,9 @@ class Family(ABC):
     def assemble(
         cls, loaded: Mapping[str, Any], model_index: Mapping[str, Any], config: Part, clip_skip: int | None
     ) -> tuple[Codec, Denoiser]:
-        """Return codec and denoiser over loaded components; what needs one that was not loaded must not be used.
+        """Return codec and denoiser over the pipeline's loaded components, by the family's own settings; see `demand`.
 
-        Args:
-            loaded: the pipeline's components by name.
-            model_index: content of the base model's model_index.json.
-            config: the family's own settings.
-            clip_skip: see `demand`.
+        What needs a component that was not loaded must not be used.
         """
 
     @classmethod
@@ -232,13 +226,7 @@ class Family(ABC):
     def settle(
         cls, base: BaseModel, device: torch.device | str, storage: Storage, packed_on: torch.device | str
     ) -> None:
-        """Pack the denoiser's weights and move all parts to a device.
-
-        Args:
-            base: the base model, as `assemble` returned its parts.
-            device: where the parts are kept.
-            storage: how the denoiser keeps its weights.
-            packed_on: the device that packs them, one after another.
+        """Pack the denoiser's weights, one after another on a device of their own, and move all parts to a device.
 
         Raises:
             Problem: the storage's library is not installed.

@@ -98,14 +98,7 @@ class KLCodec(Codec):
 
 
 def without_parts(kind: Any, loaded: dict[str, Any], said: dict[str, Any], absent: list[str]) -> Any:
-    """Return a quiet diffusers pipeline of loaded parts, with None for absent ones.
-
-    Args:
-        kind: its class.
-        loaded: components by name.
-        said: other arguments.
-        absent: components that were not loaded.
-    """
+    """Return a quiet diffusers pipeline of loaded components and other arguments, with None for absent components."""
     pipeline = kind(**{**said, **dict.fromkeys(absent), **loaded})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -85,6 +84,8 @@ class UNetFamily(Family):
     spare = {"text_encoder": r"^(vision_model|visual_projection|text_projection)\."}  # noqa: RUF012
 
     pipeline_class: ClassVar[str]  # of diffusers
+    codec: ClassVar[type[UNetCodec]]
+    denoiser: ClassVar[type[UNetDenoiser]] = UNetDenoiser
     addition: ClassVar[str | None] = None  # the UNet's `addition_embed_type`
     left_out: ClassVar[Mapping[str, Any]]  # arguments that make the pipeline without what training never needs
 
@@ -117,16 +118,6 @@ class UNetFamily(Family):
         absent = [name for name in cls.classes if name not in loaded]
         pipeline = without_parts(kind, dict(loaded), {**said, **cls.left_out}, absent)
         return cls.codec(pipeline, clip_skip), cls.denoiser(pipeline)
-
-    @classmethod
-    @abstractmethod
-    def codec(cls, pipeline: Any, clip_skip: int | None) -> Codec:
-        """Return the family's codec over a pipeline."""
-
-    @classmethod
-    def denoiser(cls, pipeline: Any) -> Denoiser:
-        """Return the family's denoiser over a pipeline."""
-        return UNetDenoiser(pipeline)
 
     @classmethod
     def spared(cls, layer: str) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.families._family import FAMILIES, Codec
+from ip_adapter_trainer.families._family import FAMILIES
 from ip_adapter_trainer.families._text import run_text_encoder
 from ip_adapter_trainer.families._unet import UNetCodec, UNetFamily
 
@@ -35,6 +35,7 @@ class StableDiffusion(UNetFamily):
     """SD1.x and SD2.x."""
 
     pipeline_class = "StableDiffusionPipeline"
+    codec = SDCodec
     left_out = {  # noqa: RUF012
         "safety_checker": None, "requires_safety_checker": False, "feature_extractor": None, "image_encoder": None,
     }  # fmt: skip
@@ -47,8 +48,3 @@ class StableDiffusion(UNetFamily):
         if clip_skip is not None and isinstance(layers, int) and clip_skip > layers:
             what = f"the text encoder has {layers} layers, of which the last but {clip_skip - 1} is asked for"
             raise Problem(what, where="--clip_skip", remedy="give 1 for the last layer, 2 for the one before it")
-
-    @classmethod
-    def codec(cls, pipeline: Any, clip_skip: int | None) -> Codec:
-        """See `UNetFamily.codec`."""
-        return SDCodec(pipeline, clip_skip)

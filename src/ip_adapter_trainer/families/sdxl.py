@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ip_adapter_trainer.core.devices import to_device
 from ip_adapter_trainer.core.errors import Problem
-from ip_adapter_trainer.families._family import FAMILIES, Codec, Denoiser
+from ip_adapter_trainer.families._family import FAMILIES
 from ip_adapter_trainer.families._text import run_text_encoder
 from ip_adapter_trainer.families._unet import UNetCodec, UNetDenoiser, UNetFamily
 
@@ -88,6 +88,7 @@ class StableDiffusionXL(UNetFamily):
     """SDXL base models."""
 
     pipeline_class = "StableDiffusionXLPipeline"
+    codec, denoiser = SDXLCodec, SDXLDenoiser
     left_out = {"image_encoder": None, "feature_extractor": None, "add_watermarker": False}  # noqa: RUF012
     components = {  # noqa: RUF012
         **UNetFamily.components,
@@ -107,13 +108,3 @@ class StableDiffusionXL(UNetFamily):
         if clip_skip is not None:
             what = "SDXL reads the last layer but one of both text encoders, and no other, as in kohya's scripts"
             raise Problem(what, where="--clip_skip", remedy="leave --clip_skip out")
-
-    @classmethod
-    def codec(cls, pipeline: Any, clip_skip: int | None) -> Codec:
-        """See `UNetFamily.codec`."""
-        return SDXLCodec(pipeline, clip_skip)
-
-    @classmethod
-    def denoiser(cls, pipeline: Any) -> Denoiser:
-        """See `UNetFamily.denoiser`."""
-        return SDXLDenoiser(pipeline)

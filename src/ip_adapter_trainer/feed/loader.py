@@ -14,11 +14,7 @@ from ip_adapter_trainer.runtime.workers import Pool
 
 
 class Loader:
-    """Gives the batches of one process.
-
-    Attributes:
-        micro_per_step: micro-batches that make one process's part of a step.
-    """
+    """Gives the batches of one process, `micro_per_step` for its part of a step."""
 
     def __init__(
         self, samples: TrainingSet, sampler: Sampler, log: FaultLog, *, rank: int = 0, world: int = 1, pin: bool = False

@@ -62,7 +62,9 @@ class Cutter:
         target = crop.mirror(image) if mirrored else image
         own = row.prompt_image_file
         prompt = target if own is None else self._images.read(own).image
-        cut, geometry = crop.fit(target, target_px, self._place(index))
+        chance = None if self._config.center_crop else stream(self._seed, "crop", index)
+        place = None if chance is None else (chance.random(), chance.random())
+        cut, geometry = crop.fit(target, target_px, place)
         seen = self._augmented(prompt, index)
         prompts = {role: preprocess(seen) for role, preprocess in self._preprocess.items()}
         return Pixels(crop.to_tensor(cut), prompts), geometry
@@ -76,12 +78,6 @@ class Cutter:
         if config.prompt_flip and stream(self._seed, "prompt_flip", index).random() < 0.5:
             prompt = crop.mirror(prompt)
         return framed(prompt, config, self._images)
-
-    def _place(self, index: int) -> tuple[float, float] | None:
-        if self._config.center_crop:
-            return None
-        chance = stream(self._seed, "crop", index)
-        return chance.random(), chance.random()
 
 
 def framed(prompt: Image.Image, config: CutConfig, images: ImageFiles) -> Image.Image:

@@ -82,13 +82,11 @@ def part_of(config: Part, kind: type[P]) -> P:
 
 def loaded_with(*parts: Part) -> dict[str, Any]:
     """Return the settings by which frozen models are loaded that are not the defaults, for the adapter's card."""
-    return {
-        name: getattr(part, name)
-        for kind in (BaseConfig, NoiseConfig)
-        for part in (part_of(part, kind) for part in parts)
-        for name, field in kind.model_fields.items()
-        if getattr(part, name) != field.default
-    }
+    own = [part_of(part, kind) for kind in (BaseConfig, NoiseConfig) for part in parts]
+    told = [
+        (name, field.default, getattr(part, name)) for part in own for name, field in type(part).model_fields.items()
+    ]
+    return {name: value for name, default, value in told if value != default}
 
 
 def read_as(kind: type[P], given: Part, remembered: Mapping[str, Any], where: str) -> P:

@@ -71,14 +71,10 @@ class _Window:
             where = f"{self._path}, line {line}"
             raise Problem("the manifest is not UTF-8", where=where, remedy="save it as UTF-8") from error
         self._lines_read += data.count(b"\n")
-        self._forget()
-        self.text += more
-
-    def _forget(self) -> None:
         newline = self.text.rfind("\n", 0, self.position)
         self._column = self.position - newline - 1 if newline >= 0 else self._column + self.position
         self._line = self._line_counted = self.line()
-        self.text, self.position, self._counted = self.text[self.position :], 0, 0
+        self.text, self.position, self._counted = self.text[self.position :] + more, 0, 0
 
     def line(self) -> int:
         """Return the line of `position`, counted from 1."""

@@ -15,7 +15,6 @@ from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.core.redact import one_line
 from ip_adapter_trainer.core.values import Row
 from ip_adapter_trainer.manifest.config import ReadConfig
-from ip_adapter_trainer.manifest.entries import Entry
 from ip_adapter_trainer.manifest.faults import demand_usable
 from ip_adapter_trainer.manifest.fingerprint import Digest, Fingerprint
 from ip_adapter_trainer.manifest.noticed import Noticed
@@ -59,7 +58,9 @@ def read_manifest(config: ReadConfig) -> Manifest:
     """
     columns, noticed = Columns(config.image_column, config.text_column, config.prompt_image_column), Noticed()
     opened = open_source(config, columns, noticed)
-    root = _root(Path(config.data_root_path or opened.root))
+    root = Path(config.data_root_path or opened.root)
+    if not root.is_dir():
+        raise Problem("the root of the image paths is no folder", where=str(root), remedy="correct --data_root_path")
     rows, digest = RowTable(), Digest()
     places, faults, unread = array("q"), list[Fault](), tuple[str, ...]()
     for entry in opened.entries:
@@ -70,9 +71,13 @@ def read_manifest(config: ReadConfig) -> Manifest:
             digest.add(_line(row))
             places.append(entry.number)
         else:
-            faults.extend(_faults(opened.path, opened.unit, entry, [*entry.faults, *row]))
+            where = _place(opened.path, opened.unit, entry.number, entry.detail)
+            faults += [replace(fault, where=where) for fault in (*entry.faults, *row)]
     if not rows and not faults:
-        raise _no_rows(opened.path, noticed)
+        what = "the manifest holds no rows" + (f" ({noticed.in_short()})" if noticed.counts else "")
+        remedy = "add pictures of a kind that is read (PNG, JPEG), and captions"
+        raise Problem(what, where=str(opened.path), remedy=remedy)
+    root = root.resolve()
     return Manifest(opened.path, root, rows, tuple(faults), digest.fingerprint(), unread, opened.unit, places, noticed)
 
 
@@ -104,23 +109,6 @@ def read_alike(config: ReadConfig, runtime: Runtime) -> Manifest:
             what = f"rank {rank} reads other rows than rank 0: {first.difference(read)}"
             raise Problem(what, where=str(manifest.source), remedy="give every machine the same file")
     return manifest
-
-
-def _root(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise Problem("the root of the image paths is no folder", where=str(folder), remedy="correct --data_root_path")
-    return folder.resolve()
-
-
-def _no_rows(source: Path, noticed: Noticed) -> Problem:
-    what = "the manifest holds no rows"
-    what += f" ({noticed.in_short()})" if noticed.counts else ""
-    return Problem(what, where=str(source), remedy="add pictures of a kind that is read (PNG, JPEG), and captions")
-
-
-def _faults(source: Path, unit: str, entry: Entry, faults: list[Fault]) -> list[Fault]:
-    where = _place(source, unit, entry.number, entry.detail)
-    return [replace(fault, where=where) for fault in faults]
 
 
 def _place(source: Path, unit: str, number: int, detail: str) -> str:

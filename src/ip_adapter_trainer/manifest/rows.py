@@ -46,7 +46,10 @@ def row_of(fields: Any, columns: Columns, *, allow_outside: bool) -> Row | list[
         what = f"the row is {_type_name(fields)}, not an object"
         return [Fault("wrong_type", what, "", f'write {{"{columns.image}": "...", "{columns.text}": "..."}}')]
     if not _is_well_formed(fields, columns):
-        return [*_missing(fields, columns), *_wrong_types(fields, columns), *_misspelt(fields, columns)]
+        found = [str(name) for name in fields]
+        missing = [missing_column(name, found, columns) for name in (columns.image, columns.text) if name not in fields]
+        unread = [] if columns.prompt_image in fields else [name for name in fields if columns.misspelt(name)]
+        return [*missing, *_wrong_types(fields, columns), *(unknown_column(name, columns) for name in unread)]
     row = Row(fields[columns.image], _text_of(fields[columns.text]), fields.get(columns.prompt_image) or None)
     if _is_clean(row, allow_outside):
         return row
@@ -123,11 +126,6 @@ def unknown_column(name: str, columns: Columns) -> Fault:
     return Fault("unknown_column", f"the column {name!r} is not known", "", remedy)
 
 
-def _missing(fields: Mapping[str, Any], columns: Columns) -> list[Fault]:
-    found = [str(name) for name in fields]
-    return [missing_column(name, found, columns) for name in (columns.image, columns.text) if name not in fields]
-
-
 def _wrong_types(fields: Mapping[str, Any], columns: Columns) -> list[Fault]:
     prompt = fields.get(columns.prompt_image)
     found = {
@@ -136,12 +134,6 @@ def _wrong_types(fields: Mapping[str, Any], columns: Columns) -> list[Fault]:
         columns.prompt_image: None if prompt is None else _wrong_path(prompt),
     }
     return [Fault("wrong_type", f"{name!r} {wrong[0]}", "", wrong[1]) for name, wrong in found.items() if wrong]
-
-
-def _misspelt(fields: Mapping[str, Any], columns: Columns) -> list[Fault]:
-    if columns.prompt_image in fields:
-        return []
-    return [unknown_column(name, columns) for name in fields if columns.misspelt(name)]
 
 
 def _refused(row: Row, columns: Columns, allow_outside: bool) -> list[Fault]:

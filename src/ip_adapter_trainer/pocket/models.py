@@ -20,11 +20,6 @@ MAX_TOKENS = 16
 TEXT_WIDTH = 128
 
 
-def _words() -> list[str]:
-    named = [word for values in world.ATTRIBUTES.values() for word in values]
-    return sorted({*named, "a", "on", "thing", "background"})
-
-
 @lru_cache(maxsize=1)
 def tokenizer() -> CLIPTokenizer:
     """Return a CLIP byte-pair tokenizer: a word of the world is one token or few, and other text still encodes."""
@@ -33,7 +28,8 @@ def tokenizer() -> CLIPTokenizer:
 
     letters = sorted(ByteLevel.alphabet())
     symbols, merges = [*letters, *(c + "</w>" for c in letters)], []
-    for word in _words():
+    named = [word for values in world.ATTRIBUTES.values() for word in values]
+    for word in sorted({*named, "a", "on", "thing", "background"}):
         parts = [*word[:-1], word[-1] + "</w>"]
         while len(parts) > 1:
             merges.append((parts[0], parts[1]))

@@ -33,13 +33,6 @@ class Verdict:
         return {name: getattr(self, name) == value for name, value in truth.items()}
 
 
-@dataclass(frozen=True)
-class _Template:
-    shape: str
-    dx_px: float
-    dy_px: float
-
-
 @lru_cache(maxsize=1)
 def _shape_templates() -> tuple[list[str], np.ndarray, np.ndarray]:
     """Names [T], centred masks' conjugate spectra [T, S, S//2+1] and areas [T]."""
@@ -63,11 +56,6 @@ def _pattern_templates(x_half_px: int, y_half_px: int) -> np.ndarray:
 def _nearest(rgb: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str:
     names, values = list(palette), np.array(list(palette.values()), np.float32)
     return names[int(((values - rgb) ** 2).sum(1).argmin())]
-
-
-def _read_background(rgb: np.ndarray) -> str:
-    edge = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])
-    return _nearest(np.median(edge, axis=0), BACKGROUNDS)
 
 
 def _unmix(rgb: np.ndarray, light: np.ndarray, background: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
@@ -119,7 +107,8 @@ def read(image: np.ndarray) -> Verdict:
     rgb = np.asarray(image, np.float32)
     if rgb.shape != (SIZE_PX, SIZE_PX, 3):
         raise ValueError(f"the oracle reads {SIZE_PX}x{SIZE_PX} RGB pictures, not {rgb.shape}; resize first")
-    background = _read_background(rgb)
+    edge = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])
+    background = _nearest(np.median(edge, axis=0), BACKGROUNDS)
     colour, cover, dark = _read_colour(rgb, np.array(BACKGROUNDS[background], np.float32))
     shape, x_px, y_px = _read_shape(cover)
     return Verdict(shape, colour, _read_pattern(cover, dark, x_px, y_px), background)

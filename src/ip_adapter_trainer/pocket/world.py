@@ -21,30 +21,17 @@ _SUPERSAMPLE = 4  # shapes are drawn this many times larger and box-averaged, so
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (222, 40, 44),
-    "orange": (245, 140, 20),
-    "yellow": (248, 222, 40),
-    "green": (36, 158, 62),
-    "cyan": (30, 190, 205),
-    "blue": (38, 70, 214),
-    "purple": (140, 48, 190),
-    "pink": (248, 104, 178),
-}
+    "red": (222, 40, 44), "orange": (245, 140, 20), "yellow": (248, 222, 40), "green": (36, 158, 62),
+    "cyan": (30, 190, 205), "blue": (38, 70, 214), "purple": (140, 48, 190), "pink": (248, 104, 178),
+}  # fmt: skip
 PATTERNS = ("plain", "striped", "dotted", "checked")
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
-    "white": (250, 250, 250),
-    "gray": (134, 134, 138),
-    "sand": (222, 198, 152),
-    "sky": (172, 208, 242),
-    "mint": (178, 232, 196),
-    "brown": (104, 76, 58),
-}
+    "white": (250, 250, 250), "gray": (134, 134, 138), "sand": (222, 198, 152), "sky": (172, 208, 242),
+    "mint": (178, 232, 196), "brown": (104, 76, 58),
+}  # fmt: skip
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
-    "shape": SHAPES,
-    "colour": tuple(COLOURS),
-    "pattern": PATTERNS,
-    "background": tuple(BACKGROUNDS),
-}
+    "shape": SHAPES, "colour": tuple(COLOURS), "pattern": PATTERNS, "background": tuple(BACKGROUNDS),
+}  # fmt: skip
 SHADE = 0.42  # the second tone of a pattern is the colour darkened to this fraction
 PERIOD_PX = 6.0  # stripes, dots and checks repeat after this many pixels
 DIAMETER_PX = (19.0, 25.0)

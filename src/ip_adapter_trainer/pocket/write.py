@@ -1,4 +1,4 @@
-"""The packed pocket base: read from the package, and laid out as ordinary folders for anyone to try."""
+"""The packed pocket base: read from the package, and written as ordinary folders for anyone to try."""
 
 from __future__ import annotations
 
@@ -27,17 +27,14 @@ def assemble(vae: Any, unet: Any, clip: CLIPModel) -> Any:
     from transformers import CLIPTextModel
 
     text = CLIPTextModel(clip.config.text_config)
-    text.load_state_dict(clip.text_model.state_dict() if hasattr(text, "embeddings") else _nested(clip))
+    before = "" if hasattr(text, "embeddings") else "text_model."  # as older releases of transformers nest it
+    text.load_state_dict({before + key: value for key, value in clip.text_model.state_dict().items()})
     pipeline = StableDiffusionPipeline(
         vae=vae, unet=unet, text_encoder=text.eval(), tokenizer=models.tokenizer(), scheduler=models.scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def _nested(clip: CLIPModel) -> dict[str, Any]:
-    return {f"text_model.{key}": value for key, value in clip.text_model.state_dict().items()}
 
 
 def image_encoder(clip: CLIPModel) -> CLIPVisionModelWithProjection:
@@ -117,7 +114,7 @@ def write_pairs(
 
 
 def write_pocket(folder: Path, *, rows: int = 2000, seed: int = 0) -> None:
-    """Lay models, a training set and a validation set in a folder, ready for every command."""
+    """Write models, a training set and a validation set into a folder, ready for every command."""
     folder.mkdir(parents=True, exist_ok=True)
     pipeline().save_pretrained(folder / "base")
     towers = clip()
@@ -130,7 +127,7 @@ def write_pocket(folder: Path, *, rows: int = 2000, seed: int = 0) -> None:
 
 
 def pocket(config: PocketConfig) -> str:
-    """Run `ip-adapter pocket`: lay everything out and return how to train on it."""
+    """Run `ip-adapter pocket`: write everything and return how to train on it."""
     folder = Path(config.folder)
     write_pocket(folder, rows=config.rows, seed=config.seed)
     return (

@@ -246,6 +246,4 @@ def _receive(stream: Any, *, pin: bool) -> Any:
 
 def _bytes_of(tensor: Tensor) -> Any:
     """Return the memory of a tensor without gaps."""
-    import torch
-
-    return tensor.flatten().view(torch.uint8).numpy()
+    return tensor.flatten().view(sys.modules["torch"].uint8).numpy()

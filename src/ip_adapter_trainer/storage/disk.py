@@ -71,11 +71,11 @@ def demand_folder(folder: Path) -> None:
     """
     with as_storage_problem():
         there = _first_that_exists(folder.absolute())
-        if not there.is_dir():
-            raise _refused(errno.ENOTDIR, there)
-        if not os.access(there, os.W_OK | os.X_OK):
-            is_read_only = os.statvfs(there).f_flag & os.ST_RDONLY
-            raise _refused(errno.EROFS if is_read_only else errno.EACCES, there)
+        code = 0 if there.is_dir() else errno.ENOTDIR
+        if not code and not os.access(there, os.W_OK | os.X_OK):
+            code = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+        if code:
+            raise OSError(code, os.strerror(code), str(there))
 
 
 def _first_that_exists(path: Path) -> Path:
@@ -85,7 +85,3 @@ def _first_that_exists(path: Path) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         return path if path.is_symlink() else _first_that_exists(path.parent)
     return path
-
-
-def _refused(code: int, path: Path) -> OSError:
-    return OSError(code, os.strerror(code), str(path))

@@ -90,12 +90,9 @@ def refusal(name: str, *, allow_outside: bool = False) -> tuple[str, str] | None
 
 
 def safe_join(root: Path, name: str, *, allow_outside: bool = False) -> Path:
-    """Return the resolved path of `name` under `root`; refuse one that leaves the root by its spelling or by a link.
+    """Return the resolved path of a name in a data file under a resolved root.
 
-    Args:
-        root: a resolved folder.
-        name: as found in a data file.
-        allow_outside: absolute paths, `..` and links that leave are taken as they are.
+    One that leaves the root by its spelling or by a link is refused, unless `allow_outside`.
 
     Raises:
         Problem: the path is refused, or no file can have it.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import BinaryIO
 
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.storage.disk import reason_of
@@ -55,15 +54,10 @@ class Lines:
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b", buffering=0) as file:
-            if not self._is_midway:
-                file.write(_after_torn(file))
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            if not self._is_midway and file.read(1) not in (b"", b"\n"):
+                file.write(b"\n")  # a kill tore the last line
             while self._left:  # a disk with little room takes a part and says nothing
                 self._left = self._left[file.write(self._left) :]
                 self._is_midway = bool(self._left)
-
-
-def _after_torn(file: BinaryIO) -> bytes:
-    """Return the line end to write first if a kill tore the last line, else nothing."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - 1))
-    return b"" if file.read(1) in (b"", b"\n") else b"\n"

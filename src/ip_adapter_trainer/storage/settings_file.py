@@ -23,16 +23,11 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise Problem(f"cannot read the settings: {error}", where=path, remedy=remedy) from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise Problem("the settings are no mapping of names", where=path, remedy="write one `name: value` a line")
-    for name, value in content.items():
-        _demand_flat(name, value, path)
+    for name, value in content.items():  # they are given on as flags, for which no entry of a list may be taken
+        entries = value if isinstance(value, list) else [value]
+        if any(isinstance(entry, (list, dict)) for entry in entries):
+            raise Problem(f"the value of {name!r} is nested", where=path, remedy="give a value, or a list of values")
+        if isinstance(value, list) and any(str(entry).startswith("-") for entry in entries):
+            raise Problem(f"an entry of {name!r} begins with '-'", where=path, remedy="write settings one a line")
     demand_no_secrets(as_flags(content))
     return content
-
-
-def _demand_flat(name: str, value: object, where: str) -> None:
-    """A scalar, or a list of scalars of which none would be taken for a flag: the settings are given on as flags."""
-    entries = value if isinstance(value, list) else [value]
-    if any(isinstance(entry, (list, dict)) for entry in entries):
-        raise Problem(f"the value of {name!r} is nested", where=where, remedy="give a value, or a list of values")
-    if isinstance(value, list) and any(str(entry).startswith("-") for entry in entries):
-        raise Problem(f"an entry of {name!r} begins with '-'", where=where, remedy="write settings one a line")

@@ -112,12 +112,9 @@ def was_claimed(folder: Path) -> bool:
 
 
 def lock(folder: Path, flag: str = "--output_dir", patience_s: float = _LOCK_PATIENCE_S) -> FileLock:
-    """Claim a folder for this run.
+    """Claim a folder that is there for this run.
 
-    Args:
-        folder: that is there.
-        flag: that names it.
-        patience_s: how long to wait for another that holds it, as a start that only looks does for an instant.
+    Another that holds it is waited for a little: a start that only looks holds it for an instant.
 
     Raises:
         Problem: another run holds it.

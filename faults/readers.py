@@ -23,7 +23,7 @@ from ip_adapter_trainer.manifest.faults import FILE_NAME, FaultLog
 from ip_adapter_trainer.manifest.manifest import read_manifest
 from ip_adapter_trainer.prepare.check_config import RowsCheckConfig as CheckConfig
 from ip_adapter_trainer.storage.checkpoints import MANIFEST, verified
-from ip_adapter_trainer.storage.settings_file import read_yaml
+from ip_adapter_trainer.storage.documents import read_yaml
 from ip_adapter_trainer.train import checkpoint, restored
 
 Read = Callable[[bytes], object]

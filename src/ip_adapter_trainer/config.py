@@ -25,7 +25,7 @@ from ip_adapter_trainer.flags import HELP, HELP_ALL, judged, read_flags
 from ip_adapter_trainer.layouts import LAYOUTS
 from ip_adapter_trainer.loading.config import BaseConfig
 from ip_adapter_trainer.runtime.launcher import accumulation_steps, demand_same_accumulation
-from ip_adapter_trainer.storage.settings_file import read_yaml
+from ip_adapter_trainer.storage.documents import read_yaml
 from ip_adapter_trainer.train.config import TrainConfig
 from ip_adapter_trainer.train.help import about, grouped
 from ip_adapter_trainer.train.presets import PRESETS

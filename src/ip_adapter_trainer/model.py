@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ip_adapter_trainer.adapters import IMAGE, Variant
-from ip_adapter_trainer.core.devices import to_device
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.settings import Part
-from ip_adapter_trainer.core.values import Batch, Encoded, Geometry, ImageTokens, Inputs, Need
+from ip_adapter_trainer.core.values import Batch, Encoded, Geometry, ImageTokens, Inputs, Need, to_device
 from ip_adapter_trainer.encoders import ImageEncoder
 from ip_adapter_trainer.families import BaseModel
 from ip_adapter_trainer.layouts import Layout, Tables, choose_layers

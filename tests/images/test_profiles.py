@@ -17,8 +17,8 @@ from faults.corpus.pictures import ALPHA, BACKGROUND, BLOCKS, CMYK, DEEP, GRAY, 
 from faults.corpus.profiles import ADOBE_RGB, D50, D65, DISPLAY_P3, PROPHOTO, SRGB_PRIMARIES, gamma, srgb_curve
 from ip_adapter_trainer.images.decode import FORMATS, DecodedImage, decode
 from ip_adapter_trainer.images.limits import MOST_PROFILE_BYTES, Limits
+from ip_adapter_trainer.prepare.check import check_rows as check
 from ip_adapter_trainer.prepare.check_config import RowsCheckConfig as CheckConfig
-from ip_adapter_trainer.prepare.check_report import check
 
 SPACES = {
     "Adobe RGB": (ADOBE_RGB, D65, gamma(563 / 256)),

@@ -13,8 +13,8 @@ import pytest
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.images.decode import ImageFault
 from ip_adapter_trainer.manifest.hashes import Hashes
+from ip_adapter_trainer.prepare.check import check_rows as check
 from ip_adapter_trainer.prepare.check_config import RowsCheckConfig as CheckConfig
-from ip_adapter_trainer.prepare.check_report import check
 from tests.manifest.rows import training_set, write_manifest, write_pictures
 
 

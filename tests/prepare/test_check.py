@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from ip_adapter_trainer.prepare.check import CheckReport
+from ip_adapter_trainer.prepare.check import check_rows as check
 from ip_adapter_trainer.prepare.check_config import RowsCheckConfig as CheckConfig
-from ip_adapter_trainer.prepare.check_report import CheckReport, check
 from tests.manifest.rows import write_manifest, write_pictures
 
 

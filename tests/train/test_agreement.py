@@ -13,8 +13,8 @@ from PIL import Image
 from ip_adapter_trainer.config import parse_train, write_resolved
 from ip_adapter_trainer.core.errors import DataProblem
 from ip_adapter_trainer.feed.config import DataConfig
+from ip_adapter_trainer.prepare.check import check_rows as check
 from ip_adapter_trainer.prepare.check_config import RowsCheckConfig as CheckConfig
-from ip_adapter_trainer.prepare.check_report import check
 from ip_adapter_trainer.train.run import train
 
 BUCKETS = {"aspect_ratio_buckets": True, "bucket_step_px": 8}

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from ip_adapter_trainer.core.devices import to_device
 from ip_adapter_trainer.core.errors import Fault
 
 if TYPE_CHECKING:
@@ -114,6 +113,17 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """Return the same batch with its tensors on `device`."""
         return replace(self, inputs=map_tensors(lambda t: to_device(t, device), self.inputs))
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a host tensor [...] to a device without making the host wait for the device's earlier work.
+
+    An ordinary copy from pageable memory waits until the device has done all that was asked of it before; from pinned
+    memory it takes its place behind that, and the host goes on. Pinned blocks are kept and used again by PyTorch.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def map_tensors(function: Callable[..., Tensor], first: P, *others: P) -> P:

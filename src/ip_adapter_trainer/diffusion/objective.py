@@ -9,20 +9,22 @@ Written on diffusers' `DDPMScheduler` and `compute_snr`. With x the latents, e t
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.settings import Part, Resume
-from ip_adapter_trainer.diffusion import density
-from ip_adapter_trainer.diffusion.density import Density
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.random import Generator
     from torch import Tensor
+
+
+Density = Literal["uniform", "shifted", "logit_normal", "cubic"]
 
 
 class ObjectiveConfig(Part):
@@ -114,11 +116,11 @@ class NoiseProcess:
         if config.timestep_uniform_share and rng.random() >= 1 - config.timestep_uniform_share:
             place = rng.random()
         elif config.timestep_density == "logit_normal":
-            place = density.logit_normal(rng, config.logit_mean, config.logit_std)
+            place = _logit_normal(rng, config.logit_mean, config.logit_std)
         elif config.timestep_density == "shifted":
-            place = density.shifted(rng, config.timestep_shift)
+            place = _shifted(rng, config.timestep_shift)
         else:
-            place = density.cubic(rng)
+            place = _cubic(rng)
         return min(first + int(place * (end - first)), end - 1)  # the place 1 itself is the last one's
 
     def posterior(self, normal: Tensor) -> Tensor:
@@ -154,3 +156,30 @@ class NoiseProcess:
         snr = compute_snr(self.scheduler, timesteps).float()
         implied = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[self.prediction]
         return snr.clamp(max=self.config.snr_gamma) / implied.clamp(min=1e-8)
+
+
+# Densities draw a place u in 0..1 on the way from the weakest to the strongest noise that is trained. What an image
+# looks like as a whole is decided while the noise is strong, detail at weak noise.
+
+
+def _shifted(rng: Generator, shift: float) -> float:
+    """Draw u = s v / (1 + (s - 1) v) of a uniform v (Stable Diffusion 3, arXiv 2403.03206, eq. 23).
+
+    Its density is s / (s - (s - 1) u)^2, from 1 / s times the uniform one at the weakest noise to s times at the
+    strongest: every timestep keeps a share.
+    """
+    v = rng.random()
+    return shift * v / (1 + (shift - 1) * v)
+
+
+def _logit_normal(rng: Generator, mean: float, std: float) -> float:
+    """Draw u = sigmoid(mean + std z) of a normal z, as diffusers' `compute_density_for_timestep_sampling` does.
+
+    From 2403.03206, section 3.1. A mean above 0 leads to stronger noise; both ends are all but never drawn.
+    """
+    return 1 / (1 + math.exp(-rng.normal(mean, std)))
+
+
+def _cubic(rng: Generator) -> float:
+    """Draw u = 1 - v^3 of a uniform v: the strongest noise above all (T2I-Adapter, arXiv 2302.08453)."""
+    return 1 - rng.random() ** 3

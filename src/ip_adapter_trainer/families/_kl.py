@@ -80,7 +80,7 @@ class KLCodec(Codec):
         import torch
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-        from ip_adapter_trainer.core.devices import to_device
+        from ip_adapter_trainer.core.values import to_device
 
         with torch.no_grad():
             posterior, config = DiagonalGaussianDistribution(moments.float()), self.pipeline.vae.config

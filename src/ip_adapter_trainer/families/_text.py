@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ip_adapter_trainer.core.devices import to_device
+from ip_adapter_trainer.core.values import to_device
 
 
 def run_text_encoder(tokenizer: Any, encoder: Any, texts: Sequence[str]) -> Any:

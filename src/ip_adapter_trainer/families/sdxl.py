@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ip_adapter_trainer.core.devices import to_device
 from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.core.values import to_device
 from ip_adapter_trainer.families._family import FAMILIES
 from ip_adapter_trainer.families._text import run_text_encoder
 from ip_adapter_trainer.families._unet import UNetCodec, UNetDenoiser, UNetFamily

@@ -9,18 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ip_adapter_trainer.cache.index import PICTURES, Record, name_key
+from ip_adapter_trainer.cache.prepared import PreparedSet
 from ip_adapter_trainer.cache.shards import TableKind, TableWriter
 from ip_adapter_trainer.cache.spec import Views
 from ip_adapter_trainer.core.errors import NotFiniteProblem
 from ip_adapter_trainer.core.values import Need, Size
 from ip_adapter_trainer.encoders import ImageEncoder
 from ip_adapter_trainer.families import Codec
+from ip_adapter_trainer.manifest.manifest import Manifest
+from ip_adapter_trainer.storage.digests import digest
 
 Encode = Callable[[Tensor, str, Sequence[str]], Mapping[str, Tensor]]  # pixels, role, tables; [B, ...] for each table
+_CHUNK = 65536  # captions looked for at once
 Kinds = tuple[TableKind, ...]  # tables that one pass of an encoder fills
 
 
@@ -100,3 +105,28 @@ class Encoding:
         if kind not in self._writers:
             self._writers[kind] = TableWriter(self._root, kind)
         return self._writers[kind]
+
+
+def missing_captions(manifest: Manifest, prepared: PreparedSet, rank: int, world: int) -> list[str]:
+    """Return the captions that the set lacks and that fall to this process; each falls to exactly one."""
+    if prepared.spec.text is None:
+        return []
+    distinct = list(dict.fromkeys(["", *(caption for row in manifest.rows for caption in row.captions)]))
+    if world > 1:
+        distinct = [t for t in distinct if int.from_bytes(digest("caption", t)[:8], "little") % world == rank]
+    chunks = [distinct[start : start + _CHUNK] for start in range(0, len(distinct), _CHUNK)]
+    return [chunk[n] for chunk in chunks for n in np.flatnonzero(~prepared.captions_there(chunk)).tolist()]
+
+
+def encode_captions(
+    captions: list[str], codec: Codec, encoding: Encoding, prepared: PreparedSet, batch: int, poll: Callable[[], None]
+) -> None:
+    """Encode captions, `batch` at once; the last batch is filled up with its first caption, as that of images is."""
+    spec = prepared.spec.text
+    for start in range(0, len(captions), batch):
+        poll()
+        assert spec is not None, "captions are missing only where they are wanted"
+        part = captions[start : start + batch]
+        made = codec.text(part + [part[0]] * (batch - len(part)))
+        for kind, keys in zip(spec.tables, spec.keys, strict=True):
+            encoding.keep(kind, keys.of(text.encode() for text in part), made[kind.name][: len(part)])

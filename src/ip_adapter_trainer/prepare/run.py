@@ -23,10 +23,9 @@ from ip_adapter_trainer.loading.frozen import load_base_of
 from ip_adapter_trainer.manifest.faults import FILE_NAME, FaultLog
 from ip_adapter_trainer.manifest.images import ImageFiles, fault_of
 from ip_adapter_trainer.manifest.manifest import Manifest, read_alike
-from ip_adapter_trainer.prepare.captions import encode_captions, missing_captions
 from ip_adapter_trainer.prepare.config import PrepareConfig
 from ip_adapter_trainer.prepare.cut import warn_of_cut_captions
-from ip_adapter_trainer.prepare.encode import Encoding, encode_with
+from ip_adapter_trainer.prepare.encode import Encoding, encode_captions, encode_with, missing_captions
 from ip_adapter_trainer.prepare.spec import cache_spec
 from ip_adapter_trainer.prepare.work import MissingReader, missing, read_all, share_of
 from ip_adapter_trainer.runtime.launch import Runtime, claimed, start

@@ -6,9 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ip_adapter_trainer.core.devices import to_device
 from ip_adapter_trainer.core.rng import stream
-from ip_adapter_trainer.core.values import Batch
+from ip_adapter_trainer.core.values import Batch, to_device
 from ip_adapter_trainer.diffusion import NoiseProcess
 from ip_adapter_trainer.model import Features, Model, Text
 

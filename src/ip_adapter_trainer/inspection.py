@@ -76,12 +76,14 @@ class AdapterReport:
     def __str__(self) -> str:
         total = sum(self.parameters.values())
         parts = " + ".join(f"{name} {count:,}" for name, count in self.parameters.items())
+        numbers = list(map(str, self.layers))
+        shown = ", ".join(numbers if len(numbers) <= 6 else [*numbers[:3], "...", numbers[-1]])
         rows = [
             ("container", f"{self.container}, {self.layout}"),
             ("variant", self.variant),
             ("base model", self.base_model),
             ("tokens", "the file does not tell" if self.tokens is None else str(self.tokens)),
-            ("layers", f"{len(self.layers)}: N = {_numbers(self.layers)}"),
+            ("layers", f"{len(self.layers)}: N = {shown}"),
             ("parameters", f"{total:,} = {parts}"),
             ("dtypes", ", ".join(self.dtypes)),
             ("image encoder", self.image_encoder),
@@ -227,8 +229,3 @@ def _plain(text: str) -> str:
 
 def _dtypes(tensors: Sequence[Tensor]) -> list[str]:
     return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
-
-
-def _numbers(numbers: Sequence[int]) -> str:
-    shown = list(map(str, numbers))
-    return ", ".join(shown if len(shown) <= 6 else [*shown[:3], "...", shown[-1]])

@@ -243,12 +243,9 @@ class Model:
     def project(
         self, features: Features, time: Tensor | None = None, dropped: Mapping[str, Tensor] | None = None
     ) -> ImageTokens:
-        """Return tokens [B, N, D] of features, in the compute dtype; only the small projector runs under autocast.
+        """Return tokens [B, N, D] of features [B, ...], in the compute dtype; only the projector runs under autocast.
 
-        Args:
-            features: of every need, [B, ...] each.
-            time: [B]; used only by variants whose tokens depend on it.
-            dropped: see `Variant.tokens`.
+        The time [B] is used only by variants whose tokens depend on it; `dropped`, see `Variant.tokens`.
         """
         projector, time = self.adapter.image_proj_model, time if self.variant.reads_time else None
         if self.dtype == torch.float32:

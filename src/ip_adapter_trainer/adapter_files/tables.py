@@ -12,6 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from ip_adapter_trainer.adapter_files.raw import RawFile
+from ip_adapter_trainer.adapters import shapes_of
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.layouts import LAYOUTS, Layout, make_layout
 
@@ -61,18 +62,14 @@ def tables_of(raw: RawFile, named: str | None) -> Tables:
         layers: dict[int, str] = {}
         if origin == "rescued":
             ip_adapter, layers = _renumber(ip_adapter, raw.path)
-        layout = make_layout(named or _layout_of(ip_adapter))
+        shapes = shapes_of(ip_adapter)
+        owner = next((name for name, entry in LAYOUTS.items() if entry().owns(shapes)), "unet")  # says what is wrong
+        layout = make_layout(named or owner)
         layout.demand(ip_adapter, str(raw.path))
         _check_weights({**image_proj, **ip_adapter}, raw.path)
         return Tables(origin, image_proj, ip_adapter, layout, layers)
     what = f"this is no adapter file that this trainer knows: it holds {_found(raw)}"
     raise Problem(what, where=str(raw.path), remedy="give an adapter file, a checkpoint-N folder or a run's folder")
-
-
-def _layout_of(layers: Mapping[str, Tensor]) -> str:
-    """Return the layout that owns layer weights; the published one, which says what is wrong, if none does."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in layers.items()}
-    return next((name for name, entry in LAYOUTS.items() if entry().owns(shapes)), "unet")
 
 
 def _found(raw: RawFile) -> str:

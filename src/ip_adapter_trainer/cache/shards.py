@@ -71,10 +71,7 @@ class _Shard:
 class Table:
     """A table as it was when it was opened.
 
-    Args:
-        root: the set's folder.
-        kind: of its rows.
-        max_maps: shards that are mapped at a time; each holds a file open.
+    At most `max_maps` shards are mapped at a time; each holds a file open.
 
     Raises:
         Problem: a shard that is none, is cut short, or holds other rows than the kind's.

@@ -69,7 +69,7 @@ def draw_grid(
 
     Args:
         headings: one for each column.
-        rows: as many pictures in each as there are headings.
+        rows: as many images in each as there are headings.
         captions: one for each row, over what was drawn with it: all but the first column; no room if all are empty.
         blocks: in which rows stand side by side, filled one after the other.
         cell_px: smallest and largest longer side of a cell.

@@ -13,12 +13,7 @@ from ip_adapter_trainer.core.rng import stream
 def others(images: Sequence[Hashable], seed: int, purpose: str) -> NDArray[np.int64] | None:
     """Choose for each row another one, with another image.
 
-    Every row is chosen once, unless more than half of the rows share an image.
-
-    Args:
-        images: what each row's image is known by, [rows].
-        seed: of the random stream named `purpose`.
-        purpose: see `seed`.
+    Every row is chosen once, unless more than half of the rows share an image. The stream of seed and purpose decides.
 
     Returns:
         Numbers of the other rows, [rows]; None: there is only one image.

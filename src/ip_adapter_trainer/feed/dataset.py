@@ -11,7 +11,7 @@ import torch
 from ip_adapter_trainer.cache.prepared import PreparedSet
 from ip_adapter_trainer.core.errors import DataProblem, Fault
 from ip_adapter_trainer.core.rng import stream
-from ip_adapter_trainer.core.values import Batch, Geometry, Row, Size
+from ip_adapter_trainer.core.values import Batch, Geometry, Row
 from ip_adapter_trainer.feed.bucketing import MAX_TRIES, Bucketing
 from ip_adapter_trainer.feed.config import DataConfig
 from ip_adapter_trainer.feed.readers import CacheSlotReader, Cutter, ImageSlotReader, Preprocess, Slot, SlotReader
@@ -60,8 +60,10 @@ class TrainingSet:
         Raises:
             DataProblem: neither a row nor those after it can be read.
         """
-        slots = [self._slot(index) for index, _ in pairs]
-        reader = self._reader(slots, self.bucketing.size_px(pairs[0][1]))
+        slots, target_px = [self._slot(index) for index, _ in pairs], self.bucketing.size_px(pairs[0][1])
+        reader: SlotReader = ImageSlotReader(self._cutter, slots, target_px)
+        if self.prepared is not None:
+            reader = CacheSlotReader(self.prepared, slots, target_px)
         taken = self._read(reader, [row for _, row in pairs])
         return Batch(
             index=torch.tensor([slot.index for slot in slots]),
@@ -78,11 +80,6 @@ class TrainingSet:
         mirrored = self.config.random_flip and stream(self.seed, "flip", index).random() < 0.5
         drop_text, drop_image = drops(stream(self.seed, "drop", index).random(), self.config)
         return Slot(self.seed, index, mirrored, drop_text, drop_image)
-
-    def _reader(self, slots: Sequence[Slot], target_px: Size) -> SlotReader:
-        if self.prepared is None:
-            return ImageSlotReader(self._cutter, slots, target_px)
-        return CacheSlotReader(self.prepared, slots, target_px)
 
     def _read(self, reader: SlotReader, numbers: Sequence[int]) -> list[_Taken]:
         """Fills every slot, with the row of that number or with one that stands in for it."""

@@ -34,7 +34,7 @@ class Loader:
         config = self._samples.config
         pool = Pool(
             self._samples.batch,
-            where=self._where,
+            where=lambda micro: "; ".join(self._samples.manifest.where(row) for _, row in micro),
             workers=config.dataloader_num_workers,
             timeout_s=config.data_timeout_s,
             ahead=config.prefetch_factor,
@@ -50,6 +50,3 @@ class Loader:
         for step in count(first):
             pairs = self._sampler.step(step)
             yield from share(pairs, rank=self._rank, world=self._world, micro_images=self._micro_images)
-
-    def _where(self, micro: Sequence[Pair]) -> str:
-        return "; ".join(self._samples.manifest.where(row) for _, row in micro)

@@ -17,12 +17,9 @@ _REDUCING_GAP = 3.0  # box-average first down to 3 times the target: indistingui
 
 
 def fit(image: Image.Image, target_px: Size, place: tuple[float, float] | None = None) -> tuple[Image.Image, Geometry]:
-    """Resize (Lanczos) until the target is just covered, then crop the target out.
+    """Resize an upright RGB image (Lanczos) until the target (height, width) is just covered, then crop the target out.
 
-    Args:
-        image: upright RGB.
-        target_px: height, width.
-        place: of the crop, from top to bottom and from left to right, each in [0, 1); None: centred.
+    The crop's place is from top to bottom and from left to right, each in [0, 1); None: centred.
 
     Returns:
         The crop, and how it was cut, as SDXL's micro-conditioning wants it (arXiv 2307.01952, section 2.2).

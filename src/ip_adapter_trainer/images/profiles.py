@@ -37,7 +37,8 @@ def to_srgb(image: Image.Image, mode: str, profile: object) -> tuple[Image.Image
     space = _space(profile)
     if profile is None or (space, image.mode) == (b"Lab ", "LAB"):
         return _spread(image, mode), False
-    conversion = _conversion(profile, mode) if _fits(space, image.mode) else None
+    fits = {b"RGB ": image.mode not in _NOT_RGB, b"GRAY": image.mode in _GRAY, b"CMYK": image.mode == "CMYK"}
+    conversion = _conversion(profile, mode) if fits.get(space) else None
     if conversion is None:
         return _spread(image, mode), True
     return conversion(image if space == b"CMYK" else _spread(image, mode)), False
@@ -51,12 +52,6 @@ def _space(profile: object) -> bytes:
     """The colours that a profile is for, by its header; nothing if it cannot be used."""
     usable = isinstance(profile, bytes) and len(profile) <= MOST_PROFILE_BYTES and profile[12:16] in _CLASSES
     return profile[16:20] if usable and isinstance(profile, bytes) else b""
-
-
-def _fits(space: bytes, mode: str) -> bool:
-    if space == b"RGB ":
-        return mode not in _NOT_RGB
-    return mode in _GRAY if space == b"GRAY" else (space, mode) == (b"CMYK", "CMYK")
 
 
 @lru_cache(maxsize=_KEPT)

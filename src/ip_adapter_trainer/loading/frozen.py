@@ -25,11 +25,7 @@ def load_frozen(
 ) -> tuple[BaseModel, dict[str, ImageEncoder]]:
     """Load the base model and the image encoders of a run on the host; parts that stay there take no device memory.
 
-    Args:
-        config: which models.
-        runtime: their precision, and the device that packs weights.
-        own: the variant's settings.
-        storage: how the denoiser keeps its weights.
+    The runtime says in which precision, and which device packs weights; `own` are the variant's settings.
 
     Raises:
         Problem: something is missing or of an unknown kind.

@@ -38,7 +38,7 @@ def find(name: str, part: str, choose: Choose, revision: str | None = None, give
         part: what it is, for messages, as "the base model".
         choose: files that are needed of a hub id.
         revision: branch, tag or commit of a hub id; None: main.
-        given: the name as the user gave it, for messages; None: `name`.
+        given: the name as the user gave it, for messages.
 
     Raises:
         Problem: nothing there, or the hub cannot be reached and has been asked for no copy before.

@@ -94,9 +94,7 @@ class OneFile:
     def noise(self, overruled: Mapping[str, Any], *, is_stated: bool) -> dict[str, Any]:
         """Return the scheduler settings that the file's own keys tell of; a line says so.
 
-        Args:
-            overruled: settings that the user gave, which go first.
-            is_stated: those, or settings that the user named, say what is predicted.
+        Those that the user gave overrule them; `is_stated` tells whether what is predicted is known otherwise.
 
         Raises:
             Problem: another noise process, or none that could be known.

@@ -178,15 +178,8 @@ def load_tensors(
 ) -> Any:
     """Load one frozen module from tensors [...] in memory, and demand that it is whole; see `load_module`.
 
-    Args:
-        kind: its class.
-        tensors: by the names that the class's own files have.
-        settings: folder with its config.json.
-        part: its name in messages.
-        where: the place that the tensors come from, for messages.
-        dtype: of the weights.
-        spare: see `load_module`.
-        unread: see `load_module`.
+    Tensors have the names of the class's own files, and `settings` is the folder with its config.json; `where` says in
+    messages where they come from.
     """
     demand_numbers([name for name, tensor in tensors.items() if not tensor.is_floating_point()], part, where)
     quiet_loading()

@@ -81,9 +81,7 @@ class FaultLog:
     def add(self, faults: Iterable[Fault], *, writes: bool = True) -> None:
         """Note faults; those already noted change nothing, and what the disk refused earlier is tried again.
 
-        Args:
-            faults: by this process, or by all alike.
-            writes: whether this process writes them down; else another one does.
+        Without `writes`, another process writes them down, which knows the same ones.
 
         Raises:
             DataProblem: more rows are faulty than `max_fault_rate` allows.
@@ -107,7 +105,10 @@ class FaultLog:
         """Notes what was written since the last time, by whichever process."""
         try:
             with open_regular(self._path) as file:
-                self._demand_size(os.fstat(file.fileno()).st_size)
+                size_bytes = os.fstat(file.fileno()).st_size
+                if size_bytes > _MAX_ROW_BYTES * max(self.rows, 1):
+                    what = f"{size_bytes:,} bytes are more than the faults of {self.rows} rows can take"
+                    raise Problem(what, where=str(self._path), remedy=_REMOVE)
                 file.seek(self._heard_bytes)
                 content = file.read()
         except NotRegularError as error:
@@ -117,11 +118,6 @@ class FaultLog:
         whole_bytes = content.rfind(b"\n") + 1
         self._heard_bytes += whole_bytes
         self._note(filter(None, map(_fault_of, content[:whole_bytes].splitlines())))
-
-    def _demand_size(self, size_bytes: int) -> None:
-        if size_bytes > _MAX_ROW_BYTES * max(self.rows, 1):
-            what = f"{size_bytes:,} bytes are more than the faults of {self.rows} rows can take"
-            raise Problem(what, where=str(self._path), remedy=_REMOVE)
 
     def demand_limit(self) -> None:
         """Demand that the faults noted so far, by whichever process, are not too many.

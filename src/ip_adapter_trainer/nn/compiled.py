@@ -25,11 +25,7 @@ def compiled_blocks(net: nn.Module, how: Compile, backend: str = "inductor") -> 
     """Compile a net's blocks for a while, for steps with gradients; without them the blocks run as they are.
 
     Parameters and their names stay where they are. A second size of image compiles once more, with sizes left open.
-
-    Args:
-        net: frozen, its layers not lean.
-        how: "reduce-overhead" replays CUDA graphs.
-        backend: of torch.compile.
+    "reduce-overhead" replays CUDA graphs.
     """
     mode = "reduce-overhead" if how == "reduce-overhead" else None
     blocks = [block for block in net.modules() if type(block).__name__ in _BLOCKS]

@@ -11,11 +11,7 @@ from torch import nn
 
 @contextmanager
 def forwards_replaced(replacements: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Give layers another `forward` for a while; their hooks, parameters and names stay what they are.
-
-    Args:
-        replacements: each layer, once, with what is called in place of its `forward`, with the same arguments.
-    """
+    """Give layers, each once, another `forward` for a while; their hooks, parameters and names stay what they are."""
     replaced = list(replacements)
     for layer, forward in replaced:
         layer.forward = forward  # type: ignore[method-assign]

@@ -144,11 +144,7 @@ class PackedConv2d(_Packed):
 def pack(net: nn.Module, storage: Storage, device: torch.device | str, spared: Callable[[str], bool]) -> None:
     """Replace a net's linear layers and convolutions by packed ones, one after another, each packed on a device.
 
-    Args:
-        net: frozen; its layers stay on their own device.
-        storage: how weights are kept.
-        device: where codes are made; only one weight at a time is there.
-        spared: by a layer's name, whether its weight stays as it is.
+    The net's layers stay on their own device; those whose names are spared stay as they are.
 
     Raises:
         Problem: the storage's library is not installed.

@@ -128,7 +128,8 @@ class Job:
         self.captions = missing_captions(manifest, self.prepared, runtime.rank, runtime.world)
         need_bytes += len(self.captions) * sum(kind.row_bytes for kind in (spec.text.tables if spec.text else ()))
         self.need_bytes = runtime.total(need_bytes)
-        free_bytes = shutil.disk_usage(_existing(folder)).free if runtime.is_main else 0
+        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        free_bytes = shutil.disk_usage(existing).free if runtime.is_main else 0
         self.free_bytes = runtime.total(free_bytes)  # machines may differ, what is decided by it must not
 
     @property
@@ -216,12 +217,6 @@ class Job:
             for name, _ in self.spec.uses(row)
             if name in faulty
         ]
-
-
-def _existing(folder: Path) -> Path:
-    while not folder.exists():
-        folder = folder.absolute().parent
-    return folder
 
 
 def _size(size_bytes: int) -> str:

@@ -37,6 +37,10 @@ def cache_spec(
 ) -> CacheSpec:
     """Return the spec of what these models make of images cut by these settings and, with `text`, of captions."""
     buckets, autoencoder = config.buckets(), codec.autoencoder
+    features = {}
+    for need in needs:
+        encoder = encoders[need.role]
+        features[need] = TableKind(need.name, encoder.features[need.feature], encoder.model.dtype)
     return CacheSpec(
         buckets=buckets,
         background=parse_colour(config.alpha_background),
@@ -45,7 +49,9 @@ def cache_spec(
         autoencoder=module_digest(autoencoder),
         encoders={role: encoder_digest(encoders[role]) for role in dict.fromkeys(need.role for need in needs)},
         moments={size_px: _moments_kind(codec, autoencoder, size_px) for size_px in buckets.sizes_px},
-        features={need: _features_kind(encoders[need.role], need) for need in needs},
+        features={
+            n: TableKind(n.name, encoders[n.role].features[n.feature], encoders[n.role].model.dtype) for n in needs
+        },
         text=_text_spec(codec) if text else None,
     )
 
@@ -66,7 +72,3 @@ def _text_spec(codec: Codec) -> TextSpec:
 def _moments_kind(codec: Codec, autoencoder: nn.Module, size_px: tuple[int, int]) -> TableKind:
     channels, height, width = codec.latent_shape(*size_px)
     return TableKind("moments", (2 * channels, height, width), next(autoencoder.parameters()).dtype)
-
-
-def _features_kind(encoder: ImageEncoder, need: Need) -> TableKind:
-    return TableKind(need.name, encoder.features[need.feature], encoder.model.dtype)

@@ -64,9 +64,7 @@ class FixedRows:
     def batches(self, count: int, *, pixels: bool = False) -> list[Batch]:
         """Read the first rows that can be read; batches hold rows of one size, at most `train_batch_size` of them.
 
-        Args:
-            count: rows; fewer where there are no more images.
-            pixels: give the images themselves, even of rows that were encoded beforehand.
+        With `pixels`, the images themselves are given, even of rows that were encoded beforehand.
         """
         by_size: dict[tuple[int, int], list[Batch]] = {}
         for row in self._rows(count, pixels):

@@ -54,11 +54,7 @@ def check(
 ) -> list[str]:
     """Compare a checkpoint's run with this one, tell each difference, and return those that were accepted.
 
-    Args:
-        saved: `config` and all of `RunIdentity.to_json`, as the checkpoint has them.
-        config: settings of this run.
-        identity: of this run; models that it does not name are not compared.
-        tell: takes a line for each difference that is no fault.
+    The checkpoint saved `config` and all of `RunIdentity.to_json`; models that this run does not name are not compared.
 
     Raises:
         Problem: something that must match differs, and is not accepted; each is named, with what to do.

@@ -29,12 +29,7 @@ CONFIG = FieldInfo(
 
 
 def grouped(kind: type[TrainConfig], own: Mapping[str, type[Part]]) -> Groups:
-    """Return the settings of a run in groups.
-
-    Args:
-        kind: their class.
-        own: the classes of what the run has chosen, such as its variant's; each is a group of its own.
-    """
+    """Return the settings of a run in groups; what it has chosen, as its variant, has a group of its own."""
     owners: dict[str, Any] = {n: part for part in reversed(kind.__mro__) for n in vars(part).get("__annotations__", ())}
     titles = {name: title for title, part in own.items() for name in part.model_fields}
     groups: Groups = {title: {} for title in GROUPS}

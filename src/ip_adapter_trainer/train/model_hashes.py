@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ip_adapter_trainer.model import Model
 
@@ -41,16 +41,13 @@ def compared(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[list[str],
 def _of_weights(module: nn.Module) -> str:
     """The way in which it was loaded (dtypes, number of tensors), a colon, and the hash."""
     tensors = [tensor.detach() for _, tensor in sorted(module.named_parameters())]
-    sampled = torch.cat([_sampled(tensor) for tensor in tensors]).cpu()
+    parts = []
+    for tensor in tensors:  # at most SAMPLES of its numbers, evenly spread over its order
+        places = torch.linspace(0, tensor.numel() - 1, min(SAMPLES, tensor.numel()), device=tensor.device).long()
+        parts.append(tensor[torch.unravel_index(places, tensor.shape)].float())  # no copy, whatever the layout
+    sampled = torch.cat(parts).cpu()
     dtypes = "+".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
     return f"{dtypes} x {len(tensors)}:{_hash(sampled.numpy().tobytes())}"
-
-
-def _sampled(tensor: Tensor) -> Tensor:
-    """At most SAMPLES of a tensor's numbers, evenly spread over its order, as fp32."""
-    places = torch.linspace(0, tensor.numel() - 1, min(SAMPLES, tensor.numel()), device=tensor.device).long()
-    at = torch.unravel_index(places, tensor.shape)  # no copy, whatever the layout
-    return tensor[at].float()
 
 
 def _hash(content: bytes) -> str:

@@ -20,14 +20,8 @@ _MUCH = 0.3  # the pocket base has 0.14
 
 
 def warn_of_posterior_noise(model: Model, batches: Sequence[Batch], device: torch.device) -> None:
-    """Tell where the posterior's noise is a large part of what the latents of a few images are.
-
-    Args:
-        model: its autoencoder on the device, unless the images were encoded before.
-        batches: a few images; none, where not one of them can be read, of which training itself tells.
-        device: where to encode.
-    """
-    if not batches:
+    """Tell where the posterior's noise is a large part of what the latents of a few images are."""
+    if not batches:  # not one of them can be read, of which training itself tells
         return
     with torch.no_grad():
         share = noise_share([model.moments_of(batch.to(device).inputs) for batch in batches])
@@ -39,11 +33,7 @@ def warn_of_posterior_noise(model: Model, batches: Sequence[Batch], device: torc
 
 
 def noise_share(moments: Iterable[Tensor]) -> float:
-    """Return the mean variance of the posterior over the whole variance of its samples, averaged over channels.
-
-    Args:
-        moments: [B, 2C, h, w], of any sizes h x w.
-    """
+    """Return the mean variance of the posterior over that of its samples, by moments [B, 2C, h, w] of any sizes."""
     flat = torch.cat([m.float().transpose(0, 1).flatten(1) for m in moments], 1)  # [2C, positions]
     mean, log_variance = flat.chunk(2)
     noise = log_variance.clamp(-30, 20).exp().mean(1)

@@ -15,13 +15,9 @@ RETRY_S = 10.0  # from one try to the next
 
 
 class Saver:
-    """Writes a run's checkpoints in a thread, one at a time and in order, and removes old ones.
+    """Writes a run's checkpoints in a thread, one at a time and in order, and removes all but the `keep` newest.
 
     What the disk refuses is tried again until it is written, or a newer one takes its place.
-
-    Args:
-        output: the run's folder.
-        keep: whole checkpoints that stay; None: all.
     """
 
     def __init__(self, output: Path, keep: int | None) -> None:

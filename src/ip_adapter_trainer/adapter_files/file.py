@@ -242,12 +242,15 @@ def write_adapter(path: Path, tables: Tables, metadata: Mapping[str, str], layou
     """
     check_suffix(path)
     plain = {t: {name: _alone(tensor) for name, tensor in tables[t].items()} for t in ("image_proj", "ip_adapter")}
+    flat, nested = layout.to_file(plain), {table: dict[str, Tensor]() for table in plain}
+    for name, tensor in flat.items():
+        nested.setdefault(name.partition(".")[0], {})[name.partition(".")[2]] = tensor
     try:
         if path.suffix == ".safetensors":
-            save_file(layout.to_file(plain), path, metadata={"format": "pt", **metadata, SHA256: weights_sha256(plain)})
+            save_file(flat, path, metadata={"format": "pt", **metadata, SHA256: weights_sha256(plain)})
         else:
             with path.open("wb") as opened:  # given a path, torch would write the file's name into the file
-                torch.save(plain, opened)
+                torch.save(nested, opened)
     except (OSError, RuntimeError, SafetensorError) as error:
         what = f"the adapter file was not written: {first_line(error)}"
         raise StorageProblem(what, where=str(path.parent), remedy="make room, or choose another folder") from error

@@ -68,6 +68,7 @@ def error(gradients: Gradients, reference: Path, folder: Path) -> float:
     return measure.difference(saved(gradients, folder), reference)
 
 
+@pytest.mark.slow
 def test_sd15_takes_185_and_sdxl_141_times_fewer_operations() -> None:
     for name, side_px, least in (("sd15", 512, 1.85), ("sdxl", 1024, 1.41)):
         theirs, mine = limits.count(name, side_px)
@@ -191,6 +192,7 @@ def test_our_side_holds_what_a_run_on_a_prepared_set_does(batch: Batch) -> None:
     assert vae.encoder is None and vae.decoder is not None
 
 
+@pytest.mark.slow
 def test_a_side_that_fails_says_why_and_the_other_goes_on(tmp_path: Path) -> None:
     wrong, right = (Contender("ours", "no", "tiny", SIDE_PX, 1, "cpu", s) for s in ({"no such": 1}, {}))
     failed, found = measure.compare((wrong, right), Schedule(rounds=1, untimed=0, timed=1), tmp_path)
@@ -202,6 +204,7 @@ def test_a_side_that_fails_says_why_and_the_other_goes_on(tmp_path: Path) -> Non
     assert rows[report.TIME].published is rows[report.TIME].ratio is None
 
 
+@pytest.mark.slow
 def test_the_largest_batch_is_found_by_whole_steps(tmp_path: Path) -> None:
     for side in ("published", "ours"):
         with Worker(Contender(side, "no", "tiny", SIDE_PX, 1, "cpu"), tmp_path) as worker:

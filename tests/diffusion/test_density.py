@@ -85,7 +85,7 @@ def test_cubic_draws_have_the_density_of_the_formula() -> None:
     assert drawn == pytest.approx(np.diff(cumulative), abs=5 * (0.25 / COUNT) ** 0.5)
 
 
-@pytest.mark.parametrize("density", ["uniform", "shifted", "logit_normal", "cubic"])
+@pytest.mark.parametrize("density", ["uniform", "logit_normal"])  # the others take the second one's way
 def test_draws_belong_to_the_image_whatever_the_process_batch_or_resumption(density: str) -> None:
     indices = [5, 900, 123456789]
     together = timesteps(indices, seed=7, timestep_density=density).tolist()

@@ -88,9 +88,10 @@ def ip_adapter(installed: Path) -> Callable[..., str]:
     [
         ("sd1", "vit", ("--variant=plus",)),
         ("sd1", "clip", ("--variant=timed",)),
-        ("sdxl", "clip", ("--variant=base", "--layout=prefix")),
+        ("sd1", "clip", ("--variant=base", "--layout=prefix")),
         ("pixart", "clip", ("--variant=plus",)),
-        ("pixart", "vit", ("--variant=base", "--layout=prefix")),
+        pytest.param("sdxl", "clip", ("--variant=base", "--layout=prefix"), marks=pytest.mark.slow),
+        pytest.param("pixart", "vit", ("--variant=base", "--layout=prefix"), marks=pytest.mark.slow),
     ],
 )
 def test_what_is_added_trains_exports_reloads_and_draws(

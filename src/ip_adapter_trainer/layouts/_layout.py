@@ -74,11 +74,11 @@ class Layout:
 
     def module(self, layer: AttentionLayer, token_dim: int, config: Part) -> Any:
         """Return the module trained at a layer, a `LayerModule`, for tokens of width `token_dim`."""
-        raise NotImplementedError
+        raise TypeError(f"the layout {self.name} has layers and no `module` for them")
 
     def processor(self, layer: AttentionLayer, module: Any, prompt: ImagePrompt, original: Any) -> Any:
         """Return a diffusers attention processor for a layer; without an image prompt, it calls the original one."""
-        raise NotImplementedError
+        raise TypeError(f"the layout {self.name} has layers and no `processor` for them")
 
     def token_dim(self, denoiser: Any) -> int:
         """Return the width of image tokens: by default, that of the text that the denoiser reads."""

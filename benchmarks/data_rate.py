@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks.pictures import clip_preprocess, write_pictures
-from ip_adapter_trainer.cache.index import PICTURES, Record, name_key
+from ip_adapter_trainer.cache.index import IMAGES, Record, name_key
 from ip_adapter_trainer.cache.prepared import Asked, PreparedSet
 from ip_adapter_trainer.cache.shards import TableKind, TableWriter, checksums_of
 from ip_adapter_trainer.cache.spec import CacheSpec
@@ -40,17 +40,17 @@ NEED = Need("image", "image_embeds")
 SPEC = CacheSpec(
     Buckets.square(512), (255, 255, 255), False, False, "vae", {"image": "clip"}, {SIZE_PX: MOMENTS}, {NEED: EMBEDS}
 )
-PICTURES_ON_DISK, SHARD_ROWS, BATCH, ASKED = 64, 4096, 16, 1000
+IMAGES_ON_DISK, SHARD_ROWS, BATCH, ASKED = 64, 4096, 16, 1000
 
 
 def write_set(folder: Path, config: DataConfig) -> PreparedSet:
     """A prepared set of the rows with values out of the air."""
     pictures = ImageFiles.of(Path(config.data_json_file).parent, config)
-    writers = {kind: TableWriter(folder, kind) for kind in (PICTURES, MOMENTS, EMBEDS)}
-    for number in range(PICTURES_ON_DISK):
+    writers = {kind: TableWriter(folder, kind) for kind in (IMAGES, MOMENTS, EMBEDS)}
+    for number in range(IMAGES_ON_DISK):
         content, status = pictures.read_file(f"{number}.jpg")
         record = Record.of(status, (768, 1024), digest(content))
-        writers[PICTURES].add(name_key(f"{number}.jpg"), record.packed())
+        writers[IMAGES].add(name_key(f"{number}.jpg"), record.packed())
         for view in SPEC.views(record.content, record.size_px, 3):
             writers[view.kind].add(view.key, torch.randn(view.kind.shape).to(view.kind.dtype))
     for writer in writers.values():
@@ -60,10 +60,10 @@ def write_set(folder: Path, config: DataConfig) -> PreparedSet:
 
 def rate(samples: TrainingSet, batches: int) -> float:
     """Rows a second of one core's time, as batches, second pass over the rows: from the page cache."""
-    samples.batch([(index, index % PICTURES_ON_DISK) for index in range(BATCH)])
+    samples.batch([(index, index % IMAGES_ON_DISK) for index in range(BATCH)])
     began = time.process_time()
     for batch in range(batches):
-        samples.batch([(batch * BATCH + i, i * 7 % PICTURES_ON_DISK) for i in range(BATCH)])
+        samples.batch([(batch * BATCH + i, i * 7 % IMAGES_ON_DISK) for i in range(BATCH)])
     return batches * BATCH / (time.process_time() - began)
 
 
@@ -90,7 +90,7 @@ def sparse_table(root: Path, kind: TableKind, rows: int, key_of: Callable[[int],
 
 def write_sparse(root: Path, rows: int) -> None:
     """A set of any number of rows."""
-    writer = TableWriter(root, PICTURES)
+    writer = TableWriter(root, IMAGES)
     for number in range(rows):
         writer.add(name_key(f"{number}.jpg"), Record(1, 1, 1, (768, 1024), digest(number)).packed())
     writer.seal()
@@ -130,7 +130,7 @@ def rates(rounds: int, scratch: Path | None = None) -> list[tuple[float, float]]
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=scratch) as name:
         folder = Path(name)
-        config = DataConfig(data_json_file=str(write_pictures(folder, SIZE_PX[0], PICTURES_ON_DISK)))
+        config = DataConfig(data_json_file=str(write_pictures(folder, SIZE_PX[0], IMAGES_ON_DISK)))
         manifest = read_manifest(config)
         preprocess, bucketing = clip_preprocess(224), assign_buckets(manifest, config)
         raw = TrainingSet(manifest, config, bucketing, seed=0, preprocess=preprocess)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from faults.chains import Pace, Stages, Victim, attack
 from faults.lab import Finding, Lab, Process
-from ip_adapter_trainer.cache.index import PICTURES
+from ip_adapter_trainer.cache.index import IMAGES
 
 _TABLES = "*/*"  # where a prepared set has its shards
 _FILE = "adapter.safetensors"
@@ -53,7 +53,7 @@ def rows_of(folder: Path) -> Rows:
             rows[table, shard.name.encode()] = b"torn"
             continue
         values = tensors["value"].reshape(len(tensors["key"]), -1).view(torch.uint8).numpy()
-        if table == PICTURES.folder:
+        if table == IMAGES.folder:
             values[:, _READ_AT] = 0
         for key, value in zip(tensors["key"].numpy(), values, strict=True):
             rows[table, key.tobytes()] = value.tobytes()

@@ -13,7 +13,7 @@ import torch
 from faults.corpus import documents, mutate, tensors
 from faults.corpus.mutate import Mutation
 from ip_adapter_trainer.adapter_files import AdapterCard, read_adapter, write_adapter
-from ip_adapter_trainer.cache.index import PICTURES, ImageIndex, Record, name_key
+from ip_adapter_trainer.cache.index import IMAGES, ImageIndex, Record, name_key
 from ip_adapter_trainer.cache.shards import Table, TableWriter
 from ip_adapter_trainer.config import check_keys, compose
 from ip_adapter_trainer.core.errors import Fault
@@ -110,15 +110,15 @@ def _card(content: bytes) -> None:
 
 
 def _shard(folder: Path) -> Target:
-    writer = TableWriter(folder, PICTURES)
+    writer = TableWriter(folder, IMAGES)
     for number in range(4):
         writer.add(name_key(str(number)), Record(10, 20, 30, (64, 64), bytes([number + 1]) * 16).packed())
     writer.seal()
-    path = next((folder / PICTURES.folder).glob("*.safetensors"))
+    path = next((folder / IMAGES.folder).glob("*.safetensors"))
 
     def read(content: bytes) -> None:
         path.write_bytes(content)
-        table, index = Table(folder, PICTURES), ImageIndex(folder)
+        table, index = Table(folder, IMAGES), ImageIndex(folder)
         places = table.find([name_key(str(number)) for number in range(4)])
         known = [place for place in places.tolist() if place >= 0]
         table.fill(table.room(max(1, len(known))), range(len(known)), known)

@@ -16,7 +16,7 @@ from typing import Any
 
 from faults.files import Rows, rows_of
 from faults.lab import Finding, Lab, Process
-from ip_adapter_trainer.cache.index import PICTURES
+from ip_adapter_trainer.cache.index import IMAGES
 from ip_adapter_trainer.pocket import write
 from ip_adapter_trainer.storage.checkpoints import newest, verified
 
@@ -93,7 +93,7 @@ class _Preparing:
 
 
 def _encodings(rows: Rows) -> int:
-    return sum(table != PICTURES.folder for table, _ in rows)
+    return sum(table != IMAGES.folder for table, _ in rows)
 
 
 def _lines(output: Path) -> int:

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from ip_adapter_trainer.train.config import TrainConfig
 
 COMMANDS = {
-    "train": "train an adapter on pictures and captions",
-    "prepare": "encode the pictures of a training set once, for all later runs",
-    "generate": "draw pictures with an image prompt",
+    "train": "train an adapter on images and captions",
+    "prepare": "encode the images of a training set once, for all later runs",
+    "generate": "draw images with an image prompt",
     "evaluate": "score an adapter: CLIP-I and CLIP-T beside scale 0 and shuffled prompts",
     "export": "turn a checkpoint into an adapter file, verified by reloading it",
     "inspect": "tell what an adapter file holds and who can read it",
-    "check": "read every row and picture of a training set and list the faults",
+    "check": "read every row and image of a training set and list the faults",
     "pocket": "write the embedded base model and a training set to try everything on",
     "demo": "train on the embedded base model and score the result, in minutes",
 }

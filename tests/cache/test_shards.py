@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ip_adapter_trainer.cache import shards
-from ip_adapter_trainer.cache.index import PICTURES, ImageIndex, Record, name_key
+from ip_adapter_trainer.cache.index import IMAGES, ImageIndex, Record, name_key
 from ip_adapter_trainer.cache.shards import Table, TableKind, TableWriter
 from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.storage.digests import KEY_BYTES, Digests, digest, framed, places_of
@@ -167,10 +167,10 @@ def test_any_bit_that_flips_on_the_disk_is_found(tmp_path: Path, shape: tuple[in
 
 
 def test_damaged_records_of_pictures_are_refused(tmp_path: Path) -> None:
-    writer = TableWriter(tmp_path, PICTURES)
+    writer = TableWriter(tmp_path, IMAGES)
     writer.add(name_key("a"), Record(1, 2, 3, (4, 5), b"c" * 16).packed())
     writer.seal()
-    file = next((tmp_path / PICTURES.folder).iterdir())
+    file = next((tmp_path / IMAGES.folder).iterdir())
     file.write_bytes(file.read_bytes().replace(b"c" * 16, b"d" * 16))
     with pytest.raises(Problem, match="not what was written"):
         ImageIndex(tmp_path)
@@ -186,7 +186,7 @@ def test_a_torn_shard_is_refused(tmp_path: Path) -> None:
 
 def test_of_several_records_the_newest_counts(tmp_path: Path) -> None:
     for noted, side in ((5, 50), (9, 90), (7, 70)):
-        writer = TableWriter(tmp_path, PICTURES)
+        writer = TableWriter(tmp_path, IMAGES)
         writer.add(name_key("a"), Record(1, 2, noted, (side, 3), b"c" * 16).packed())
         writer.seal()
     assert ImageIndex(tmp_path).find(["b", "a"]) == [None, Record(1, 2, 9, (90, 3), b"c" * 16)]

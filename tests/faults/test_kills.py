@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from faults import files
 from faults.chains import Pace, Stages, Victim, attack, differing
 from faults.lab import Lab, Process
-from ip_adapter_trainer.cache.index import PICTURES
+from ip_adapter_trainer.cache.index import IMAGES
 
 KILLS = 3
 WHOLE = "whole" * 10
@@ -127,7 +127,7 @@ def _prepared(folder: Path, table: str = "moments/8x8x8-float32", byte: int = 0,
 
 @pytest.mark.parametrize(
     ("table", "byte", "same"),
-    [(PICTURES.folder, 16, True), (PICTURES.folder, 24, False), ("moments/8x8x8-float32", 16, False)],
+    [(IMAGES.folder, 16, True), (IMAGES.folder, 24, False), ("moments/8x8x8-float32", 16, False)],
 )
 def test_rows_differ_by_every_byte_but_when_pictures_were_read(
     table: str, byte: int, same: bool, tmp_path: Path

@@ -16,7 +16,7 @@ class BucketConfig(ReadConfig):
 
     resolution: int = Field(512, gt=0, le=16384, description="Side of the training images in pixels; a multiple of 8.")
     aspect_ratio_buckets: bool = Field(
-        False, description="Cut each picture to the nearest of several aspect ratios instead of a square."
+        False, description="Cut each image to the nearest of several aspect ratios instead of a square."
     )
     bucket_step_px: int = Field(64, gt=0, description="Sides of the buckets are multiples of this; itself one of 8.")
     bucket_max_aspect: float = Field(2.0, ge=1, description="Largest aspect ratio of a bucket, long side over short.")
@@ -48,7 +48,7 @@ class CutConfig(BucketConfig):
     resume = Resume(must_match="center_crop random_flip prompt_crop_min_share prompt_flip prompt_pad_square")
 
     center_crop: bool = Field(True, description="Crop at the centre; off: at a random place.")
-    random_flip: bool = Field(False, description="Mirror half of the pictures, target and prompt alike.")
+    random_flip: bool = Field(False, description="Mirror half of the images, target and prompt alike.")
     prompt_crop_min_share: float = Field(
         1.0, gt=0, le=1, description="Prompt with a random part of at least this share of the area; 1: with all of it."
     )

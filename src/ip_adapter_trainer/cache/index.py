@@ -31,7 +31,7 @@ _LAYOUT = np.dtype(
         ("content", f"V{KEY_BYTES}"),
     ]
 )
-PICTURES = TableKind("pictures", (_LAYOUT.itemsize,), torch.uint8)
+IMAGES = TableKind("pictures", (_LAYOUT.itemsize,), torch.uint8)
 _UNREADABLE = bytes(KEY_BYTES)
 _NAMES = Digests(framed("picture"))
 _SETTLED_NS = 2_000_000_000  # a file younger than this when it was read may have changed since without a new time
@@ -91,7 +91,7 @@ class ImageIndex:
     """
 
     def __init__(self, root: Path) -> None:
-        table = Table(root, PICTURES)
+        table = Table(root, IMAGES)
         records = table.values().reshape(-1).view(_LAYOUT)
         order = np.lexsort((records["noted_ns"], table.keys))
         keys = table.keys[order]

@@ -37,7 +37,7 @@ class ObjectiveConfig(Part):
     )
 
     latents: Literal["sample", "mean"] = Field(
-        "sample", description="Latents of a picture: drawn from the VAE's posterior, or its mean."
+        "sample", description="Latents of an image: drawn from the VAE's posterior, or its mean."
     )
     noise_offset: float = Field(0.0, ge=0, description="Weight of a constant per image and channel added to the noise.")
     snr_gamma: float | None = Field(

@@ -52,6 +52,11 @@ class ImageEncoder(ABC):
         """Return what other processes need to preprocess images: everything but weights."""
         return {**vars(self), "model": None, "_null": {}}
 
+    @property
+    def patches(self) -> int:
+        """The patches that it cuts one image into."""
+        return (self.side_px // int(self.model.config.patch_size)) ** 2
+
     @abstractmethod
     def make_preprocess(self, folder: Path) -> Any:
         """Return what turns images into pixels: one of transformers' image processors.

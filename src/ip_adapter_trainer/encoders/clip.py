@@ -81,8 +81,8 @@ class ClipEncoder(ImageEncoder):
     def features(self) -> Mapping[str, tuple[int, ...]]:
         """See `ImageEncoder.features`."""
         config = self.model.config
-        patches = (int(config.image_size) // int(config.patch_size)) ** 2
-        return {"image_embeds": (int(config.projection_dim),), "penultimate": (patches + 1, int(config.hidden_size))}
+        width, embed = int(config.hidden_size), int(config.projection_dim)
+        return {"image_embeds": (embed,), "penultimate": (1 + self.patches, width)}
 
     @property
     def last_layer(self) -> nn.Module:

@@ -27,10 +27,9 @@ class DinoEncoder(ImageEncoder):
     @property
     def features(self) -> Mapping[str, tuple[int, ...]]:
         """See `ImageEncoder.features`; registers stand between CLS and the patches."""
-        config = self.model.config
-        special = 1 + int(getattr(config, "num_register_tokens", 0))
-        patches = (self.side_px // int(config.patch_size)) ** 2
-        return {"image_embeds": (int(config.hidden_size),), "penultimate": (special + patches, int(config.hidden_size))}
+        width = int(self.model.config.hidden_size)
+        special = 1 + int(getattr(self.model.config, "num_register_tokens", 0))
+        return {"image_embeds": (width,), "penultimate": (special + self.patches, width)}
 
     @property
     def last_layer(self) -> nn.Module:

@@ -28,9 +28,8 @@ class SiglipEncoder(ImageEncoder):
     @property
     def features(self) -> Mapping[str, tuple[int, ...]]:
         """See `ImageEncoder.features`."""
-        config = self.model.config
-        width, patches = int(config.hidden_size), (int(config.image_size) // int(config.patch_size)) ** 2
-        return {"image_embeds": (width,), "penultimate": (patches, width)}
+        width = int(self.model.config.hidden_size)
+        return {"image_embeds": (width,), "penultimate": (self.patches, width)}
 
     @property
     def last_layer(self) -> nn.Module:

@@ -33,9 +33,9 @@ class ClipScorer:
         return cls(model.to(device), tokenizer, processor)
 
     @torch.no_grad()
-    def images(self, pictures: Sequence[Image]) -> Tensor:
+    def images(self, images: Sequence[Image]) -> Tensor:
         """Return embeddings [B, E] of RGB images."""
-        pixels = self._processor(images=list(pictures), return_tensors="pt")["pixel_values"]
+        pixels = self._processor(images=list(images), return_tensors="pt")["pixel_values"]
         features = self._model.get_image_features(pixels.to(self._model.device)).pooler_output
         return normalize(features, dim=-1).cpu()
 
@@ -56,14 +56,14 @@ class ClipScorer:
         return normalize(features, dim=-1).cpu()
 
 
-def clip_i(pictures: Tensor, references: Tensor) -> Tensor:
+def clip_i(images: Tensor, references: Tensor) -> Tensor:
     """Return CLIP-I [...]: the cosine of embeddings [..., E] of unit length."""
-    return (pictures * references).sum(-1)
+    return (images * references).sum(-1)
 
 
-def clip_t(pictures: Tensor, texts: Tensor) -> Tensor:
+def clip_t(images: Tensor, texts: Tensor) -> Tensor:
     """Return CLIP-T [...] of embeddings [..., E]: CLIPScore, 2.5 max(cosine, 0), without a prefix.
 
     See Hessel et al. 2104.08718, section 3.
     """
-    return 2.5 * (pictures * texts).sum(-1).clamp(min=0)
+    return 2.5 * (images * texts).sum(-1).clamp(min=0)

@@ -15,7 +15,7 @@ Scheduler = Literal["auto", "ddim", "euler", "dpm++"]  # auto: the base model's 
 
 
 class ValidationConfig(Part):
-    """Settings of validation during training: losses on fixed rows, and a picture grid."""
+    """Settings of validation during training: losses on fixed rows, and an image grid."""
 
     group = "Validation"
     resume = Resume(
@@ -36,14 +36,14 @@ class ValidationConfig(Part):
     validation_seed: int = Field(
         42, ge=0, description="Seed of validation's noise, timesteps, shuffle and grid; apart from the run's own seed."
     )
-    grid_rows: int = Field(4, ge=0, description="Rows of the picture grid; 0: no grid.")
-    grid_steps: int = Field(30, gt=0, description="DDIM steps of each picture in the grid.")
+    grid_rows: int = Field(4, ge=0, description="Rows of the image grid; 0: no grid.")
+    grid_steps: int = Field(30, gt=0, description="DDIM steps of each image in the grid.")
     grid_guidance_scale: float = Field(
         7.5, ge=0, description="Classifier-free guidance in the grid; at most 1: without."
     )
     grid_prompt: str | None = Field(
         "",
-        description="Text prompt of every picture in the grid. Empty, as the paper scores: all that appears comes from "
+        description="Text prompt of every image in the grid. Empty, as the paper scores: all that appears comes from "
         "the image prompt. None: each row's own caption.",
     )
     validation_data: str = Field(
@@ -110,8 +110,8 @@ class DrawConfig(NoiseConfig, BaseConfig):
         description="Height in pixels, a multiple of 8; None: what the base model was made for.",
     )
     width: int | None = Field(None, gt=0, multiple_of=8, description="Width in pixels; see height.")
-    seed: int = Field(0, ge=0, description="Seed of the first picture's noise.")
-    batch_size: int = Field(4, gt=0, description="Pictures drawn at once: more is faster and takes more memory.")
+    seed: int = Field(0, ge=0, description="Seed of the first image's noise.")
+    batch_size: int = Field(4, gt=0, description="Images drawn at once: more is faster and takes more memory.")
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto: a GPU if there is one.")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = Field(
         None, description="Precision of the frozen weights; None: fp16 on a CUDA GPU, full precision elsewhere."
@@ -119,10 +119,10 @@ class DrawConfig(NoiseConfig, BaseConfig):
 
 
 class GenerateConfig(DrawConfig):
-    """Draw pictures with an image prompt."""
+    """Draw images with an image prompt."""
 
-    image: tuple[str, ...] = Field(min_length=1, description="Picture to prompt with; several are one prompt together.")
-    num_images: int = Field(1, gt=0, description="Pictures to draw; their seeds count up from --seed.")
+    image: tuple[str, ...] = Field(min_length=1, description="Image to prompt with; several are one prompt together.")
+    num_images: int = Field(1, gt=0, description="Images to draw; their seeds count up from --seed.")
     output: Annotated[str, alias("-o")] = Field(
         "generated", description="PNG file, or a folder, in which nothing is overwritten."
     )
@@ -132,7 +132,7 @@ class EvaluateConfig(DrawConfig, ReadConfig):
     """Score an adapter on the rows of a manifest by the paper's protocol, beside scale 0 and shuffled prompts."""
 
     num_rows: int = Field(100, ge=1, description="Rows, drawn at random by --seed; the paper: 5000.")
-    num_images_per_prompt: int = Field(4, gt=0, description="Pictures of each row; the paper: 4.")
+    num_images_per_prompt: int = Field(4, gt=0, description="Images of each row; the paper: 4.")
     clip_model: str = Field(
         "openai/clip-vit-large-patch14", description="CLIPModel that scores: folder or hub id; the paper: ViT-L/14."
     )

@@ -36,8 +36,8 @@ def generate(config: GenerateConfig) -> list[Path]:
         for start in range(0, len(seeds), config.batch_size):
             part = seeds[start : start + config.batch_size]
             drawn = sample(model, features, [config.prompt] * len(part), part, how)
-            for file, seed, picture in zip(files[start:], part, drawn, strict=False):
-                _save(picture, file, facts | {"seed": str(seed)})
+            for file, seed, image in zip(files[start:], part, drawn, strict=False):
+                _save(image, file, facts | {"seed": str(seed)})
             progress.update(len(part))
     return files
 
@@ -94,12 +94,12 @@ def _facts(config: GenerateConfig, adapter: Adapter) -> dict[str, str]:
     }
 
 
-def _save(picture: Image.Image, file: Path, facts: dict[str, str]) -> None:
+def _save(image: Image.Image, file: Path, facts: dict[str, str]) -> None:
     info = PngInfo()
     for name, value in facts.items():
         info.add_itxt(name, value)
     try:
-        picture.save(file, pnginfo=info)
+        image.save(file, pnginfo=info)
     except OSError as error:
         what = f"cannot write the picture: {error.strerror}"
         raise StorageProblem(what, where=str(file), remedy="make room, or choose another --output") from error

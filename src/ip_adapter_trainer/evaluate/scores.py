@@ -127,11 +127,11 @@ def _score_rows(
     seeds = [key(plan.seed, "evaluate", prompt.number, n) % 2**63 for prompt in prompts for n in range(plan.pictures)]
     values: Values = {}
     shuffled = [(SHUFFLED, strangers)] if strangers else []
-    for condition, pictures in ((PROMPTED, own), (SCALE_0, own), *shuffled):
+    for condition, prompting in ((PROMPTED, own), (SCALE_0, own), *shuffled):
         how = replace(plan.how, scale=0.0) if condition == SCALE_0 else plan.how
-        features = image_features(model, [[image] for image in pictures])
+        features = image_features(model, [[image] for image in prompting])
         images = sample(model, features, [plan.text] * len(seeds), seeds, how, poll)
-        drawn = clip.images(images).reshape(len(pictures), plan.pictures, -1)  # [R, n, E]
+        drawn = clip.images(images).reshape(len(prompting), plan.pictures, -1)  # [R, n, E]
         by_caption = clip_t(drawn, texts).mean(1).numpy()
         values[condition] = {
             CLIP_I: clip_i(drawn, references).mean(1).numpy(),

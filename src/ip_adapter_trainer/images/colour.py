@@ -102,11 +102,11 @@ def _has_other_codes(image: ImageFile.ImageFile) -> bool:
 def _deep_to_rgb(image: Image.Image, background: Colour, profile: object) -> tuple[Image.Image, bool]:
     samples: Samples = np.asarray(image)  # [H, W]
     gray = Image.fromarray(_float_to_8_bits(samples) if image.mode == "F" else _integers_to_8_bits(image, samples))
-    picture, left_out = to_srgb(gray, "RGB", profile)
+    rgb, left_out = to_srgb(gray, "RGB", profile)
     key = image.info.get("transparency")  # PNG: the one gray value that is transparent
     if isinstance(key, int):
-        picture.paste(background, mask=Image.fromarray((samples == key).astype(np.uint8) * 255))
-    return picture, left_out
+        rgb.paste(background, mask=Image.fromarray((samples == key).astype(np.uint8) * 255))
+    return rgb, left_out
 
 
 def _integers_to_8_bits(image: Image.Image, samples: Samples) -> NDArray[np.uint8]:

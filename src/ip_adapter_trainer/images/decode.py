@@ -100,10 +100,10 @@ def decode(source: Path | bytes, limits: Limits, background: Colour = (255, 255,
         others = _told(lambda: has_other_colours(image), False)
         image.load()
         turn = _orientation(image)  # after load: Pillow turns a TIFF itself, and then no longer says so
-        picture, left_out = to_rgb(image, background)
+        rgb, left_out = to_rgb(image, background)
         frames = _told(lambda: bool(getattr(image, "is_animated", False)), False)
         noted: dict[Note, bool] = {"several_frames": frames, "profile_left_out": left_out, "not_srgb": others}
-    upright = picture.transpose(_TURNS[turn]) if turn in _TURNS else picture
+    upright = rgb.transpose(_TURNS[turn]) if turn in _TURNS else rgb
     return DecodedImage(upright, tuple(note for note, is_so in noted.items() if is_so))
 
 

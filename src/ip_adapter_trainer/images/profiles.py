@@ -71,9 +71,9 @@ def _of_gray(profile: bytes, mode: str) -> Conversion:
     levels = _transform(profile, "L", "RGB", _PRECISE).apply(Image.fromarray(ramp[None]))
     table: NDArray[np.uint8] = np.asarray(levels)[0].T  # [3, 256]
     if _is_same(table, ramp):
-        return lambda picture: picture
+        return lambda image: image
     opacity = ramp[None, :] if mode == "RGBA" else ramp[:0]
-    return lambda picture: picture.point([*table.ravel().tolist(), *opacity.ravel().tolist()])
+    return lambda image: image.point([*table.ravel().tolist(), *opacity.ravel().tolist()])
 
 
 def _of_rgb(profile: bytes, mode: str) -> Conversion:
@@ -81,7 +81,7 @@ def _of_rgb(profile: bytes, mode: str) -> Conversion:
     steps = np.arange(0, 256, 17, dtype=np.uint8)
     cube = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(64, 64, 3)
     turned = transform.apply(Image.fromarray(cube).convert(mode)).convert("RGB")
-    return (lambda picture: picture) if _is_same(np.asarray(turned), cube) else transform.apply_in_place
+    return (lambda image: image) if _is_same(np.asarray(turned), cube) else transform.apply_in_place
 
 
 def _is_same(turned: NDArray[np.uint8], samples: NDArray[np.uint8]) -> bool:

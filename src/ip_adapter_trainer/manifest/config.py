@@ -26,50 +26,50 @@ class ReadConfig(Part):
     )
 
     data_json_file: str = Field(
-        description="Manifest: a .json, .jsonl, .csv or .tsv file, or a folder of pictures with captions."
+        description="Manifest: a .json, .jsonl, .csv or .tsv file, or a folder of images with captions."
     )
     data_root_path: str = Field("", description="Folder that image paths start from; empty: the manifest's own folder.")
-    image_column: str = Field("image_file", min_length=1, description="Key of the picture's path in the manifest.")
+    image_column: str = Field("image_file", min_length=1, description="Key of the image's path in the manifest.")
     text_column: Annotated[str, alias("caption_column")] = Field(
         "text", min_length=1, description="Key of the caption in the manifest."
     )
     prompt_image_column: str = Field(
-        "prompt_image_file", min_length=1, description="Key of the path of another picture to prompt with; optional."
+        "prompt_image_file", min_length=1, description="Key of the path of another image to prompt with; optional."
     )
     caption_extension: str = Field(
-        ".txt", min_length=1, description="In a folder of pictures: suffix of the file beside each, with its caption."
+        ".txt", min_length=1, description="In a folder of images: suffix of the file beside each, with its caption."
     )
     missing_captions: Literal["error", "empty"] = Field(
-        "error", description="In a folder: a picture without a caption file is a fault, or has the empty caption."
+        "error", description="In a folder: an image without a caption file is a fault, or has the empty caption."
     )
     image_hashes_file: Annotated[str, alias("picture_hashes_file")] = Field(
-        "", description="List of the pictures' SHA-256, as `sha256sum` writes it; a picture of another hash is a fault."
+        "", description="List of the images' SHA-256, as `sha256sum` writes it; an image of another hash is a fault."
     )
     allow_outside_root: bool = Field(False, description="Take absolute paths, '..' and links that leave the root.")
     alpha_background: Annotated[str, alias("alpha_ground")] = Field(
-        "white", description="Colour under transparent pictures: white, black, gray or '#rrggbb'."
+        "white", description="Colour under transparent images: white, black, gray or '#rrggbb'."
     )
-    min_side_px: int = Field(16, ge=1, description="Pictures with a shorter side than this are faults.")
-    max_aspect: float = Field(10.0, ge=1, description="Pictures longer than this many times their width are faults.")
+    min_side_px: int = Field(16, ge=1, description="Images with a shorter side than this are faults.")
+    max_aspect: float = Field(10.0, ge=1, description="Images longer than this many times their width are faults.")
     max_image_megapixels: Annotated[float, alias("max_picture_megapixels")] = Field(
-        64.0, gt=0, le=MOST_MEGAPIXELS, description="Pictures of more pixels are faults, found before decoding."
+        64.0, gt=0, le=MOST_MEGAPIXELS, description="Images of more pixels are faults, found before decoding."
     )
     max_pixels_per_byte: float = Field(
-        250.0, gt=0, description="Pictures over 4 megapixels with more pixels to a byte of their file are faults."
+        250.0, gt=0, description="Images over 4 megapixels with more pixels to a byte of their file are faults."
     )
     max_image_mb: Annotated[float, alias("max_picture_mb")] = Field(
-        128.0, gt=0, description="Picture files of more MB are faults."
+        128.0, gt=0, description="Image files of more MB are faults."
     )
     max_fault_rate: float = Field(
         0.01, ge=0, le=1, description="Share of faulty rows above which the run stops (exit 3); 0: at the first."
     )
     dataloader_num_workers: int = Field(
-        0, ge=0, le=512, description="Processes that read pictures; 0: the main process reads."
+        0, ge=0, le=512, description="Processes that read images; 0: the main process reads."
     )
     data_timeout_s: int = Field(
         300,
         gt=0,
-        description="Longest time in seconds that one of them may take for a picture or a batch; then it is replaced.",
+        description="Longest time in seconds that one of them may take for an image or a batch; then it is replaced.",
     )
 
     @field_validator("caption_extension")

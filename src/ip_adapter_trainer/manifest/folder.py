@@ -20,13 +20,13 @@ from ip_adapter_trainer.storage.files import open_regular, safe_join
 
 MAX_CAPTION_BYTES = 2**16
 
-_OTHER_PICTURES = """
+_OTHER_IMAGES = """
     .ai .apng .avif .avifs .clip .dds .emf .eps .exr .hdr .heic .heif .hif .icns .ico .j2k .jp2 .jpf .jpx .jxl .jxr
     .kra .pcx .pdf .pfm .psb .psd .qoi .sgi .svg .svgz .tga .webp .wmf .xcf .xpm
     .3fr .arw .cr2 .cr3 .crw .dng .iiq .mrw .nef .nrw .orf .pef .raf .raw .rw2 .sr2 .srf .srw .x3f
 """
-_NO_PICTURES = ".avi .mkv .mov .mp4 .webm .7z .arrow .parquet .rar .tar .tgz .zip"  # but what may hold some
-_NOT_READ = frozenset(f"{_OTHER_PICTURES} {_NO_PICTURES}".split()) - IMAGE_SUFFIXES
+_NO_IMAGES = ".avi .mkv .mov .mp4 .webm .7z .arrow .parquet .rar .tar .tgz .zip"  # but what may hold some
+_NOT_READ = frozenset(f"{_OTHER_IMAGES} {_NO_IMAGES}".split()) - IMAGE_SUFFIXES
 _CAPTIONS = (".txt", ".caption")  # what is usual, whichever is read
 _LISTS = (".json", ".jsonl", ".csv", ".tsv")
 
@@ -128,18 +128,18 @@ def _split(name: str, extension: str) -> _File:
     return _File(name, stem, f".{ending.lower()}") if dot else _File(name, name, "")
 
 
-def _notice(place: str, files: list[_File], pictured: set[str], extension: str, noticed: Noticed) -> None:
+def _notice(place: str, files: list[_File], with_image: set[str], extension: str, noticed: Noticed) -> None:
     """Note what was passed over in one folder: images that are not read, captions and lists."""
     not_read = [file for file in files if file.suffix in _NOT_READ]
     for name, _, suffix in not_read:
         without = " without pillow-heif" if suffix in (".heic", ".heif") else ""
         noticed.add(f"{suffix} files, not read{without}", place + name)
-    owned = pictured.union(file.stem for file in not_read)
+    owned = with_image.union(file.stem for file in not_read)
     for name, stem, suffix in files:
         if suffix in (*_CAPTIONS, extension):
             if stem not in owned:
                 noticed.add(_ORPHANED, place + name)
-            elif suffix != extension and stem in pictured:
+            elif suffix != extension and stem in with_image:
                 noticed.add(_unused(suffix), place + name)
         elif suffix in _LISTS and stem not in owned:
             noticed.add(_LISTED, place + name)

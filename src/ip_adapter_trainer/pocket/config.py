@@ -14,7 +14,7 @@ class PocketConfig(Part):
     """Write the embedded base model, its image encoder and a training set."""
 
     folder: Annotated[str, tyro.conf.Positional] = Field(description="Folder to fill.")
-    rows: int = Field(2000, ge=1, description="Rows of the training set; each has a target and a prompt picture.")
+    rows: int = Field(2000, ge=1, description="Rows of the training set; each has a target and a prompt image.")
     seed: int = Field(0, description="Seed of the training set.")
 
 

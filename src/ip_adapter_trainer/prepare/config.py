@@ -18,18 +18,18 @@ class SetConfig(Part):
     resume = Resume(may_change="prepared_dir prepare_text", free="encode_batch_size")
 
     prepared_dir: str | None = Field(
-        None, description="Prepared set (ip-adapter prepare) to train from; default: encode pictures at every step."
+        None, description="Prepared set (ip-adapter prepare) to train from; default: encode images at every step."
     )
     prepare_text: bool = Field(
         False, description="Keep the text encoders' output for every caption too: large, and worth it for small sets."
     )
     encode_batch_size: int = Field(
-        8, gt=0, le=65536, description="Pictures that are encoded at once while a set is prepared."
+        8, gt=0, le=65536, description="Images that are encoded at once while a set is prepared."
     )
 
 
 class PrepareConfig(SetConfig, CutConfig, FrozenConfig):
-    """Encode the pictures of a training set once, for all later runs."""
+    """Encode the images of a training set once, for all later runs."""
 
     prepared_dir: str = Field("prepared", description="Folder of the prepared set; what is there already is kept.")
     both_features: bool = Field(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ip_adapter_trainer.cache.index import PICTURES, Record, name_key
+from ip_adapter_trainer.cache.index import IMAGES, Record, name_key
 from ip_adapter_trainer.cache.prepared import PreparedSet
 from ip_adapter_trainer.cache.shards import TableKind, TableWriter
 from ip_adapter_trainer.cache.spec import Views
@@ -58,7 +58,7 @@ class Encoding:
 
     def note(self, name: str, record: Record) -> None:
         """Write down the record of an image."""
-        self._writer(PICTURES).add(name_key(name), record.packed())
+        self._writer(IMAGES).add(name_key(name), record.packed())
 
     def take(self, views: Views, pixels: Tensor) -> None:
         """Encode pixels [3, H, W] once there are enough of their size; the views say what is made of them."""

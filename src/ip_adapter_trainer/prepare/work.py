@@ -10,7 +10,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ip_adapter_trainer.cache.config import CutConfig
-from ip_adapter_trainer.cache.index import PICTURES, Record, name_key
+from ip_adapter_trainer.cache.index import IMAGES, Record, name_key
 from ip_adapter_trainer.cache.prepared import PreparedSet
 from ip_adapter_trainer.cache.spec import CacheSpec, View, Views
 from ip_adapter_trainer.feed.readers import Preprocess, framed
@@ -66,7 +66,7 @@ def missing(items: list[Item], prepared: PreparedSet, images: ImageFiles) -> tup
         for item, record, is_there in zip(chunk, prepared.index.records(places), there, strict=True):
             if not (is_there and record is not None and _still_holds(record, item.name, images)):
                 left.append(item)
-                need_bytes += PICTURES.row_bytes
+                need_bytes += IMAGES.row_bytes
                 if not is_there:  # of unknown size it is taken for a square
                     size_px = record.size_px if record is not None and record.is_sound else (1, 1)
                     need_bytes += sum(view.kind.row_bytes for view in prepared.spec.views(b"", size_px, item.use))

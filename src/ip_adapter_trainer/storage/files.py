@@ -14,13 +14,13 @@ from ip_adapter_trainer.core.errors import Problem
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 _SUSPECT = re.compile(r"\A(?:\Z|/)|[\0\\:]|\.\.")  # in every name that `refusal` refuses, and in some others
-_PICTURE = "give the file of weights that this picture belongs to"
+_IMAGE = "give the file of weights that this picture belongs to"
 _MISTAKEN = (  # the first bytes of what people have in place of weights; what it is, what to do
     (rb"version https://git-lfs", "a pointer of Git LFS in place of the weights", "git lfs pull, or download the file"),
     (rb"\s*<(!doctype html|html)", "an HTML page, probably of a download", "download it by the file's raw link"),
-    (rb"\x89PNG\r\n", "a PNG picture", _PICTURE),
-    (rb"\xff\xd8\xff", "a JPEG picture", _PICTURE),
-    (rb"RIFF....WEBP", "a WebP picture", _PICTURE),
+    (rb"\x89PNG\r\n", "a PNG picture", _IMAGE),
+    (rb"\xff\xd8\xff", "a JPEG picture", _IMAGE),
+    (rb"RIFF....WEBP", "a WebP picture", _IMAGE),
 )
 _ALLOW = "give a path under the root, or pass --allow_outside_root if these files are trusted"
 

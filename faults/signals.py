@@ -130,7 +130,7 @@ def phases(lab: Lab) -> list[Phase]:
         Phase("a long step", "train", long, lambda o, p: _lines(o) >= 1, 0.5, "the step before it is saved", _unsaved),
         Phase("saving", "train", {**endless, "save_steps": 1}, lambda o, p: any(o.glob(".checkpoint-*")), 0.0, *step),
         Phase("validation", "train", losses, lambda o, p: _lines(o) >= 2, 0.2, *step),
-        Phase("grids", "train", grids, partial(_says, "validation loss"), 0.3, *step),
+        Phase("grids", "train", grids, partial(_says, "with shuffled images"), 0.3, *step),
         Phase("preparing first", "train", first, encodes, 1.0, kept, lambda o: preparing.missing(o / "prepared")),
         Phase("prepare", "prepare", preparing.settings, encodes, 1.0, kept, preparing.missing),
     ]

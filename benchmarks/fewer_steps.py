@@ -2,12 +2,14 @@
 
     python -m benchmarks.fewer_steps race                 # the defaults of `ip-adapter train`, seeds 0 to 4
     python -m benchmarks.fewer_steps levers               # one change at a time, on a seed and pairs of its own
+    python -m benchmarks.fewer_steps levers --under plus batch-4 --marks 100 200 --names "3e-4" "Muon 3e-3"
 
 The published recipe (epsilon loss, uniform timesteps, 1e-4 constant, no warm-up, no average) is trained for `--steps`.
 `race` trains the defaults for half as many and looks for the first mark at which the validation gap and the score of
 every attribute asked of the image are the published recipe's at its end or better, and the shape asked of the text is
 no worse than by its noise. Rows, pairs, noise and timesteps of all measurements are the same for both, timesteps evenly
-over all. Seconds are those of training, with the checkpoints at the marks and without any measuring.
+over all. Seconds are those of training, with the checkpoints at the marks and without any measuring. `levers` trains
+each recipe to the last of `--marks`, under each of some conditions.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import product
+from math import gcd
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -30,6 +34,17 @@ from ip_adapter_trainer.train.config import PUBLISHED
 
 FASTER = {"learning_rate": 3e-4, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 50}
 LOGIT = {"timestep_density": "logit_normal", "logit_mean": 0.5, "timestep_uniform_share": 0.2}
+NOW = {**FASTER, **LOGIT, "lr_warmup_steps": None}  # a tenth of the run
+
+
+def _muon(rate: float, layers: float = 1e-3) -> Settings:
+    return {**NOW, "optimizer": "muon", "projector_learning_rate": rate, "learning_rate": layers}
+
+
+def _adamw(rate: float, projector: float | None = None) -> Settings:
+    return {**NOW, "learning_rate": rate, "projector_learning_rate": projector}
+
+
 LEVERS: dict[str, Settings] = {  # each over the published recipe
     "published": {},
     "2e-4, warm-up": {**FASTER, "learning_rate": 2e-4},
@@ -46,6 +61,28 @@ LEVERS: dict[str, Settings] = {  # each over the published recipe
     "the same, mean 1": {**FASTER, **LOGIT, "logit_mean": 1.0},
     "the same, no warm-up": {"learning_rate": 3e-4, **LOGIT},
     "the same, average 0.99": {**FASTER, **LOGIT, "use_ema": True, "ema_decay": 0.99},
+    "AdamW 3e-4": _adamw(3e-4),
+    "AdamW 1e-3": _adamw(1e-3),
+    "AdamW 2e-3": _adamw(2e-3),
+    "AdamW 5e-3": _adamw(5e-3),
+    "AdamW 1e-3, projector 3e-3": _adamw(1e-3, 3e-3),
+    "Muon 3e-4": _muon(3e-4),
+    "Muon 1e-3": _muon(1e-3),
+    "Muon 3e-3": _muon(3e-3),
+    "Muon 1e-2": _muon(1e-2),
+    "Muon 3e-2": _muon(3e-2),
+    "Muon 3e-3, layers 3e-4": _muon(3e-3, 3e-4),
+    "Muon 3e-3, layers 3e-3": _muon(3e-3, 3e-3),
+    "Muon 3e-3 on all": {**_muon(3e-3), "optimizer": "muon_all"},
+}
+CONDITIONS: dict[str, Settings] = {
+    "plain": {},
+    "plus": {"variant": "plus"},
+    "full": {"variant": "full"},
+    "batch-4": {"train_batch_size": 4},
+    "bf16": {"mixed_precision": "bf16", "prepared_dir": None, "prepare": "auto"},  # a set has one precision
+    "cosine": {"lr_scheduler": "cosine"},
+    "going-on": {},  # from the published recipe's adapter, after `--steps`
 }
 
 
@@ -106,17 +143,21 @@ def race_table(raced: Sequence[Raced]) -> str:
     return "\n".join(lines)
 
 
-def levers(laid: Laid, names: Sequence[str], steps: int) -> Iterator[tuple[str, Mark]]:
-    """The published recipe at its end, and every change to it at half as many steps."""
-    measure = Measure(laid, held=False)
-    yield f"published, {steps} steps", measure(Run.of(laid, PUBLISHED, steps=steps, every=steps), steps)
+def levers(
+    laid: Laid, condition: str, names: Sequence[str], marks: Sequence[int], steps: int
+) -> Iterator[tuple[str, Mark]]:
+    """Every recipe at its marks under a condition."""
+    measure, under = Measure(laid, held=False), dict(CONDITIONS[condition])
+    if condition == "going-on":
+        under["pretrained_ip_adapter_path"] = Run.of(laid, PUBLISHED, steps=steps, every=steps).checkpoint(steps)
     for name in names:
-        run = Run.of(laid, {**PUBLISHED, **LEVERS[name]}, steps=steps // 2, every=steps // 2)
-        yield name, measure(run, steps // 2)
+        run = Run.of(laid, {**PUBLISHED, **LEVERS[name], **under}, steps=max(marks), every=gcd(*marks))
+        yield from ((name, measure(run, mark)) for mark in marks)
 
 
-def _levers_row(name: str, mark: Mark) -> str:
-    return f"| {name} | {mark.step} | {mark.gap:.4f} ± {mark.gap_error:.4f} | {mark.loss:.4f} | {_scores(mark)} |"
+def _levers_row(condition: str, name: str, mark: Mark) -> str:
+    gap = f"{mark.gap:.4f} ± {mark.gap_error:.4f}"
+    return f"| {condition} | {name} | {mark.step} | {mark.seconds:.0f} | {gap} | {mark.loss:.4f} | {_scores(mark)} |"
 
 
 def _arguments() -> argparse.Namespace:
@@ -128,7 +169,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("what", choices=("race", "levers"))
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 4 for race, 100 for levers")
     parser.add_argument("--steps", type=int, default=1000, help="of the published recipe")
-    parser.add_argument("--every", type=int, default=50, help="steps between marks")
+    parser.add_argument("--every", type=int, default=50, help="steps between marks of race")
+    parser.add_argument("--marks", type=int, nargs="+", default=[500], help="steps at which levers measures")
+    parser.add_argument("--under", nargs="+", choices=list(CONDITIONS), metavar="CONDITION", default=["plain"])
     names = list(LEVERS)
     parser.add_argument("--names", nargs="+", choices=names, metavar="NAME", default=names, help="levers to try")
     parser.add_argument(
@@ -149,11 +192,12 @@ def main() -> None:
         found = [r.as_json() for r in raced]
         print(race_table(raced))
     else:
-        print("| recipe | steps | gap | validation loss | colour / pattern / background / shape |\n" + "|---" * 5 + "|")
-        for seed in args.seeds or [100]:
-            for name, mark in levers(Laid.of(args.work, seed), args.names, args.steps):
-                print(_levers_row(name, mark), flush=True)
-                found.append({"seed": seed, "recipe": name, "settings": LEVERS.get(name, {})} | asdict(mark))
+        print("| under | recipe | steps | s | gap | validation loss | colour / pattern / background / shape |")
+        print("|---" * 7 + "|")
+        for seed, under in product(args.seeds or [100], args.under):
+            for name, mark in levers(Laid.of(args.work, seed), under, args.names, args.marks, args.steps):
+                print(_levers_row(under, name, mark), flush=True)
+                found.append({"seed": seed, "under": under, "recipe": name, "settings": LEVERS[name]} | asdict(mark))
     if args.json:
         about = {
             "command": f"python -m benchmarks.fewer_steps {shlex.join(sys.argv[1:])}", "published": PUBLISHED,

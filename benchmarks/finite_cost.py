@@ -45,7 +45,7 @@ class Looks:
     def __init__(self, model: Model) -> None:
         self.parameters = [p for p in model.adapter.parameters() if p.requires_grad]
         self.gradients = optim.Gradients(self.parameters)
-        self.optimizer = optim.make_optimizer(self.parameters, OptimConfig())
+        self.optimizer = optim.make_optimizer(model.adapter, OptimConfig())
         self.norm, self.good = torch.tensor(1.0), torch.tensor(0.0)
         self.spikes = Spikes()
         for number in range(WINDOW):

@@ -135,9 +135,8 @@ class OurStep:
 
     def try_step(self, batch: Batch) -> None:
         """A whole step, to see whether it fits: the moments are let go of, the weights stay what they were."""
-        trained = [p for p in self.model.adapter.parameters() if p.requires_grad]
         still = self.config(Path("none")).model_copy(update={"learning_rate": 0.0})
-        optimizer = make_optimizer(trained, still)
+        optimizer = make_optimizer(self.model.adapter, still)
         with self.model.attached(), lean(self.model, part_of(still, LeanConfig)):
             self.loss(batch).backward()
             optimizer.step()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +49,7 @@ class Laid:
         laid = cls(work / f"seed-{seed}", seed)
         if not laid.prepared.exists():
             write.write_pocket(laid.folder, seed=seed)
-            _ip_adapter("prepare", {**laid.flags, "encode_batch_size": 32})
+            _ip_adapter("prepare", {**laid.flags, "encode_batch_size": 32, "both_features": True})
         return laid
 
     @property
@@ -84,8 +86,8 @@ class Run:
     @classmethod
     def of(cls, laid: Laid, recipe: Settings, *, steps: int, every: int) -> Run:
         """Trains by a recipe, which is what the defaults do but for its settings; unless that was done before."""
-        name = ",".join(f"{key}={value}" for key, value in recipe.items()) or "default"
-        run = cls(laid.folder / "runs" / f"{name},{steps}")
+        settings = json.dumps({"steps": steps, **recipe}, sort_keys=True, default=str)
+        run = cls(laid.folder / "runs" / sha256(settings.encode()).hexdigest()[:16])
         if not run.checkpoint(steps).exists():
             shutil.rmtree(run.folder, ignore_errors=True)  # one that was broken off has no seconds to tell
             own = {

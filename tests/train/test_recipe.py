@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from ip_adapter_trainer.config import parse_train
+from ip_adapter_trainer.model import Adapter
 from ip_adapter_trainer.train.config import PUBLISHED, OptimConfig
 from ip_adapter_trainer.train.optim import make_optimizer, make_schedule, warmup_steps
 
@@ -101,7 +102,7 @@ def test_warm_up_is_a_tenth_of_the_run_and_not_over_500_steps(total: int, asked:
 
 def test_the_rate_rises_to_its_peak_and_stays_there() -> None:
     config = OptimConfig(lr_warmup_steps=None)
-    schedule = make_schedule(make_optimizer([torch.nn.Parameter(torch.zeros(1))], config), config, 100)
+    schedule = make_schedule(make_optimizer(Adapter(torch.nn.Linear(1, 1), {}), config), config, 100)
     rates = []
     for _ in range(100):
         rates.append(schedule.get_last_lr()[0])
@@ -113,5 +114,5 @@ def test_the_rate_rises_to_its_peak_and_stays_there() -> None:
 
 def test_the_constant_schedule_alone_takes_no_warm_up() -> None:
     config = OptimConfig(lr_scheduler="constant")
-    schedule = make_schedule(make_optimizer([torch.nn.Parameter(torch.zeros(1))], config), config, 100)
+    schedule = make_schedule(make_optimizer(Adapter(torch.nn.Linear(1, 1), {}), config), config, 100)
     assert schedule.get_last_lr() == [3e-4]

@@ -13,6 +13,7 @@ import yaml
 
 from ip_adapter_trainer.config import parse_train
 from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.model import Adapter
 from ip_adapter_trainer.storage.checkpoints import all_checkpoints
 from ip_adapter_trainer.train import checkpoint
 from ip_adapter_trainer.train.config import OptimConfig
@@ -142,8 +143,7 @@ def test_values_out_of_range_are_told_with_their_flag(flags: Callable, tmp_path:
         from ip_adapter_trainer.train.optim import make_optimizer, make_schedule
 
         config = parse_train(flags(tmp_path, lr_scheduler="constant", lr_warmup_steps=5))
-        parameter = torch.nn.Parameter(torch.zeros(1))
-        make_schedule(make_optimizer([parameter], config), config, 10)
+        make_schedule(make_optimizer(Adapter(torch.nn.Linear(1, 1), {}), config), config, 10)
 
 
 def test_starting_from_a_published_file_takes_its_weights(run: Callable, tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_starting_from_a_published_file_takes_its_weights(run: Callable, tmp_pat
 
 def test_the_fused_optimizer_can_be_turned_off_at_a_resume(run: Callable, tmp_path: Path) -> None:
     for config, fused in ((OptimConfig(), True), (OptimConfig(fused_optimizer=False), None)):
-        assert make_optimizer(torch.nn.Linear(1, 1).parameters(), config).defaults["fused"] is fused
+        assert make_optimizer(Adapter(torch.nn.Linear(1, 1), {}), config).defaults["fused"] is fused
     whole = run(tmp_path / "whole")
     shutil.copytree(whole, tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoint-4")

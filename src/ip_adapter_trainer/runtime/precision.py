@@ -27,15 +27,19 @@ def on_device(name: str, device_type: str) -> str:
     if name == "fp16" and device_type == "cpu":
         say("fp16 does not run on a CPU: bf16 instead")
         name = "bf16"
-    if name == "bf16" and device_type == "cpu" and not _computes_bf16():
+    if name == "bf16" and device_type == "cpu" and not computes_bf16("cpu"):
         say("this CPU emulates bf16: fp32 is faster where its memory is enough (--mixed_precision no)")
     return name
 
 
-def _computes_bf16() -> bool:
-    """Return whether the CPU has instructions for bf16, as far as PyTorch tells; its older releases do not."""
+def computes_bf16(device_type: str) -> bool:
+    """Return whether a device has instructions for bf16, as far as PyTorch tells; of CPUs its older releases do not."""
     import torch
 
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device_type != "cpu":
+        return True
     tell = getattr(torch.cpu, "get_capabilities", None)
     return tell is None or any(tell().get(name) for name in _BF16_ARITHMETIC)
 

@@ -98,13 +98,19 @@ class OptimConfig(Part):
     group = "Optimizer"
     resume = Resume(
         must_match="seed",
-        of_state="use_8bit_adam use_ema",
-        may_change="learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon fused_optimizer max_grad_norm "
-        "gradient_accumulation_steps num_train_epochs max_train_steps lr_scheduler lr_warmup_steps lr_num_cycles "
-        "lr_power ema_decay",
+        of_state="optimizer use_8bit_adam use_ema",
+        may_change="learning_rate projector_learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon "
+        "fused_optimizer max_grad_norm gradient_accumulation_steps num_train_epochs max_train_steps lr_scheduler "
+        "lr_warmup_steps lr_num_cycles lr_power ema_decay",
     )
 
-    learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate of AdamW.")
+    optimizer: Literal["adamw", "muon", "muon_all"] = Field(
+        "adamw", description="Optimizer of the projector's matrices: adamw, or muon; all else has AdamW."
+    )
+    learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate.")
+    projector_learning_rate: float | None = Field(
+        None, gt=0, description="Peak learning rate of the projector; None: learning_rate."
+    )
     weight_decay: float = Field(1e-2, ge=0, description="Decoupled weight decay.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the second moment.")

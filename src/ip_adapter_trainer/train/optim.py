@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ip_adapter_trainer.core.errors import Problem
+from ip_adapter_trainer.model import Adapter
+from ip_adapter_trainer.runtime.precision import computes_bf16
 from ip_adapter_trainer.train.config import OptimConfig
+from ip_adapter_trainer.train.muon import Muon
 
 MAX_WARMUP_STEPS = 500  # unless more are asked for
 LARGEST_WEIGHT = torch.finfo(torch.float16).max  # adapters are published in fp16
@@ -80,12 +83,33 @@ def all_within(limit: float, tensors: Iterable[Tensor]) -> bool:
     return all(bool((tensor.abs() <= limit).all()) for tensor in tensors if tensor.is_floating_point())
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    """Make AdamW over the adapter alone: PyTorch's, fused or not, or bitsandbytes' 8-bit one.
+def make_optimizer(adapter: Adapter, config: OptimConfig) -> torch.optim.Optimizer:
+    """Make the optimizer of an adapter: AdamW in groups of one rate each, or Muon with AdamW beside it.
+
+    Its state is numbered as its groups are: the projector's matrices where Muon changes them, then all others in order.
 
     Raises:
         Problem: 8-bit asked for and bitsandbytes not installed.
     """
+    rate = config.projector_learning_rate or config.learning_rate
+    parts = (adapter.image_proj_model, adapter.adapter_modules)
+    projector, layers = ([p for p in part.parameters() if p.requires_grad] for part in parts)
+    matrices: list[nn.Parameter] = []
+    if config.optimizer != "adamw":
+        matrices = [p for p in projector if p.ndim == 2]
+        projector = [p for p in projector if p.ndim != 2]
+        if config.optimizer == "muon_all":
+            matrices, layers = [*matrices, *layers], []
+    groups = [{"params": projector, "lr": rate}, {"params": layers, "lr": config.learning_rate}]
+    rest = _adamw([group for group in groups if group["params"]], config)
+    if not matrices:
+        return rest
+    dtype = torch.bfloat16 if computes_bf16(matrices[0].device.type) else torch.float32
+    return Muon(matrices, rest, lr=rate, weight_decay=config.weight_decay, dtype=dtype)
+
+
+def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    """Return PyTorch's AdamW, fused or not, or bitsandbytes' 8-bit one."""
     options: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
@@ -94,13 +118,13 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
     }
     if not config.use_8bit_adam:
         fused = True if config.fused_optimizer else None  # False would rule out PyTorch's default on a GPU as well
-        return torch.optim.AdamW(parameters, fused=fused, **options)
+        return torch.optim.AdamW(groups, fused=fused, **options)
     try:
         import bitsandbytes
     except ImportError as error:
         remedy = "pip install 'ip_adapter_trainer[bnb]', or leave --use_8bit_adam out"
         raise Problem("the 8-bit optimizer needs bitsandbytes", where="--use_8bit_adam", remedy=remedy) from error
-    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(parameters, **options)
+    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, **options)
     return optimizer
 
 

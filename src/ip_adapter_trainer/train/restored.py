@@ -13,7 +13,7 @@ from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.manifest.fingerprint import SIDE
 from ip_adapter_trainer.train.config import OptimConfig
 
-_MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")  # AdamW's, and those of its 8-bit form
+_MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2", "momentum_buffer")  # AdamW's, in 8 bits too, and Muon's
 _REMEDY = "resume from another checkpoint; train on from these weights with --pretrained_ip_adapter_path"
 _Count = Annotated[int, Field(ge=0, lt=2**62)]
 

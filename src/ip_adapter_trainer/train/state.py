@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ip_adapter_trainer.core.errors import NotFiniteProblem
 from ip_adapter_trainer.train import optim
@@ -19,6 +19,7 @@ from ip_adapter_trainer.train.restored import demand_fits
 from ip_adapter_trainer.train.spikes import Spikes
 
 if TYPE_CHECKING:
+    from ip_adapter_trainer.model import Adapter
     from ip_adapter_trainer.runtime.launch import Runtime
     from ip_adapter_trainer.train.checkpoint import Saved
     from ip_adapter_trainer.train.config import OptimConfig
@@ -37,11 +38,11 @@ class TrainState:
         bad_steps: steps that were not finite, in a row.
     """
 
-    def __init__(self, adapter: nn.Module, config: OptimConfig, plan: RunPlan, runtime: Runtime) -> None:
+    def __init__(self, adapter: Adapter, config: OptimConfig, plan: RunPlan, runtime: Runtime) -> None:
         self.adapter, self._config, self._plan = adapter, config, plan
         trained = [p for p in adapter.parameters() if p.requires_grad]
         self.gradients = optim.Gradients(trained)
-        self.optimizer = optim.make_optimizer(trained, config)
+        self.optimizer = optim.make_optimizer(adapter, config)
         self.schedule = optim.make_schedule(self.optimizer, config, plan.total_steps, plan.warmup_steps)
         self.ema = optim.make_ema(adapter, config)
         is_scaled = runtime.precision == "fp16"
@@ -62,7 +63,7 @@ class TrainState:
         self.scaler.update()  # lowers fp16's scale after a step that was not taken
         if self.ema:
             self.ema.step(self.adapter.parameters())
-        rate = self.schedule.get_last_lr()[0]
+        rate = self.schedule.get_last_lr()[-1]  # --learning_rate's; the projector's is in proportion
         self.schedule.step()
         self.global_step += 1
         return report, rate
@@ -93,7 +94,8 @@ class TrainState:
         """
         state: Mapping[str, Any] = saved.state
         live = state.get("live", {}) if self.ema else saved.weights
-        demand_fits(live, self.adapter.state_dict(), state["optimizer"], self.optimizer.param_groups[0]["params"])
+        numbered = [p for group in self.optimizer.param_groups for p in group["params"]]
+        demand_fits(live, self.adapter.state_dict(), state["optimizer"], numbered)
         self.adapter.load_state_dict(live)
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]})
         if self.ema:

@@ -73,7 +73,7 @@ def flips(lab: Lab) -> Iterator[Finding]:
     without, with_hashes = check(lab, manifest), check(lab, manifest, image_hashes_file=listed)
     kinds = [[fault.kind for fault in with_hashes.faults.get(number, [])] for number in range(1, len(names) + 1)]
     missed = sum(told != ["changed"] for told in kinds)
-    good = not missed and without.exit_code == with_hashes.exit_code == 0
+    good = not missed and (without.exit_code, with_hashes.exit_code) == (0, 3)  # of hashes that all differ none trains
     note = f"with recorded hashes {len(names) - missed} told as changed; without, {len(without.faults)} are faults and "
     note += f"{silent} are read with pixels more than 1/255 off"
     yield Finding("a flipped bit in a picture", len(names), missed, good, note)

@@ -188,10 +188,10 @@ class Lab:
         }  # fmt: skip
 
     def training(self, output: Path, **more: Any) -> dict[str, Any]:
-        """Settings of a short run without validation; keywords override."""
+        """Settings of a short run without validation, on all rows; keywords override."""
         short = {
             "output_dir": output, "train_batch_size": 2, "max_train_steps": 12, "save_steps": 1, "report_to": "none",
-            "num_validation_images": 0, "grid_rows": 0, "logging_steps": 1,
+            "num_validation_images": 0, "grid_rows": 0, "validation_share": 0, "logging_steps": 1,
         }  # fmt: skip
         return {**self.inputs, **short, **more}
 

@@ -1,7 +1,7 @@
 """A command seen from inside: `python -m faults.watch COMMAND ...` does what `ip-adapter COMMAND ...` does.
 
 What it sees goes, a JSON object a line, into `seen-PID.jsonl` of the working directory: every file opened and every
-address asked for, the (index, row) pairs of each batch, and at the end the most memory that was held.
+address asked for, the (index, row) pairs of each batch trained on, and at the end the most memory that was held.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +49,15 @@ def main() -> None:
 
 
 def _note_batches(note: Any) -> None:
-    from ip_adapter_trainer.core.values import Batch
-    from ip_adapter_trainer.feed.dataset import TrainingSet
+    from ip_adapter_trainer.train.step import Step
 
-    batch = TrainingSet.batch
+    own = Step.__call__
 
-    def noted(self: TrainingSet, pairs: Sequence[tuple[int, int]]) -> Batch:
-        made = batch(self, pairs)
-        note(index=made.index.tolist(), row=made.row.tolist())
-        return made
+    def noted(self: Step, batch: Any) -> Any:
+        note(index=batch.index.tolist(), row=batch.row.tolist())
+        return own(self, batch)
 
-    TrainingSet.batch = noted  # type: ignore[method-assign]
+    Step.__call__ = noted  # type: ignore[method-assign]
 
 
 def _peak_bytes() -> int:

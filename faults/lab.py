@@ -191,7 +191,7 @@ class Lab:
         """Settings of a short run without validation, on all rows; keywords override."""
         short = {
             "output_dir": output, "train_batch_size": 2, "max_train_steps": 12, "save_steps": 1, "report_to": "none",
-            "num_validation_images": 0, "grid_rows": 0, "validation_share": 0, "logging_steps": 1,
+            "num_validation_images": 0, "grid_rows": 0, "validation_share": 0, "logging_steps": 1, "prepare": "off",
         }  # fmt: skip
         return {**self.inputs, **short, **more}
 
@@ -242,7 +242,8 @@ def _launcher(processes: int, script: str) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """One thread a process, nothing fetched, and this checkout's modules."""
+    """One thread a process, fp32 on every machine, nothing fetched, and this checkout's modules."""
     root = str(Path(__file__).resolve().parents[1])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    own = {"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no", "HF_HUB_OFFLINE": "1"}
+    return os.environ | own | {"PYTHONPATH": os.pathsep.join(paths)}

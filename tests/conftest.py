@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ip_adapter_trainer.train.run import train
 from tests import tiny
 
 torch.set_num_threads(1)
+os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # results are the same on every machine; bf16 is asked for by name
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +55,7 @@ def flags(rows_folder: Path, base_folder: Callable, encoder_folder: Path) -> Cal
             "data_json_file": rows_folder / "data.json", "data_root_path": rows_folder / "images",
             "output_dir": output, "resolution": 32, "train_batch_size": 2, "max_train_steps": 4, "save_steps": 2,
             "report_to": "none", "learning_rate": 1e-3, "num_validation_images": 2, "validation_share": 0,
-            "grid_rows": 0, "logging_steps": 2,
+            "grid_rows": 0, "logging_steps": 2, "prepare": "off",
         }  # fmt: skip
         settings |= more
         return [f"--{k}" if v is True else f"--{k}={v}" for k, v in settings.items()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ip_adapter_trainer.config import parse, parse_train
 from ip_adapter_trainer.core.errors import Problem
@@ -19,9 +20,11 @@ NEEDED = [
 
 def test_a_file_of_an_earlier_version_keeps_its_meaning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "config.yaml"
-    file.write_text("alpha_ground: black\nmax_picture_megapixels: 7\nlean_attention: true\ncheckpointing_steps: 9\n")
+    old = {"alpha_ground": "black", "max_picture_megapixels": 7, "lean_attention": True, "checkpointing_steps": 9}
+    file.write_text(yaml.safe_dump(old | {"mixed_precision": None}))
     config = parse_train([*NEEDED, f"--config={file}", "--checkpointing_steps=3"])
     assert (config.alpha_background, config.max_image_megapixels, config.save_steps) == ("black", 7, 3)
+    assert config.mixed_precision == "no"
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"lean_attention in {file} is passed over")
 

@@ -213,6 +213,8 @@ def _current(settings: Mapping[str, Any], kind: type[Part], file: str) -> dict[s
     for name in settings.keys() & GONE.keys():
         say(f"{name} in {file} is passed over: {GONE[name]}")
     current = kind.current_names({name: value for name, value in settings.items() if name not in GONE})
+    if current.get("mixed_precision", "") is None:  # no version that knows bf16's own has written it so
+        current["mixed_precision"] = "no"
     if current.keys() - kind.model_fields:
         check_keys(current, kind.model_fields.keys() | _of_families(), file)
     return current

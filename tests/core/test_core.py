@@ -17,8 +17,9 @@ from ip_adapter_trainer.core.errors import Problem, StorageProblem, as_load_prob
 from ip_adapter_trainer.core.redact import one_line
 from ip_adapter_trainer.core.registry import Registry
 from ip_adapter_trainer.core.rng import key, stream
+from ip_adapter_trainer.runtime import launch
 from ip_adapter_trainer.runtime.launch import Runtime
-from ip_adapter_trainer.runtime.precision import on_device
+from ip_adapter_trainer.runtime.precision import on_device, usual
 
 
 @given(st.integers(0, 2**31), st.text(max_size=8), st.lists(st.integers(0, 2**40), max_size=3))
@@ -79,6 +80,7 @@ def test_a_cpu_that_emulates_bf16_is_told_of(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
     assert [on_device(name, "cpu") for name in ("no", "bf16")] == ["no", "bf16"]
     assert capsys.readouterr().err.count("emulates bf16") == emulates
+    assert usual("cpu") == ("no" if emulates else "bf16")
     on_device("bf16", "cuda")
     assert not capsys.readouterr().err
 
@@ -158,3 +160,15 @@ def test_a_new_family_and_a_new_variant_are_one_file_in_any_installed_package(tm
     path = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
     out = subprocess.run([sys.executable, "-c", path + code], capture_output=True, text=True)
     assert out.stdout.split("\n")[0] == "['base', 'full', 'plus', 'tall'] ['other', 'sd', 'sdxl'] 1 2", out.stderr
+
+
+@pytest.mark.parametrize(("device", "asked", "encoded", "expected"), [
+    ("cpu", None, False, 0), ("cpu", 3, False, 3), ("cuda", None, False, 5), ("cuda", None, True, 0),
+    ("cuda", 0, False, 0), ("cuda", 2, True, 2),
+])  # fmt: skip
+def test_workers_read_images_beside_a_gpu_where_nobody_names_their_number(
+    device: str, asked: int | None, encoded: bool, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "core_count", lambda: 12)
+    runtime = Runtime(None, 0, 2, torch.device(device), "no", local_world=2)
+    assert runtime.data_workers(asked, encoded=encoded) == expected

@@ -273,14 +273,14 @@ def test_processes_share_the_look_at_a_set_and_tell_all_that_it_lacks(flags: Cal
     assert "lacks 12 of 12 rows" in process.communicate(timeout=200)[0] and process.returncode
 
 
-def test_auto_prepares_where_it_pays_and_says_so(
+def test_a_set_is_prepared_where_it_pays_and_says_so(
     run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    short = run(tmp_path / "short", prepare="auto")
+    short = run(tmp_path / "short", prepare=None)
     assert "not preparing: 0.7 epochs" in capsys.readouterr().err and not (short / "prepared").exists()
-    drawn = run(tmp_path / "drawn", prepare="auto", max_train_steps=14, prompt_flip=True)
+    drawn = run(tmp_path / "drawn", prepare=None, max_train_steps=14, prompt_flip=True)
     assert "not preparing: --prompt_flip" in capsys.readouterr().err and not (drawn / "prepared").exists()
     raw = run(tmp_path / "raw", max_train_steps=14)
-    long = run(tmp_path / "long", prepare="auto", max_train_steps=14, encode_batch_size=2)
+    long = run(tmp_path / "long", prepare=None, max_train_steps=14, encode_batch_size=2)
     assert "preparing first: 2.3 epochs" in capsys.readouterr().err and (long / "prepared").exists()
     assert_same_training(raw, long, 14)

@@ -10,6 +10,8 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,10 @@ from accelerate import Accelerator
 
 from ip_adapter_trainer.core.errors import NotFiniteProblem, Problem, Stopped
 from ip_adapter_trainer.core.values import Batch
+from ip_adapter_trainer.runtime import precision
 from ip_adapter_trainer.runtime.launch import Runtime
 from ip_adapter_trainer.storage.checkpoints import all_checkpoints, newest, verified
-from ip_adapter_trainer.train import checkpoint
+from ip_adapter_trainer.train import checkpoint, starting
 from ip_adapter_trainer.train.config import PUBLISHED
 from ip_adapter_trainer.train.step import Step
 from ip_adapter_trainer.train.step_metrics import PendingMetrics
@@ -297,3 +300,28 @@ def test_a_damaged_newest_checkpoint_is_passed_over(run: Callable, tmp_path: Pat
     assert last is not None and last.name == "checkpoint-2"
     with pytest.raises(Problem, match="damaged"):
         checkpoint.read(output / "checkpoint-4")
+
+
+@pytest.mark.parametrize("began", ["bf16", None], ids=["bf16", "a version with fp32 as its usual"])
+def test_a_run_whose_precision_nobody_names_goes_on_in_its_own(
+    began: str | None,
+    run: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    monkeypatch.setattr(precision, "computes_bf16", lambda device_type: True)
+    output = run(tmp_path / "out")
+    assert "frozen weights bf16" in capsys.readouterr().err
+    assert checkpoint.read(output / "checkpoint-4").state["config"]["mixed_precision"] == "bf16"
+    if began is None:
+        monkeypatch.setattr(starting, "starting_point", partial(as_of_old, starting.starting_point))
+    monkeypatch.setattr(precision, "computes_bf16", lambda device_type: False)
+    run(output, resume_from_checkpoint="latest", max_train_steps=5)
+    assert f"frozen weights {began or 'fp32'}" in capsys.readouterr().err
+
+
+def as_of_old(find: Callable, config: object) -> Any:
+    point = find(config)
+    return replace(point, state={**point.state, "config": {**point.state["config"], "mixed_precision": None}})

@@ -30,7 +30,10 @@ EVERY_CARD = [(base, memory) for base in ("sd1", "sdxl") for memory in (8, 12, 2
 def test_each_card_trains_saves_and_exports_what_diffusers_reads_alike(
     run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str], base: str, memory: int
 ) -> None:
-    own = {"train_batch_size": 8}  # three steps are two epochs then, and it prepares first as a longer run does
+    own = {
+        "train_batch_size": 8,
+        "prepare": "auto",
+    }  # three steps are two epochs then, and it prepares first as a longer run does
     output = run(tmp_path / "out", base=base, low_memory=memory, max_train_steps=3, grid_rows=1, grid_steps=2, **own)
     told = capsys.readouterr().err
     assert f"low_memory {memory}: mixed_precision bf16" in told and "train_batch_size 8" in told

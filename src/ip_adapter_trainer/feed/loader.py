@@ -35,7 +35,7 @@ class Loader:
         pool = Pool(
             self._samples.batch,
             where=lambda micro: "; ".join(self._samples.manifest.where(row) for _, row in micro),
-            workers=config.dataloader_num_workers,
+            workers=config.dataloader_num_workers or 0,
             timeout_s=config.data_timeout_s,
             ahead=config.prefetch_factor,
             pin=self._pin,

@@ -70,7 +70,9 @@ class FrozenConfig(NoiseConfig, BaseConfig):
     )
     variant: str = Field("base", description="Adapter variant: base, plus or full.")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = Field(
-        None, description="Precision of the frozen weights; the trained ones stay fp32. Default: as the launcher says."
+        None,
+        description="Precision of the frozen weights; the trained ones stay fp32. None: as the launcher says, on "
+        "resuming as before, else bf16 where the device computes it, and no (fp32) elsewhere.",
     )
 
 

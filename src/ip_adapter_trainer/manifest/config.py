@@ -63,8 +63,12 @@ class ReadConfig(Part):
     max_fault_rate: float = Field(
         0.01, ge=0, le=1, description="Share of faulty rows above which the run stops (exit 3); 0: at the first."
     )
-    dataloader_num_workers: int = Field(
-        0, ge=0, le=512, description="Processes that read images; 0: the main process reads."
+    dataloader_num_workers: int | None = Field(
+        None,
+        ge=0,
+        le=512,
+        description="Processes that read images; 0: the main process reads. None: where a GPU trains or encodes from "
+        "images, one for each core but one, 8 at most; elsewhere 0.",
     )
     data_timeout_s: int = Field(
         300,

@@ -109,5 +109,5 @@ def map_rows(
     Raises:
         DataProblem: workers are lost over one row again and again.
     """
-    workers, timeout_s = config.dataloader_num_workers, config.data_timeout_s
+    workers, timeout_s = config.dataloader_num_workers or 0, config.data_timeout_s
     return Pool(function, where=manifest.where, workers=workers, timeout_s=timeout_s, chunk=64).values(numbers)

@@ -120,7 +120,9 @@ class Job:
     """
 
     def __init__(self, config: CutConfig, runtime: Runtime, manifest: Manifest, spec: CacheSpec, folder: Path) -> None:
-        self.config, self.runtime, self.manifest, self.spec, self.folder = config, runtime, manifest, spec, folder
+        workers = runtime.data_workers(config.dataloader_num_workers)
+        self.config = config.model_copy(update={"dataloader_num_workers": workers})
+        self.runtime, self.manifest, self.spec, self.folder = runtime, manifest, spec, folder
         self.images = ImageFiles.of(manifest.root, config)
         self.prepared = PreparedSet(folder, spec, self.images)
         self.items = share_of(manifest, spec, runtime.rank, runtime.world)

@@ -133,7 +133,7 @@ def read_all(
     pool = Pool(
         reader.read,
         where=lambda item: f"{where(item.row)}: {item.name!r}",
-        workers=config.dataloader_num_workers,
+        workers=config.dataloader_num_workers or 0,
         timeout_s=config.data_timeout_s,
         poll=poll,
     )

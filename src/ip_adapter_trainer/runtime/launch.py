@@ -13,13 +13,14 @@ import torch
 
 from ip_adapter_trainer.core.errors import LostProblem, Problem, Stopped, first_line
 from ip_adapter_trainer.core.log import say_after
-from ip_adapter_trainer.runtime.launcher import demand_one_way, judge_alone
-from ip_adapter_trainer.runtime.precision import dtype_of, on_device
+from ip_adapter_trainer.runtime.launcher import demand_one_way, judge_alone, launched_precision
+from ip_adapter_trainer.runtime.precision import dtype_of, on_device, usual
 from ip_adapter_trainer.storage.disk import as_storage_problem
 from ip_adapter_trainer.storage.staging import lock, sweep
 
 T = TypeVar("T")
 
+_MOST_WORKERS = 8
 _PATIENCE_S = 30.0  # until the others are asked for; torch itself gives up after half an hour
 _AGAIN = "see what the others said; start all processes again, with --resume_from_checkpoint latest if it trained"
 
@@ -41,6 +42,15 @@ class Runtime:
         """Return this process's part of `count` things that the processes of each machine share."""
         begin, end = (count * (self.local_rank + i) // self.local_world for i in (0, 1))
         return range(begin, end)
+
+    def data_workers(self, asked: int | None, *, encoded: bool = False) -> int:
+        """Return how many processes read rows for this one: those asked for, else what cores beside a GPU allow.
+
+        Rows that are `encoded` are read as quickly without.
+        """
+        if asked is not None or encoded or self.device.type == "cpu":
+            return asked or 0
+        return max(0, min(_MOST_WORKERS, core_count() // self.local_world - 1))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -186,13 +196,17 @@ def start(
     device = accelerator.device
     if world == 1:
         judge_alone(device.type)
-    asked = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    precision = on_device(asked, device.type)
+    precision = on_device(mixed_precision or launched_precision() or usual(device.type), device.type)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # a launcher that does not tell: nothing is shared
     local_rank, local_world = (accelerator.local_process_index, local_world) if local_world > 1 else (0, 1)
     hosts = torch.distributed.new_group(backend="gloo") if world > 1 and device.type != "cpu" else None
     rank = accelerator.process_index
     return Runtime(accelerator, rank, world, device, precision, local_rank, local_world, hosts)
+
+
+def core_count() -> int:
+    """Return the number of cores that this process may use, which may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Requests that `accelerate launch` makes by the environment: done, told or refused, and never dropped in silence.
 
-Done elsewhere: precision (`runtime.launch`), the CPU and CPU affinity (accelerate itself).
+Done elsewhere: the CPU and CPU affinity (accelerate itself).
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ _OTHER_WAYS = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
+
+
+def launched_precision() -> str | None:
+    """Return the precision that the environment asks for; None: it says nothing of it."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION")
 
 
 def accumulation_steps() -> int | None:

@@ -32,6 +32,17 @@ def on_device(name: str, device_type: str) -> str:
     return name
 
 
+def usual(device_type: str) -> str:
+    """Return the precision that a device is given where none is asked for: bf16 where it computes that, else fp32."""
+    return "bf16" if computes_bf16(device_type) else "no"
+
+
+def in_words(name: str) -> str:
+    """Return a precision as a run tells it, with the flag that would change it."""
+    other = {"no": "fp32 (--mixed_precision bf16 halves them)", "bf16": "bf16 (fp32 by --mixed_precision no)"}
+    return other.get(name, name)
+
+
 def computes_bf16(device_type: str) -> bool:
     """Return whether a device has instructions for bf16, as far as PyTorch tells; of CPUs its older releases do not."""
     import torch
@@ -39,7 +50,7 @@ def computes_bf16(device_type: str) -> bool:
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device_type != "cpu":
-        return True
+        return False
     tell = getattr(torch.cpu, "get_capabilities", None)
     return tell is None or any(tell().get(name) for name in _BF16_ARITHMETIC)
 

@@ -64,8 +64,10 @@ class SourceConfig(SetConfig):
 
     resume = Resume(may_change="prepare")
 
-    prepare: Literal["off", "auto"] = Field(
-        "off", description="auto: prepare the set first where that pays, in prepared_dir or output_dir/prepared."
+    prepare: Literal["off", "auto"] | None = Field(
+        None,
+        description="auto: prepare the set first where that pays, in prepared_dir or output_dir/prepared; "
+        "None: auto, unless prepared_dir is given.",
     )
 
 

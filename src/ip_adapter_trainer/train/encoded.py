@@ -33,7 +33,7 @@ def prepared_set(
         Problem: the set lacks rows, or settings are on under which nothing can be encoded beforehand.
         Stopped: asked to stop while preparing.
     """
-    if config.prepare == "auto":
+    if config.prepare == "auto" or (config.prepare is None and config.prepared_dir is None):
         return _prepared_if_it_pays(config, runtime, model, rows, stopping)
     if config.prepared_dir is None:
         if config.prepare_text:

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ip_adapter_trainer.core.settings import Part
+
 _SD = {"mixed_precision": "bf16", "prepare": "auto"}
 _SDXL = _SD | {"encode_batch_size": 1, "train_batch_size": 1}
 _SDXL_RECOMPUTED = _SDXL | {"gradient_checkpointing": True, "use_8bit_adam": True, "prepare_text": True}
@@ -22,3 +24,9 @@ PRESETS: Mapping[str, Mapping[int, Mapping[str, Any]]] = {
         24: _SDXL,
     },
 }
+
+
+def chosen(config: Part, family: str, memory_gb: int) -> str:
+    """Return a line that tells what became of the settings for which `--low_memory` stands."""
+    settings = {name: getattr(config, name) for name in PRESETS[family][memory_gb]}
+    return f"low_memory {memory_gb}: " + ", ".join(f"{name} {value}" for name, value in settings.items())

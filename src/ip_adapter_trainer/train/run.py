@@ -15,6 +15,7 @@ from ip_adapter_trainer.loading.config import part_of
 from ip_adapter_trainer.model import Model
 from ip_adapter_trainer.prepare.cut import warn_of_cut_captions
 from ip_adapter_trainer.runtime.launch import Runtime, claimed, start
+from ip_adapter_trainer.runtime.precision import in_words
 from ip_adapter_trainer.runtime.signals import StopSignal
 from ip_adapter_trainer.runtime.stopping import Stopping
 from ip_adapter_trainer.train.build import make_loop, make_model
@@ -26,11 +27,11 @@ from ip_adapter_trainer.train.lean import lean
 from ip_adapter_trainer.train.loop import Loop
 from ip_adapter_trainer.train.model_hashes import hash_models
 from ip_adapter_trainer.train.posterior import POSTERIOR_IMAGES, warn_of_posterior_noise
-from ip_adapter_trainer.train.presets import PRESETS
+from ip_adapter_trainer.train.presets import chosen
 from ip_adapter_trainer.train.record import RunRecord, WriteResolved, take_up
 from ip_adapter_trainer.train.rows import RunRows, read_rows
 from ip_adapter_trainer.train.run_plan import make_plan
-from ip_adapter_trainer.train.starting import agreed_starting_point, demand_same_run, is_over
+from ip_adapter_trainer.train.starting import agreed_starting_point, demand_same_run, in_precision, is_over
 from ip_adapter_trainer.train.state import TrainState
 from ip_adapter_trainer.train.step import Step
 from ip_adapter_trainer.train.trackers import start_trackers, trackers_named
@@ -49,6 +50,7 @@ def train(config: TrainConfig, write_resolved: WriteResolved) -> None:
     """
     with joined(config) as (runtime, stopping):
         point = agreed_starting_point(config, runtime)
+        config, runtime = in_precision(config, runtime, point)
         rows = read_rows(part_of(config, DataConfig), part_of(config, ValidationConfig), runtime)
         with runtime.agreed():
             demand_same_run(config, runtime, rows.manifest, point)
@@ -59,7 +61,6 @@ def train(config: TrainConfig, write_resolved: WriteResolved) -> None:
             model = make_model(config, runtime, point)
         process = NoiseProcess(model.denoiser.pipeline.scheduler, part_of(config, ObjectiveConfig))
         hashes = hash_models(model)
-
         data = feed(config, runtime, model, rows, stopping)
         plan = make_plan(model, config, data.rows, data.images_per_step, point.state)
         model.place(runtime.device)  # last: encoders that were let go of need no room beside it
@@ -103,8 +104,9 @@ def feed(config: TrainConfig, runtime: Runtime, model: Model, rows: RunRows, sto
     model.place_encoders(runtime.device)
     prepared = prepared_set(config, runtime, model, rows, stopping)
     preprocess = {role: encoder.preprocess for role, encoder in model.encoders.items()}
-    own, looks = part_of(config, DataConfig), part_of(config, ValidationConfig)
-    images = config.images_per_step(runtime.world)
+    workers = runtime.data_workers(config.dataloader_num_workers, encoded=prepared is not None)
+    own = part_of(config, DataConfig).model_copy(update={"dataloader_num_workers": workers})
+    looks, images = part_of(config, ValidationConfig), config.images_per_step(runtime.world)
     data = TrainingData(own, looks, runtime, rows, preprocess, prepared, seed=config.seed, images_per_step=images)
     with runtime.agreed():
         data.demand_validation()
@@ -116,14 +118,12 @@ def feed(config: TrainConfig, runtime: Runtime, model: Model, rows: RunRows, sto
 
 def tell(config: TrainConfig, runtime: Runtime, model: Model, data: TrainingData, process: NoiseProcess) -> None:
     """Say how the models run, and warn of latents that are mostly noise."""
-    fp32 = "fp32" if config.mixed_precision else "fp32 (--mixed_precision bf16 halves them)"
-    precision = fp32 if runtime.precision == "no" else runtime.precision
-    say(f"on {runtime.world} x {runtime.device.type}, frozen weights {precision}, predicting {process.prediction}")
+    where = f"on {runtime.world} x {runtime.device.type}, frozen weights {in_words(runtime.precision)}"
+    say(f"{where}, predicting {process.prediction}")
     if config.latents == "sample" and runtime.is_main and not config.dry_run:
         warn_of_posterior_noise(model, data.seen.batches(POSTERIOR_IMAGES), runtime.device)
     if config.low_memory:
-        chosen = {name: getattr(config, name) for name in PRESETS[model.base.family][config.low_memory]}
-        say(f"low_memory {config.low_memory}: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
+        say(chosen(config, model.base.family, config.low_memory))
 
 
 def run_loop(loop: Loop, step: Step, layers: LeanConfig) -> None:

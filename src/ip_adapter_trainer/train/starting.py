@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.core.log import say
 from ip_adapter_trainer.manifest.manifest import Manifest
 from ip_adapter_trainer.runtime.launch import Runtime
+from ip_adapter_trainer.runtime.launcher import launched_precision
+from ip_adapter_trainer.runtime.precision import on_device
 from ip_adapter_trainer.storage.checkpoints import complete, newest, numbered_checkpoints, step_of
 from ip_adapter_trainer.train import checkpoint, guard
 from ip_adapter_trainer.train.aside import lies_in
@@ -117,6 +119,14 @@ def agreed_starting_point(config: CheckpointConfig, runtime: Runtime) -> Startin
             disk = "put --output_dir on a disk that all machines share"
             raise Problem(what, where=where, remedy=f"{disk}, or copy the checkpoint to the same path on each")
     return point
+
+
+def in_precision(config: TrainConfig, runtime: Runtime, point: StartingPoint) -> tuple[TrainConfig, Runtime]:
+    """Return the settings and the runtime in the precision that is asked for, else in that of the run so far."""
+    if not (config.mixed_precision or launched_precision()) and point.state is not None:
+        began = point.state["config"].get("mixed_precision") or "no"  # None in those of versions before bf16's own
+        runtime = replace(runtime, precision=on_device(began, runtime.device.type))
+    return config.model_copy(update={"mixed_precision": runtime.precision}), runtime
 
 
 def demand_same_run(config: TrainConfig, runtime: Runtime, manifest: Manifest, point: StartingPoint) -> None:

@@ -107,7 +107,9 @@ class OptimConfig(Part):
     )
 
     optimizer: Literal["adamw", "muon", "muon_all"] = Field(
-        "adamw", description="Optimizer of the projector's matrices: adamw, or muon; all else has AdamW."
+        "adamw",
+        description="muon: the projector's matrices by Muon, all else by AdamW; muon_all: the layers' matrices too, "
+        "which costs time where few images make a step.",
     )
     learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate.")
     projector_learning_rate: float | None = Field(

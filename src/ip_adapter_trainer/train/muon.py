@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 MOMENTUM = 0.95
 _QUINTIC = (3.4445, -4.7750, 2.0315)  # a x + b x^3 + c x^5 brings singular values to 0.7 to 1.2 in five rounds
@@ -40,9 +40,8 @@ class Muon(torch.optim.Optimizer):
     as `torch.amp.GradScaler` does for fused optimizers, a step changes nothing, and the device is not waited for.
 
     Args:
-        matrices: its own parameters; gradients [M, N] are there at every step.
+        groups: its own parameters, `params`, with a peak learning rate `lr` each; all have gradients at every step.
         rest: the optimizer of the others, with a `found_inf` of its own if it is fused.
-        lr: peak learning rate.
         weight_decay: decoupled, times the learning rate.
         dtype: of the Newton-Schulz rounds.
     """
@@ -51,17 +50,17 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        matrices: Iterable[nn.Parameter],
+        groups: list[dict[str, Any]],
         rest: torch.optim.Optimizer,
         *,
-        lr: float,
         weight_decay: float,
         dtype: torch.dtype,
     ) -> None:
-        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "fused": rest.defaults.get("fused")})
-        self._own, self._rest, self.dtype = self.param_groups[0], rest, dtype
-        self._stacks = list(_stacks(self._own["params"]))
-        self.param_groups = [self._own, *rest.param_groups]  # not copies: a schedule sets the rates of both
+        super().__init__(groups, {"weight_decay": weight_decay, "fused": rest.defaults.get("fused")})
+        self._own, self._rest, self.dtype = self.param_groups, rest, dtype
+        self._matrices = [matrix for group in self._own for matrix in group["params"]]
+        self._stacks = [(group, stack) for group in self._own for stack in _stacks(group["params"])]
+        self.param_groups = [*self._own, *rest.param_groups]  # not copies: a schedule sets the rates of both
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -69,17 +68,17 @@ class Muon(torch.optim.Optimizer):
         if self.found_inf is not None:
             self._rest.found_inf = self.found_inf  # type: ignore[attr-defined]
         self._rest.step()
-        for stack in self._stacks:
-            self._change(stack)
+        for group, stack in self._stacks:
+            self._change(stack, group["lr"], group["weight_decay"])
 
-    def _change(self, stack: list[Tensor]) -> None:
+    def _change(self, stack: list[Tensor], rate: Any, weight_decay: float) -> None:
         """Change matrices of one shape."""
-        sound = 1.0 if self.found_inf is None else 1 - self.found_inf
-        rate = self._own["lr"] * sound
+        if self.found_inf is not None:
+            rate = rate * (1 - self.found_inf)
         updates = orthogonalized(torch.stack([self._momentum(matrix) for matrix in stack]), self.dtype)
         scale = _ADAMW_RMS * max(stack[0].shape) ** 0.5
         for matrix, update in zip(stack, updates.to(stack[0].dtype), strict=True):
-            matrix *= 1 - rate * self._own["weight_decay"]
+            matrix *= 1 - rate * weight_decay
             matrix -= rate * scale * update
 
     def _momentum(self, matrix: Tensor) -> Tensor:
@@ -98,17 +97,16 @@ class Muon(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state of all parameters, the matrices first."""
         mine = super().state_dict()
-        rest = {len(self._own["params"]) + n: state for n, state in self._rest.state_dict()["state"].items()}
+        rest = {len(self._matrices) + n: state for n, state in self._rest.state_dict()["state"].items()}
         return mine | {"state": mine["state"] | rest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the states that `state_dict` returned; rates are those of a schedule and stay."""
-        count = len(self._own["params"])
-        states = state_dict["state"]
+        count, states = len(self._matrices), state_dict["state"]
         rest = {n - count: state for n, state in states.items() if n >= count}
         self._rest.load_state_dict(self._rest.state_dict() | {"state": rest})
-        self.param_groups = [self._own, *self._rest.param_groups]
-        for n, matrix in enumerate(self._own["params"]):
+        self.param_groups = [*self._own, *self._rest.param_groups]
+        for n, matrix in enumerate(self._matrices):
             if n in states:
                 self.state[matrix] = {"momentum_buffer": states[n]["momentum_buffer"].to(matrix, copy=True)}
 

@@ -91,21 +91,22 @@ def make_optimizer(adapter: Adapter, config: OptimConfig) -> torch.optim.Optimiz
     Raises:
         Problem: 8-bit asked for and bitsandbytes not installed.
     """
-    rate = config.projector_learning_rate or config.learning_rate
     parts = (adapter.image_proj_model, adapter.adapter_modules)
     projector, layers = ([p for p in part.parameters() if p.requires_grad] for part in parts)
-    matrices: list[nn.Parameter] = []
-    if config.optimizer != "adamw":
-        matrices = [p for p in projector if p.ndim == 2]
-        projector = [p for p in projector if p.ndim != 2]
-        if config.optimizer == "muon_all":
-            matrices, layers = [*matrices, *layers], []
-    groups = [{"params": projector, "lr": rate}, {"params": layers, "lr": config.learning_rate}]
-    rest = _adamw([group for group in groups if group["params"]], config)
+    muons = {"adamw": [], "muon": projector, "muon_all": [*projector, *layers]}[config.optimizer]
+    matrices = {p for p in muons if p.ndim == 2}
+
+    def groups(*, by_muon: bool) -> list[dict[str, Any]]:
+        """Return the parameters that Muon changes, or the others, each part with its rate."""
+        rates = config.projector_learning_rate or config.learning_rate, config.learning_rate
+        chosen = [[p for p in part if (p in matrices) == by_muon] for part in (projector, layers)]
+        return [{"params": part, "lr": rate} for part, rate in zip(chosen, rates, strict=True) if part]
+
+    rest = _adamw(groups(by_muon=False), config)
     if not matrices:
         return rest
-    dtype = torch.bfloat16 if computes_bf16(matrices[0].device.type) else torch.float32
-    return Muon(matrices, rest, lr=rate, weight_decay=config.weight_decay, dtype=dtype)
+    dtype = torch.bfloat16 if computes_bf16(next(iter(matrices)).device.type) else torch.float32
+    return Muon(groups(by_muon=True), rest, weight_decay=config.weight_decay, dtype=dtype)
 
 
 def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:

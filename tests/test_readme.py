@@ -31,7 +31,6 @@ REPLACED = {
     "h94/IP-Adapter/models/image_encoder": "pocket/image_encoder",
     '"h94/IP-Adapter", subfolder="models/image_encoder"': '"pocket/image_encoder"',
     "--resolution 512": "--resolution 32",
-    "--mixed_precision bf16 ": "",
     "--max_train_steps 20000": "--max_train_steps 2 --num_validation_images 2 --grid_rows 0",
     "--max_train_steps 200 ": "--max_train_steps 2 --num_validation_images 2 --grid_rows 0 ",
     "--train_batch_size 32": "--train_batch_size 2",

@@ -63,6 +63,7 @@ def test_other_micro_batches_than_the_launchers_are_refused(monkeypatch: pytest.
 def test_processes_that_were_not_started_are_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variables: dict[str, str], is_told: bool
 ) -> None:
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     judge_alone("cpu")

@@ -64,7 +64,7 @@ class Laid:
         return {
             "pretrained_model_name_or_path": here / "base", "image_encoder_path": here / "image_encoder",
             "data_json_file": here / "data.json", "data_root_path": here / "images", "resolution": world.SIZE_PX,
-            "prepared_dir": self.prepared,
+            "prepared_dir": self.prepared, "mixed_precision": "no",
         }  # fmt: skip
 
 

@@ -16,7 +16,8 @@ from faults.lab import Finding, Lab, Process
 SHARES = {"kills-saving": 0.01, "kills-export": 0.025}
 
 
-@pytest.mark.parametrize("name", ["kills-saving", pytest.param("kills-export", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kills-saving", "kills-export"])
 def test_real_runs_lose_nothing(name: str, tmp_path: Path) -> None:
     findings = list(EXPERIMENTS[name](Lab(tmp_path, SHARES[name])))
     assert findings and not [f for f in findings if f.passed is False], report.table(findings)

@@ -1,11 +1,12 @@
 """How many steps a recipe needs for what the published one learns in 1,000, on the pocket world.
 
     python -m benchmarks.fewer_steps race                 # the defaults of `ip-adapter train`, seeds 0 to 4
+    python -m benchmarks.fewer_steps race --names "Muon 3e-3"             # other recipes in their place
     python -m benchmarks.fewer_steps levers               # one change at a time, on a seed and pairs of its own
     python -m benchmarks.fewer_steps levers --under plus batch-4 --marks 100 200 --names "3e-4" "Muon 3e-3"
 
 The published recipe (epsilon loss, uniform timesteps, 1e-4 constant, no warm-up, no average) is trained for `--steps`.
-`race` trains the defaults for half as many and looks for the first mark at which the validation gap and the score of
+`race` trains the defaults for `--most` steps and looks for the first mark at which the validation gap and the score of
 every attribute asked of the image are the published recipe's at its end or better, and the shape asked of the text is
 no worse than by its noise. Rows, pairs, noise and timesteps of all measurements are the same for both, timesteps evenly
 over all. Seconds are those of training, with the checkpoints at the marks and without any measuring. `levers` trains
@@ -45,6 +46,7 @@ def _adamw(rate: float, projector: float | None = None) -> Settings:
     return {**NOW, "learning_rate": rate, "projector_learning_rate": projector}
 
 
+DEFAULTS = "defaults"
 LEVERS: dict[str, Settings] = {  # each over the published recipe
     "published": {},
     "2e-4, warm-up": {**FASTER, "learning_rate": 2e-4},
@@ -90,6 +92,7 @@ CONDITIONS: dict[str, Settings] = {
 class Raced:
     """One seed's result."""
 
+    recipe: str
     seed: int
     published: Mark  # at its end
     ours: list[Mark]  # up to the first that reaches it, or to the last there is
@@ -105,16 +108,17 @@ class Raced:
         return asdict(self) | {"steps": found and found.step, "seconds": found and found.seconds}
 
 
-def race(laid: Laid, steps: int, every: int) -> Raced:
-    """The published recipe to its end, then the defaults until they are there."""
+def race(laid: Laid, recipe: str, steps: int, most: int, every: int) -> Raced:
+    """The published recipe to its end, then another until it is there."""
+    settings = {} if recipe == DEFAULTS else {**PUBLISHED, **LEVERS[recipe]}
     measure = Measure(laid, held=True)
     goal = measure(Run.of(laid, PUBLISHED, steps=steps, every=steps), steps)
-    run, ours = Run.of(laid, {}, steps=steps // 2, every=every), []
-    for step in range(every, steps // 2 + 1, every):
+    run, ours = Run.of(laid, settings, steps=most, every=every), []
+    for step in range(every, most + 1, every):
         ours.append(measure(run, step, goal))
         if ours[-1].reaches(goal):
             break
-    return Raced(laid.seed, goal, ours)
+    return Raced(recipe, laid.seed, goal, ours)
 
 
 def _scores(mark: Mark) -> str:
@@ -124,9 +128,9 @@ def _scores(mark: Mark) -> str:
 def race_table(raced: Sequence[Raced]) -> str:
     """A row for each seed, and the means."""
     lines = [
-        "| seed | published: steps | s | gap | colour / pattern / background / shape "
-        "| defaults: steps | s | gap | scores | steps, published / defaults | seconds |",
-        "|---" * 11 + "|",
+        "| recipe | seed | published: steps | s | gap | colour / pattern / background / shape "
+        "| recipe: steps | s | gap | scores | steps, published / recipe | seconds |",
+        "|---" * 12 + "|",
     ]
     for r in raced:
         a, b = r.published, r.reached
@@ -134,12 +138,14 @@ def race_table(raced: Sequence[Raced]) -> str:
         if b:
             there = f"{b.step} | {b.seconds:.0f} | {b.gap:.4f} | {_scores(b)} | {a.step / b.step:.1f} |"
             there += f" {a.seconds / b.seconds:.1f} |"
-        lines.append(f"| {r.seed} | {a.step} | {a.seconds:.0f} | {a.gap:.4f} | {_scores(a)} | {there}")
+        lines.append(f"| {r.recipe} | {r.seed} | {a.step} | {a.seconds:.0f} | {a.gap:.4f} | {_scores(a)} | {there}")
     if all(r.reached for r in raced):
         a_s, b_s = mean(r.published.seconds for r in raced), mean(r.ours[-1].seconds for r in raced)
         first, then = mean(r.published.step for r in raced), mean(r.ours[-1].step for r in raced)
         ratios = f"{first / then:.1f} | {a_s / b_s:.1f}"
-        lines.append(f"| mean | {first:.0f} | {a_s:.0f} | | | {then:.0f} | {b_s:.0f} | | | {ratios} |")
+        lines.append(
+            f"| {raced[0].recipe} | mean | {first:.0f} | {a_s:.0f} | | | {then:.0f} | {b_s:.0f} | | | {ratios} |"
+        )
     return "\n".join(lines)
 
 
@@ -169,11 +175,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("what", choices=("race", "levers"))
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 4 for race, 100 for levers")
     parser.add_argument("--steps", type=int, default=1000, help="of the published recipe")
-    parser.add_argument("--every", type=int, default=50, help="steps between marks of race")
+    parser.add_argument("--every", type=int, default=25, help="steps between marks of race")
+    parser.add_argument("--most", type=int, default=300, help="steps of what is raced against it")
     parser.add_argument("--marks", type=int, nargs="+", default=[500], help="steps at which levers measures")
     parser.add_argument("--under", nargs="+", choices=list(CONDITIONS), metavar="CONDITION", default=["plain"])
-    names = list(LEVERS)
-    parser.add_argument("--names", nargs="+", choices=names, metavar="NAME", default=names, help="levers to try")
+    names = [DEFAULTS, *LEVERS]
+    parser.add_argument(
+        "--names", nargs="+", choices=names, metavar="NAME", help="recipes; default: all, or the defaults"
+    )
     parser.add_argument(
         "--work", type=Path, default=Path("bench/fewer-steps"), help="runs; what is there is not repeated"
     )
@@ -185,17 +194,20 @@ def main() -> None:
     """Measures, prints a table and writes the file."""
     args, found = _arguments(), []
     if args.what == "race":
-        raced = []
-        for seed in args.seeds or range(5):
-            raced.append(race(Laid.of(args.work, seed), args.steps, args.every))
-            print(race_table(raced[-1:]).splitlines()[2], file=sys.stderr, flush=True)
-        found = [r.as_json() for r in raced]
-        print(race_table(raced))
+        for name in args.names or [DEFAULTS]:
+            raced = []
+            for seed in args.seeds or range(5):
+                raced.append(race(Laid.of(args.work, seed), name, args.steps, args.most, args.every))
+                print(race_table(raced[-1:]).splitlines()[2], file=sys.stderr, flush=True)
+            found += [r.as_json() for r in raced]
+            print(race_table(raced))
     else:
         print("| under | recipe | steps | s | gap | validation loss | colour / pattern / background / shape |")
         print("|---" * 7 + "|")
         for seed, under in product(args.seeds or [100], args.under):
-            for name, mark in levers(Laid.of(args.work, seed), under, args.names, args.marks, args.steps):
+            for name, mark in levers(
+                Laid.of(args.work, seed), under, args.names or list(LEVERS), args.marks, args.steps
+            ):
                 print(_levers_row(under, name, mark), flush=True)
                 found.append({"seed": seed, "under": under, "recipe": name, "settings": LEVERS[name]} | asdict(mark))
     if args.json:

@@ -32,6 +32,7 @@ from ip_adapter_trainer.storage.checkpoints import all_checkpoints
 from ip_adapter_trainer.train.build import make_loop
 from ip_adapter_trainer.train.config import LeanConfig, TrainConfig
 from ip_adapter_trainer.train.data import TrainingData
+from ip_adapter_trainer.train.fit import Fit
 from ip_adapter_trainer.train.guard import RunIdentity
 from ip_adapter_trainer.train.lean import lean
 from ip_adapter_trainer.train.loop import Loop
@@ -67,7 +68,7 @@ class Rows:
     fingerprint = Digest().fingerprint()
 
     def __init__(self, batches: Iterator[Batch], images: int) -> None:
-        self._batches, self.rows, self.images_per_step = batches, images, images
+        self._batches, self.rows, self.images_per_step, self.micro_images = batches, images, images, images
 
     def batches(self, output: Path, first_step: int, poll: Poll) -> Iterator[Batch]:
         """The given batches."""
@@ -192,7 +193,7 @@ class OurStep:
         rows: Any = Rows(self._ended(batches), images)
         plan = make_plan(self.model, config, images, images)
         identity = RunIdentity(rows.fingerprint, rows.where, {}, images, world=1)
-        record = RunRecord(config, self.model, plan, identity)
+        record = RunRecord(config, self.model, plan, identity, Fit(images))
         state = TrainState(self.model.adapter, config, plan, self.runtime)
         with StopSignal() as signal:
             self.loop = make_loop(record, state, rows, self.loss, self.runtime, Stopping(signal, self.runtime))

@@ -76,4 +76,4 @@ def raw_batches(files: Files, images: int, prompt_px: int, *, pin: bool) -> Iter
     samples = TrainingSet(manifest, config, bucketing, seed=0, preprocess=clip_preprocess(prompt_px))
     sampler = Sampler(bucketing.bucket_of_row, seed=0, batch_images=images)
     log = FaultLog(files.manifest.parent, manifest.entries, config.max_fault_rate)
-    return Loader(samples, sampler, log, pin=pin).from_step(0)
+    return Loader(samples, sampler, log, samples.config.micro_images, pin=pin).from_step(0)

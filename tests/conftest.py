@@ -58,7 +58,7 @@ def flags(rows_folder: Path, base_folder: Callable, encoder_folder: Path) -> Cal
             "grid_rows": 0, "logging_steps": 2, "prepare": "off",
         }  # fmt: skip
         settings |= more
-        return [f"--{k}" if v is True else f"--{k}={v}" for k, v in settings.items()]
+        return [f"--{k}" if v is True else f"--{k}={v}" for k, v in settings.items() if v is not None]
 
     return make
 

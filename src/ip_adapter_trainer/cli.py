@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ip_adapter_trainer.core.errors import Problem, Stopped, did_you_mean
+from ip_adapter_trainer.core.errors import Problem, Stopped, did_you_mean, first_line
 from ip_adapter_trainer.core.log import patient_stderr, say
 from ip_adapter_trainer.core.redact import redacted
 from ip_adapter_trainer.runtime.signals import interruptible, tell_at_once
@@ -131,6 +131,10 @@ def _named(place: str) -> Any:
     return getattr(importlib.import_module(f"ip_adapter_trainer.{module}"), name)
 
 
+_NO_MEMORY = """the device's memory is not enough: {}
+  to do: free it of other programs, or take fewer images at once: without --train_batch_size, train chooses how many;
+  --low_memory 8, 12 or 24 and --quantize need less"""
+
 RUN: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train, "prepare": _prepare, **{name: partial(_print, name) for name in _PRINTING},
 }  # fmt: skip
@@ -178,6 +182,9 @@ def _ended(work: Callable[[], int], *, debug: bool = False) -> int:
             return 141
         if debug:
             print(redacted(traceback.format_exc()), file=sys.stderr)
+        if type(error).__name__ == "OutOfMemoryError":  # torch's own, which takes a second to import
+            print(f"error: {_NO_MEMORY.format(first_line(error))}", file=sys.stderr)
+            return 1
         told = f"bug: {type(error).__name__}: {error}\n  to do: run again with --debug and report it"
         print(redacted(told), file=sys.stderr)
         return 1

@@ -38,7 +38,8 @@ def _loader(
     settings = NO_DROPS | {"train_batch_size": 2} | settings
     samples = training_set(folder / "data.json", preprocess=preparation, **settings)
     sampler = Sampler(samples.bucketing.bucket_of_row, seed=3, batch_images=batch_images)
-    return Loader(samples, sampler, FaultLog(folder / "run", ROWS, 0.5), rank=rank, world=world, pin=pin)
+    log, images = FaultLog(folder / "run", ROWS, 0.5), samples.config.micro_images
+    return Loader(samples, sampler, log, images, rank=rank, world=world, pin=pin)
 
 
 def _take(loader: Loader, micros: int, step: int = 0) -> list[Batch]:

@@ -17,13 +17,21 @@ class Loader:
     """Gives the batches of one process, `micro_per_step` for its part of a step."""
 
     def __init__(
-        self, samples: TrainingSet, sampler: Sampler, log: FaultLog, *, rank: int = 0, world: int = 1, pin: bool = False
+        self,
+        samples: TrainingSet,
+        sampler: Sampler,
+        log: FaultLog,
+        micro_images: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        pin: bool = False,
     ) -> None:
         self._samples, self._sampler, self._log = samples, sampler, log
         self._rank, self._world, self._pin = rank, world, pin
-        self._micro_images = samples.config.train_batch_size
+        self._micro_images = micro_images
         self.micro_per_step, rest = divmod(sampler.batch_images, world * self._micro_images)
-        assert rest == 0, "a step's images are train_batch_size * processes * accumulation"
+        assert rest == 0, "a step's images are those of whole micro-batches of every process"
 
     def from_step(self, step: int, poll: Poll = no_poll) -> Iterator[Batch]:
         """Yield micro-batches without end, from the first of `step` on; `poll` is called while one is waited for.

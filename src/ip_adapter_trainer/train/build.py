@@ -85,7 +85,7 @@ def make_loop(
         state=state,
         loss_of=step,
         batches=data.batches(output, state.global_step, stopping.poll),
-        micro_batches=config.gradient_accumulation_steps,
+        micro_batches=plan.images_per_step // runtime.world // data.micro_images,
         total_steps=plan.total_steps,
         images_per_step=plan.images_per_step,
         save_steps=config.save_steps,

@@ -211,4 +211,4 @@ class TrainConfig(
 
     def images_per_step(self, world: int) -> int:
         """Return the number of images of one optimizer step, over `world` processes and all micro-batches."""
-        return self.train_batch_size * world * self.gradient_accumulation_steps
+        return self.micro_images * world * self.gradient_accumulation_steps

@@ -38,6 +38,7 @@ class TrainingData:
     Attributes:
         rows: number of rows that are trained on.
         images_per_step: images of one optimizer step over all processes and micro-batches.
+        micro_images: images that a process takes at once.
         fingerprint: of the manifest, by which a resumed run recognises it.
         sampler: decides which rows make each step.
         seen: rows that are trained on, for validation.
@@ -63,7 +64,7 @@ class TrainingData:
         self._samples = TrainingSet(rows.manifest, config, trained, seed=seed, preprocess=preprocess, prepared=prepared)
         self._early_faults = (*rows.manifest.faults, *bucketing.faults)
         self.rows, self.fingerprint = rows.trained, rows.manifest.fingerprint
-        self.images_per_step = images_per_step
+        self.images_per_step, self.micro_images = images_per_step, config.micro_images
         self.sampler = Sampler(trained.bucket_of_row, seed=seed, batch_images=images_per_step)
 
         def fixed(held_out: NDArray[np.bool_]) -> FixedRows:
@@ -90,7 +91,15 @@ class TrainingData:
         log = FaultLog(output, self._manifest.entries, self._config.max_fault_rate)
         log.add(self._early_faults, writes=self._runtime.is_main)
         rank, world, pin = self._runtime.rank, self._runtime.world, self._runtime.device.type == "cuda"
-        return Loader(self._samples, self.sampler, log, rank=rank, world=world, pin=pin).from_step(first_step, poll)
+        loader = Loader(self._samples, self.sampler, log, self.micro_images, rank=rank, world=world, pin=pin)
+        return loader.from_step(first_step, poll)
+
+    def take_at_once(self, images: int) -> None:
+        """Make batches of so many images from now on, in validation too."""
+        self.micro_images = images
+        for rows in (self.seen, self.unseen):
+            if rows:
+                rows.batch_images = images
 
     def demand_validation(self) -> None:
         """Demand that some row of another validation set can be read, before anything is trained.

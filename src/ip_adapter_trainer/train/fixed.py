@@ -33,6 +33,7 @@ class FixedRows:
     """Rows of a manifest in an order drawn once, each with another image prompt; a row's index is its number.
 
     Attributes:
+        batch_images: the most images of a batch.
         problem: where the first row is that could not be read, and why; empty: all could.
     """
 
@@ -46,7 +47,7 @@ class FixedRows:
         preprocess: Mapping[str, Preprocess],
         prepared: PreparedSet | None = None,
     ) -> None:
-        self._manifest, self._numbers, self._seed, self._batch_size = manifest, numbers, seed, config.train_batch_size
+        self._manifest, self._numbers, self._seed, self.batch_images = manifest, numbers, seed, config.micro_images
         plain = config.model_copy(update=_NO_CHANCE)
         self._pixels, self._samples = (  # with one try, so that no row stands in for one that cannot be read
             TrainingSet(manifest, plain, bucketing, seed=seed, preprocess=preprocess, prepared=source, max_tries=1)
@@ -62,15 +63,15 @@ class FixedRows:
         return self._is_prepared or bool(self._encoded)
 
     def batches(self, count: int, *, pixels: bool = False) -> list[Batch]:
-        """Read the first rows that can be read; batches hold rows of one size, at most `train_batch_size` of them.
+        """Read the first rows that can be read; batches hold rows of one size, at most `batch_images` of them.
 
         With `pixels`, the images themselves are given, even of rows that were encoded beforehand.
         """
         by_size: dict[tuple[int, int], list[Batch]] = {}
         for row in self._rows(count, pixels):
             by_size.setdefault(row.geometry[0].target_px, []).append(row)
-        most = self._batch_size
-        return [_joined(group[i : i + most]) for group in by_size.values() for i in range(0, len(group), most)]
+        most = self.batch_images
+        return [joined(group[i : i + most]) for group in by_size.values() for i in range(0, len(group), most)]
 
     def encode(self, count: int, model: Model, device: torch.device) -> None:
         """Encode the first rows now and keep them, for a run that lets its encoders go."""
@@ -95,8 +96,8 @@ class FixedRows:
         return found
 
 
-def _joined(rows: Sequence[Batch]) -> Batch:
-    """One batch of several."""
+def joined(rows: Sequence[Batch]) -> Batch:
+    """Return one batch of several, all of one size."""
     return Batch(
         index=torch.cat([row.index for row in rows]),
         row=torch.cat([row.row for row in rows]),

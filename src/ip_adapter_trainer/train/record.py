@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ip_adapter_trainer.card import card_of
@@ -15,6 +15,7 @@ from ip_adapter_trainer.storage.staging import was_claimed
 from ip_adapter_trainer.train import checkpoint, guard
 from ip_adapter_trainer.train.aside import set_aside
 from ip_adapter_trainer.train.config import TrainConfig
+from ip_adapter_trainer.train.fit import Fit
 from ip_adapter_trainer.train.metrics import cut_metrics
 from ip_adapter_trainer.train.run_plan import RunPlan
 from ip_adapter_trainer.train.starting import StartingPoint
@@ -31,6 +32,7 @@ class RunRecord:
     model: Model
     plan: RunPlan
     identity: guard.RunIdentity
+    fit: Fit
     accepted: list[str] = field(default_factory=list)  # differences to the runs that it went on from
 
     def restore(self, state: TrainState, folder: Path) -> None:
@@ -54,6 +56,7 @@ class RunRecord:
             "config": config.model_dump(mode="json"),
             **self.identity.to_json(),
             "accepted": self.accepted,
+            "fit": asdict(self.fit),
             "warmup_steps": self.plan.warmup_steps,
             **state.state_dict(),  # before the average takes the live weights' place
         }

@@ -22,6 +22,7 @@ from ip_adapter_trainer.train.build import make_loop, make_model
 from ip_adapter_trainer.train.config import LeanConfig, OptimConfig, TrainConfig
 from ip_adapter_trainer.train.data import TrainingData
 from ip_adapter_trainer.train.encoded import prepared_set
+from ip_adapter_trainer.train.fit import fitted
 from ip_adapter_trainer.train.guard import RunIdentity
 from ip_adapter_trainer.train.lean import lean
 from ip_adapter_trainer.train.loop import Loop
@@ -71,13 +72,14 @@ def train(config: TrainConfig, write_resolved: WriteResolved) -> None:
         if config.dry_run:
             return
 
+        step = Step(model, process, config.seed, runtime.device)
+        fit = fitted(config, step, data, runtime, point)
         state = TrainState(model.adapter, part_of(config, OptimConfig), plan, runtime)
         identity = RunIdentity(data.fingerprint, data.where, hashes, plan.images_per_step, runtime.world)
-        record = RunRecord(config, model, plan, identity)
+        record = RunRecord(config, model, plan, identity, fit)
         with claimed(Path(config.output_dir), runtime):
             take_up(record, state, point, runtime, write_resolved)
             start_trackers(runtime, config, config.model_dump(mode="json"))
-            step = Step(model, process, config.seed, runtime.device)
             run_loop(make_loop(record, state, data, step, runtime, stopping), step, part_of(config, LeanConfig))
 
 

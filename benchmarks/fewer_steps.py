@@ -35,15 +35,15 @@ from ip_adapter_trainer.train.config import PUBLISHED
 
 FASTER = {"learning_rate": 3e-4, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 50}
 LOGIT = {"timestep_density": "logit_normal", "logit_mean": 0.5, "timestep_uniform_share": 0.2}
-NOW = {**FASTER, **LOGIT, "lr_warmup_steps": None}  # a tenth of the run
+BY_ADAMW = {**FASTER, **LOGIT, "lr_warmup_steps": None}  # a tenth of the run
 
 
 def _muon(rate: float, layers: float = 1e-3) -> Settings:
-    return {**NOW, "optimizer": "muon", "projector_learning_rate": rate, "learning_rate": layers}
+    return {**BY_ADAMW, "optimizer": "muon", "projector_learning_rate": rate, "learning_rate": layers}
 
 
 def _adamw(rate: float, projector: float | None = None) -> Settings:
-    return {**NOW, "learning_rate": rate, "projector_learning_rate": projector}
+    return {**BY_ADAMW, "learning_rate": rate, "projector_learning_rate": projector}
 
 
 DEFAULTS = "defaults"

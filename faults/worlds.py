@@ -15,7 +15,7 @@ from ip_adapter_trainer.train.checkpoint import WEIGHTS
 IMAGES, STEPS = 4, 12  # a step; in all
 WORLDS = (1, 2, 4)
 # Steps that follow the gradient, where AdamW would blow up the rounding of gradients near zero.
-_PLAIN = {"adam_epsilon": 1.0, "learning_rate": 1.0, "lr_scheduler": "constant"}
+_PLAIN = {"optimizer": "adamw", "adam_epsilon": 1.0, "learning_rate": 1.0, "lr_scheduler": "constant"}
 _TOLERANCE = 1e-4  # of a weight, relative to the largest of its tensor
 
 

@@ -215,6 +215,8 @@ def _current(settings: Mapping[str, Any], kind: type[Part], file: str) -> dict[s
     current = kind.current_names({name: value for name, value in settings.items() if name not in GONE})
     if current.get("mixed_precision", "") is None:  # no version that knows bf16's own has written it so
         current["mixed_precision"] = "no"
+    if "adam_beta1" in current:  # all settings of a run, which before there was a choice were AdamW's
+        current.setdefault("optimizer", "adamw")
     if current.keys() - kind.model_fields:
         check_keys(current, kind.model_fields.keys() | _of_families(), file)
     return current

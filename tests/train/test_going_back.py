@@ -399,7 +399,8 @@ def test_no_metrics_and_what_is_no_file_of_them(tmp_path: Path) -> None:
 
 
 def test_two_processes_go_back_alike(flags: Callable, first: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    own = {"timestep_density": "logit_normal", "train_batch_size": 1, "save_steps": 1, "checkpoints_total_limit": 1}
+    own = {"timestep_density": "logit_normal", "optimizer": "muon", "train_batch_size": 1, "save_steps": 1}
+    own |= {"checkpoints_total_limit": 1}
     process = launched(flags(first, resume_from_checkpoint="checkpoint-2", max_train_steps=4, **own))
     out, _ = process.communicate()
     assert process.returncode == 0 and out.count("kept in") == 1, out[-3000:]

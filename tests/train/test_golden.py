@@ -24,7 +24,7 @@ TOLERANCE = 2e-4
 
 def measure(run: Callable[..., Path], folder: Path, kind: str, variant: str) -> dict[str, Any]:
     """Losses of four steps, and the norm of each table of the exported adapter."""
-    output = run(folder / "run", base=kind, variant=variant, snr_gamma=5.0)
+    output = run(folder / "run", base=kind, variant=variant, snr_gamma=5.0, optimizer="adamw")
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     export(ExportConfig(source=str(output), output=str(folder / "adapter.safetensors"), dtype="fp32"))
     tables = read_adapter(folder / "adapter.safetensors").tables

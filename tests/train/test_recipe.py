@@ -6,6 +6,7 @@ import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,19 +14,21 @@ import torch
 import yaml
 
 from ip_adapter_trainer.config import parse_train
+from ip_adapter_trainer.core.errors import Problem
 from ip_adapter_trainer.model import Adapter
 from ip_adapter_trainer.train.config import PUBLISHED, OptimConfig
 from ip_adapter_trainer.train.optim import make_optimizer, make_schedule, warmup_steps
+from ip_adapter_trainer.train.starting import StartingPoint, as_begun
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "ip_adapter"
 AS_PUBLISHED = {
-    "learning_rate": 1e-4, "lr_scheduler": "constant", "lr_warmup_steps": 0, "weight_decay": 0.01,
+    "optimizer": "adamw", "learning_rate": 1e-4, "lr_scheduler": "constant", "lr_warmup_steps": 0, "weight_decay": 0.01,
     "adam_beta1": 0.9, "adam_beta2": 0.999, "use_ema": False, "snr_gamma": None, "prediction_type": "auto",
     "timestep_density": "uniform", "min_timestep": 0, "max_timestep": None, "noise_offset": 0.0,
     "text_drop_rate": 0.05, "image_drop_rate": 0.05, "both_drop_rate": 0.05,
 }  # fmt: skip
 OWN = AS_PUBLISHED | {
-    "learning_rate": 3e-4, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": None,
+    "optimizer": "muon", "learning_rate": 3e-4, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": None,
     "timestep_density": "logit_normal", "logit_mean": 0.5, "logit_std": 1.0, "timestep_uniform_share": 0.2,
 }  # fmt: skip
 
@@ -79,7 +82,7 @@ def test_a_scripts_help_shows_its_own_defaults(
 
 def test_train_records_its_own_recipe(run: Callable, flags: Callable, tmp_path: Path) -> None:
     config = parse_train(without(flags(tmp_path), "learning_rate"))
-    assert {name: getattr(config, name) for name in OWN} == OWN
+    assert {name: getattr(config, name) for name in OWN} == OWN | {"optimizer": None}
     recorded = resolved(run(tmp_path / "out", max_train_steps=1), OWN)
     assert recorded == OWN | {"learning_rate": 1e-3}  # which the flags of these tests give
 
@@ -101,7 +104,7 @@ def test_warm_up_is_a_tenth_of_the_run_and_not_over_500_steps(total: int, asked:
 
 
 def test_the_rate_rises_to_its_peak_and_stays_there() -> None:
-    config = OptimConfig(lr_warmup_steps=None)
+    config = OptimConfig(lr_warmup_steps=None, optimizer="adamw")
     schedule = make_schedule(make_optimizer(Adapter(torch.nn.Linear(1, 1), {}), config), config, 100)
     rates = []
     for _ in range(100):
@@ -113,6 +116,25 @@ def test_the_rate_rises_to_its_peak_and_stays_there() -> None:
 
 
 def test_the_constant_schedule_alone_takes_no_warm_up() -> None:
-    config = OptimConfig(lr_scheduler="constant")
+    config = OptimConfig(lr_scheduler="constant", optimizer="adamw")
     schedule = make_schedule(make_optimizer(Adapter(torch.nn.Linear(1, 1), {}), config), config, 100)
     assert schedule.get_last_lr() == [3e-4]
+
+
+def test_a_resumed_run_keeps_its_optimizer_unless_another_is_asked_for(
+    run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path, max_train_steps=1, optimizer="adamw")
+    run(tmp_path, max_train_steps=2, resume_from_checkpoint="latest")
+    assert resolved(tmp_path, ["optimizer"]) == {"optimizer": "adamw"}
+    with pytest.raises(Problem, match="optimizer was 'adamw', is 'muon'"):
+        run(tmp_path, max_train_steps=3, resume_from_checkpoint="latest", optimizer="muon")
+
+
+def test_a_run_from_before_there_was_a_choice_goes_on_by_adamw(flags: Callable, tmp_path: Path) -> None:
+    point, runtime = StartingPoint(state={"config": {"learning_rate": 1e-4}}), SimpleNamespace(precision="no")
+    config, _ = as_begun(parse_train(flags(tmp_path)), runtime, point)  # type: ignore[arg-type]
+    assert config.optimizer == "adamw"
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"adam_beta1": 0.9, "max_train_steps": 3}))
+    assert parse_train([*flags(tmp_path), f"--config={file}"]).optimizer == "adamw"

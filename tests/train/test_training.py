@@ -46,7 +46,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(run: Callable
 
 def test_accumulation_equals_the_larger_batch(run: Callable, tmp_path: Path) -> None:
     # So large an epsilon makes AdamW's step follow the gradient, where else it blows up the rounding of the smallest.
-    plain = {"max_train_steps": 2, "adam_epsilon": 1.0, "learning_rate": 1.0}
+    plain = {"max_train_steps": 2, "optimizer": "adamw", "adam_epsilon": 1.0, "learning_rate": 1.0}
     whole = run(tmp_path / "whole", train_batch_size=4, **plain)
     split = run(tmp_path / "split", train_batch_size=2, gradient_accumulation_steps=2, **plain)
     for key, value in weights(whole, 2).items():

@@ -16,8 +16,10 @@ from ip_adapter_trainer.prepare.config import SetConfig
 
 # Defaults of the published scripts, which the scripts of the same names here take too.
 PUBLISHED: dict[str, Any] = {
-    "learning_rate": 1e-4, "lr_scheduler": "constant", "lr_warmup_steps": 0, "timestep_density": "uniform",
+    "optimizer": "adamw", "learning_rate": 1e-4, "lr_scheduler": "constant", "lr_warmup_steps": 0,
+    "timestep_density": "uniform",
 }  # fmt: skip
+_PROJECTOR_BY_MUON = 10  # its rate over that of the layers (docs/recipes.md)
 
 
 class ModelConfig(FrozenConfig):
@@ -106,14 +108,16 @@ class OptimConfig(Part):
         "lr_warmup_steps lr_num_cycles lr_power ema_decay",
     )
 
-    optimizer: Literal["adamw", "muon", "muon_all"] = Field(
-        "adamw",
+    optimizer: Literal["adamw", "muon", "muon_all"] | None = Field(
+        None,
         description="muon: the projector's matrices by Muon, all else by AdamW; muon_all: the layers' matrices too, "
-        "which costs time where few images make a step.",
+        "which costs time where few images make a step; None: muon, on resuming the run's own.",
     )
     learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate.")
     projector_learning_rate: float | None = Field(
-        None, gt=0, description="Peak learning rate of the projector; None: learning_rate."
+        None,
+        gt=0,
+        description="Peak learning rate of the projector; None: ten times learning_rate by Muon, else learning_rate.",
     )
     weight_decay: float = Field(1e-2, ge=0, description="Decoupled weight decay.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
@@ -141,6 +145,12 @@ class OptimConfig(Part):
     use_ema: bool = Field(False, description="Keep an exponential moving average; checkpoints then publish it.")
     ema_decay: float = Field(0.9999, gt=0, lt=1, description="Decay of the average.")
     seed: int = Field(0, description="Seed of every random draw: order, crops, drops, noise, timesteps, first weights.")
+
+    @property
+    def projector_rate(self) -> float:
+        """The projector's peak learning rate."""
+        factor = 1 if self.optimizer == "adamw" else _PROJECTOR_BY_MUON
+        return self.projector_learning_rate or factor * self.learning_rate
 
 
 class CheckpointConfig(Part):

@@ -21,7 +21,7 @@ from ip_adapter_trainer.train.model_hashes import compared
 ROWS, MODELS = "rows", "models"  # beside settings' names, for --accept_changed
 
 # What was done before there was a setting, where that is not the setting's default.
-BEFORE = {"timestep_density": "uniform", "validation_share": 0.0}
+BEFORE: dict[str, Any] = {"optimizer": "adamw", "timestep_density": "uniform", "validation_share": 0.0}
 
 
 @dataclass(frozen=True)

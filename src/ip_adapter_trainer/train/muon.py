@@ -56,7 +56,8 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float,
         dtype: torch.dtype,
     ) -> None:
-        super().__init__(groups, {"weight_decay": weight_decay, "fused": rest.defaults.get("fused")})
+        shared = {name: rest.defaults.get(name) for name in ("lr", "fused")}  # schedules and scalers ask for them
+        super().__init__(groups, shared | {"weight_decay": weight_decay})
         self._own, self._rest, self.dtype = self.param_groups, rest, dtype
         self._matrices = [matrix for group in self._own for matrix in group["params"]]
         self._stacks = [(group, stack) for group in self._own for stack in _stacks(group["params"])]

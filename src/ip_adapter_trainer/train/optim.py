@@ -93,12 +93,12 @@ def make_optimizer(adapter: Adapter, config: OptimConfig) -> torch.optim.Optimiz
     """
     parts = (adapter.image_proj_model, adapter.adapter_modules)
     projector, layers = ([p for p in part.parameters() if p.requires_grad] for part in parts)
-    muons = {"adamw": [], "muon": projector, "muon_all": [*projector, *layers]}[config.optimizer]
+    muons = {"adamw": [], "muon": projector, None: projector, "muon_all": [*projector, *layers]}[config.optimizer]
     matrices = {p for p in muons if p.ndim == 2}
 
     def groups(*, by_muon: bool) -> list[dict[str, Any]]:
         """Return the parameters that Muon changes, or the others, each part with its rate."""
-        rates = config.projector_learning_rate or config.learning_rate, config.learning_rate
+        rates = config.projector_rate, config.learning_rate
         chosen = [[p for p in part if (p in matrices) == by_muon] for part in (projector, layers)]
         return [{"params": part, "lr": rate} for part, rate in zip(chosen, rates, strict=True) if part]
 

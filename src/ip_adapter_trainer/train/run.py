@@ -32,7 +32,7 @@ from ip_adapter_trainer.train.presets import chosen
 from ip_adapter_trainer.train.record import RunRecord, WriteResolved, take_up
 from ip_adapter_trainer.train.rows import RunRows, read_rows
 from ip_adapter_trainer.train.run_plan import make_plan
-from ip_adapter_trainer.train.starting import agreed_starting_point, demand_same_run, in_precision, is_over
+from ip_adapter_trainer.train.starting import agreed_starting_point, as_begun, demand_same_run, is_over
 from ip_adapter_trainer.train.state import TrainState
 from ip_adapter_trainer.train.step import Step
 from ip_adapter_trainer.train.trackers import start_trackers, trackers_named
@@ -51,7 +51,7 @@ def train(config: TrainConfig, write_resolved: WriteResolved) -> None:
     """
     with joined(config) as (runtime, stopping):
         point = agreed_starting_point(config, runtime)
-        config, runtime = in_precision(config, runtime, point)
+        config, runtime = as_begun(config, runtime, point)
         rows = read_rows(part_of(config, DataConfig), part_of(config, ValidationConfig), runtime)
         with runtime.agreed():
             demand_same_run(config, runtime, rows.manifest, point)

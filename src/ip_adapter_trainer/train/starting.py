@@ -121,12 +121,20 @@ def agreed_starting_point(config: CheckpointConfig, runtime: Runtime) -> Startin
     return point
 
 
-def in_precision(config: TrainConfig, runtime: Runtime, point: StartingPoint) -> tuple[TrainConfig, Runtime]:
-    """Return the settings and the runtime in the precision that is asked for, else in that of the run so far."""
-    if not (config.mixed_precision or launched_precision()) and point.state is not None:
-        began = point.state["config"].get("mixed_precision") or "no"  # None in those of versions before bf16's own
-        runtime = replace(runtime, precision=on_device(began, runtime.device.type))
-    return config.model_copy(update={"mixed_precision": runtime.precision}), runtime
+def as_begun(config: TrainConfig, runtime: Runtime, point: StartingPoint) -> tuple[TrainConfig, Runtime]:
+    """Return the settings and the runtime with precision and optimizer as asked for, else as the run so far has them.
+
+    Versions that knew neither bf16's own precision nor Muon began in fp32 and with AdamW.
+    """
+    optimizer: str = "muon"
+    if point.state is not None:
+        began = point.state["config"]
+        optimizer = began.get("optimizer") or guard.BEFORE["optimizer"]
+        if not (config.mixed_precision or launched_precision()):
+            own = on_device(began.get("mixed_precision") or "no", runtime.device.type)
+            runtime = replace(runtime, precision=own)
+    found = {"mixed_precision": runtime.precision, "optimizer": config.optimizer or optimizer}
+    return config.model_copy(update=found), runtime
 
 
 def demand_same_run(config: TrainConfig, runtime: Runtime, manifest: Manifest, point: StartingPoint) -> None:

@@ -21,7 +21,9 @@ class SetConfig(Part):
         None, description="Prepared set (ip-adapter prepare) to train from; default: encode images at every step."
     )
     prepare_text: bool = Field(
-        False, description="Keep the text encoders' output for every caption too: large, and worth it for small sets."
+        False,
+        description="Keep the text encoders' output for every caption too, however large; where train prepares the "
+        "set itself, it does so by itself up to 1 GB.",
     )
     encode_batch_size: int = Field(
         8, gt=0, le=65536, description="Images that are encoded at once while a set is prepared."

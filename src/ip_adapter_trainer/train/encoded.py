@@ -21,6 +21,7 @@ from ip_adapter_trainer.train.config import TrainConfig
 from ip_adapter_trainer.train.rows import RunRows
 from ip_adapter_trainer.train.run_plan import total_steps
 
+_SMALL_TEXT_BYTES = 10**9
 _PAYS_EPOCHS = 2  # for each encoding of an image: one is spent on preparing, the rest is saved
 
 
@@ -41,8 +42,19 @@ def prepared_set(
             raise Problem(what, where="--prepare_text", remedy=remedy)
         return None
     demand_preparable(config)
-    spec = cache_spec(config, model.codec, model.encoders, model.variant.needs, text=config.prepare_text)
-    return _opened(config, runtime, rows.manifest, spec, Path(config.prepared_dir))
+    return _opened(
+        config, runtime, rows.manifest, _spec(config, model, text=config.prepare_text), Path(config.prepared_dir)
+    )
+
+
+def _spec(config: TrainConfig, model: Model, *, text: bool) -> CacheSpec:
+    return cache_spec(config, model.codec, model.encoders, model.variant.needs, text=text)
+
+
+def _text_bytes(spec: CacheSpec, manifest: Manifest) -> int:
+    """Return what all captions take at most."""
+    captions = sum(len(row.captions) for row in manifest.rows)
+    return captions * sum(kind.row_bytes for kind in (spec.text.tables if spec.text else ()))
 
 
 def _opened(config: TrainConfig, runtime: Runtime, manifest: Manifest, spec: CacheSpec, folder: Path) -> PreparedSet:
@@ -69,7 +81,9 @@ def _prepared_if_it_pays(
         say(f"not preparing: {' and '.join(anew)} cut each image otherwise every time")
         return None
     folder = Path(config.prepared_dir or Path(config.output_dir) / "prepared")
-    spec = cache_spec(config, model.codec, model.encoders, model.variant.needs, text=config.prepare_text)
+    spec = _spec(config, model, text=True)
+    if not config.prepare_text and _text_bytes(spec, rows.manifest) > _SMALL_TEXT_BYTES:
+        spec = _spec(config, model, text=False)
     job = Job(config, runtime, rows.manifest, spec, folder)
     images_per_step = config.images_per_step(runtime.world)
     epochs = total_steps(config, rows.trained, images_per_step) * images_per_step / max(rows.trained, 1)

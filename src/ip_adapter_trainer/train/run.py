@@ -114,7 +114,7 @@ def feed(config: TrainConfig, runtime: Runtime, model: Model, rows: RunRows, sto
         data.demand_validation()
     if prepared:
         data.encode_unseen(model)
-        model.release_encoders(texts=config.prepare_text)
+        model.release_encoders(texts=prepared.spec.text is not None)
     return data
 
 

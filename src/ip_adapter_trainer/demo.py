@@ -79,7 +79,7 @@ def _train(config: DemoConfig, folder: Path) -> None:
         "train_batch_size": config.train_batch_size, "max_train_steps": config.max_train_steps,
         "learning_rate": config.learning_rate, "lr_scheduler": "cosine", "lr_warmup_steps": 0,
         "timestep_density": "uniform", "min_timestep": config.min_timestep, "seed": config.seed,
-        "resume_from_checkpoint": "latest", "mixed_precision": "no", "prepare": "off",
+        "resume_from_checkpoint": "latest", "mixed_precision": "no",
     }  # fmt: skip
     train(parse_train([f"--{name}={value}" for name, value in flags.items()]), write_resolved)
 

@@ -23,7 +23,7 @@ from benchmarks.sizes import SIZES
 
 Job = tuple[str, Callable[[], Iterator[Row]]]
 
-PARTS = ("counts", "settings", "largest", "techniques")
+PARTS = ("counts", "settings", "whole", "largest", "techniques")
 COUNTED = (("sd15", 512), ("sdxl", 1024))  # whose operations are counted in every run
 # Techniques by default: on a CPU not what takes minutes to compile, on a GPU not what is for memory or CPUs' products.
 TRIED = {
@@ -69,6 +69,8 @@ def jobs(bench: Bench, sizes: Sequence[str], parts: Sequence[str], techniques: S
             for settings in runs.values():
                 for setting in settings[number : number + 1]:
                     yield setting.name, partial(bench.setting, setting, is_first=number == 0)
+    if "whole" in parts:
+        yield from ((f"whole runs of {size}", partial(bench.whole, size)) for size in sizes if size in ("tiny", "sd15"))
     if "largest" in parts and bench.device == "cuda":
         yield from ((f"largest batches of {s.size}", partial(bench.largest, s)) for s in firsts)
     if "techniques" in parts:

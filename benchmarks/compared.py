@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
-from benchmarks import data_rate, limits, measure, report
+from benchmarks import data_rate, limits, measure, report, whole_run
 from benchmarks.aside import Failed, aside
 from benchmarks.limits import Flops
 from benchmarks.measure import Measured, Schedule
@@ -15,6 +16,7 @@ from benchmarks.our_step import TECHNIQUES, Settings
 from benchmarks.pictures import Files, write_pictures
 from benchmarks.report import Row
 from benchmarks.worker import Contender
+from ip_adapter_trainer.runtime.precision import usual
 
 NAMES = {"no": "fp32", "bf16": "bf16"}
 PUBLISHED = {"cpu": ("no", "bf16"), "cuda": ("bf16",)}  # precisions of the published step that are timed
@@ -169,6 +171,19 @@ class Bench:
         exact = None if reference is None else self._gradients(setting.contender("ours", "no"))
         error = _difference(exact, reference)
         yield from self._once(f"{report.PARITY}, {setting.name}, fp32", (None, error), error)
+
+    def whole(self, size: str) -> Iterator[Row]:
+        """Whole runs of both sides, one round, with the parity of a step in the precision that ours chooses."""
+        folder = self.scratch / f"whole-{size}"
+        folder.mkdir()
+        theirs, ours = whole_run.compared(folder, size, self.device)
+        shutil.rmtree(folder)
+        setting = Setting(size, whole_run.SIDES_PX[size], whole_run.IMAGES, self.device)
+        precision = usual(self.device)
+        error = _difference(self._gradients(setting.contender("ours", precision)), self._reference(setting))
+        name = f"{setting.name}, {whole_run.PICTURES} pictures x {whole_run.EPOCHS} epochs, ours {NAMES[precision]}"
+        yield from self._once(f"{report.WHOLE}, {name}", (theirs.total, ours.total), error)
+        yield from self._once(f"{report.START}, {setting.name}", (theirs.start, ours.start), error)
 
     def technique(self, setting: Setting, technique: str) -> Iterator[Row]:
         """Our step without something and with it, time and memory."""

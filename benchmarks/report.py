@@ -15,6 +15,7 @@ PEAK, BYTES, STALL = "peak memory [GB]", "bytes per checkpoint [MB]", "stall of 
 STALL_NOISE = "stall of a checkpoint, width of the rounds' middle half [s]"
 ROWS, WAIT = "a row fed to the step, one core [ms]", "wait for data, share of a step"
 PREPARE, PARITY = "preparing an image, from its file [s]", "gradient error"
+WHOLE, START = "a whole run by the required flags [s]", "from the command to the first step [s]"
 TECHNIQUE, TECHNIQUE_PEAK = "time per trained image without / with", "peak memory [GB] without / with"
 EXACT = (FLOPS, ROWS, PARITY)  # that count without parity: counted, a test of its own, parity itself
 PRECISIONS = ("fp32", "bf16")  # of ours whose gradients are compared
@@ -66,6 +67,9 @@ TARGETS = (
     Target(PREPARE, "cpu", ("sd15",), "ratio", 1.7),
     Target(PREPARE, "cuda", ("sd15",), "ratio", 2.0),
     Target(PREPARE, "cuda", ("sdxl",), "ratio", 3.0),
+    Target(WHOLE, "any", ("sd15", "ours bf16"), "ratio", 3.0),
+    Target(WHOLE, "any", ("sd15", "ours fp32"), "ratio", 1.3),
+    Target(START, "any", ("sd15",), "ratio", 1.5),
     Target(PARITY, "any", (", fp32",), "ours", 1e-5, at_least=False),
     Target(PARITY, "any", (", bf16",), "ours", 2e-2, at_least=False),
     Target(PARITY, "any", (", bf16",), "ratio", 1 / 1.2),  # never over 1.2 times the published error

@@ -28,12 +28,12 @@ def test_every_image_attribute_and_the_gap_must_be_reached_and_the_text_may_miss
 
 def test_the_table_has_a_row_for_each_seed_and_means_only_where_all_got_there() -> None:
     low = replace(scored(), step=250, gap=0.01, scores={})
-    there, never = Raced(0, GOAL, [low, scored()]), Raced(1, GOAL, [low])
+    there, never = Raced("Muon 3e-3", 0, GOAL, [low, scored()]), Raced("Muon 3e-3", 1, GOAL, [low])
     assert there.reached == scored() and never.reached is None
     assert never.as_json()["steps"] is None and there.as_json()["steps"] == 300
     rows = race_table([there, never]).splitlines()
     assert "| 300 | 60 |" in rows[2] and "| 3.3 | 3.3 |" in rows[2] and "not reached" in rows[3] and len(rows) == 4
-    assert race_table([there]).splitlines()[-1].startswith("| mean | 1000 | 200 |")
+    assert race_table([there]).splitlines()[-1].startswith("| Muon 3e-3 | mean | 1000 | 200 |")
     assert len({row.count("|") for row in race_table([there, never]).splitlines()}) == 1
 
 

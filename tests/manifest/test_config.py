@@ -40,7 +40,7 @@ def test_the_manifest_must_be_named() -> None:
 def test_published_defaults() -> None:
     config = DataConfig(data_json_file="data.json")
     rates = (config.text_drop_rate, config.image_drop_rate, config.both_drop_rate)
-    assert (config.resolution, config.train_batch_size, rates) == (512, 8, (0.05, 0.05, 0.05))
+    assert (config.resolution, config.micro_images, rates) == (512, 8, (0.05, 0.05, 0.05))
     assert config.buckets().sizes_px == ((512, 512),)
     assert DataConfig(data_json_file="d", text_drop_rate=1.0, image_drop_rate=0, both_drop_rate=0).text_drop_rate == 1
 

@@ -91,22 +91,34 @@ def make_optimizer(adapter: Adapter, config: OptimConfig) -> torch.optim.Optimiz
     Raises:
         Problem: 8-bit asked for and bitsandbytes not installed.
     """
-    parts = (adapter.image_proj_model, adapter.adapter_modules)
-    projector, layers = ([p for p in part.parameters() if p.requires_grad] for part in parts)
-    muons = {"adamw": [], "muon": projector, None: projector, "muon_all": [*projector, *layers]}[config.optimizer]
-    matrices = {p for p in muons if p.ndim == 2}
+    projector, layers = _trained(adapter)
+    matrices = set(by_muon(adapter, config))
 
-    def groups(*, by_muon: bool) -> list[dict[str, Any]]:
+    def groups(*, of_muon: bool) -> list[dict[str, Any]]:
         """Return the parameters that Muon changes, or the others, each part with its rate."""
         rates = config.projector_rate, config.learning_rate
-        chosen = [[p for p in part if (p in matrices) == by_muon] for part in (projector, layers)]
+        chosen = [[p for p in part if (p in matrices) == of_muon] for part in (projector, layers)]
         return [{"params": part, "lr": rate} for part, rate in zip(chosen, rates, strict=True) if part]
 
-    rest = _adamw(groups(by_muon=False), config)
+    rest = _adamw(groups(of_muon=False), config)
     if not matrices:
         return rest
     dtype = torch.bfloat16 if computes_bf16(next(iter(matrices)).device.type) else torch.float32
-    return Muon(groups(by_muon=True), rest, weight_decay=config.weight_decay, dtype=dtype)
+    return Muon(groups(of_muon=True), rest, weight_decay=config.weight_decay, dtype=dtype)
+
+
+def _trained(adapter: Adapter) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return the trained parameters of the projector, and of the layers."""
+    parts = (adapter.image_proj_model, adapter.adapter_modules)
+    projector, layers = ([p for p in part.parameters() if p.requires_grad] for part in parts)
+    return projector, layers
+
+
+def by_muon(adapter: Adapter, config: OptimConfig) -> list[nn.Parameter]:
+    """Return the matrices that Muon changes; it keeps one moment of each, where AdamW keeps two."""
+    projector, layers = _trained(adapter)
+    chosen = {"adamw": [], "muon": projector, None: projector, "muon_all": [*projector, *layers]}[config.optimizer]
+    return [p for p in chosen if p.ndim == 2]
 
 
 def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:

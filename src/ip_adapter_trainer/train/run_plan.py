@@ -84,7 +84,8 @@ def make_plan(
     frozen = {f"{role} encoder": parameters(encoder.model) for role, encoder in model.encoders.items()}
     frozen |= {n: parameters(m) for n, m in model.denoiser.pipeline.components.items() if isinstance(m, nn.Module)}
     weights_bytes = 4 * parameters(model.adapter)  # layers that carry no adapter are written as zeros
-    moments_bytes = 4 * sum(trained.values()) * (2 / 4 if config.use_8bit_adam else 2)
+    single = sum(p.numel() for p in optim.by_muon(model.adapter, config))  # with one moment each, always in fp32
+    moments_bytes = 4 * (single + 2 * (sum(trained.values()) - single) * (1 / 4 if config.use_8bit_adam else 1))
     copies = 3 if config.use_ema else 1  # published, and with an average also the average and the live weights
     steps = total_steps(config, rows, images_per_step)
     warmup = _warmup_steps(config, steps, rows, resumed)

@@ -23,7 +23,7 @@ class DemoConfig(Part):
 
     output_dir: str = Field("demo", description="Folder for everything the demo writes.")
     rows: int = Field(2000, ge=64, description="Training rows written to disk.")
-    max_train_steps: int = Field(200, ge=1, description="Optimizer steps.")
+    max_train_steps: int = Field(300, ge=1, description="Optimizer steps.")
     train_batch_size: int = Field(32, ge=1, description="Images per step.")
     learning_rate: float = Field(1e-3, gt=0, description="Learning rate; a small adapter takes a large one.")
     min_timestep: int = Field(400, ge=0, description="First timestep that is trained: stronger noise decides colours.")

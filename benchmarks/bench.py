@@ -20,6 +20,7 @@ from benchmarks.compared import Bench, Setting
 from benchmarks.our_step import TECHNIQUES
 from benchmarks.report import Row
 from benchmarks.sizes import SIZES
+from benchmarks.whole_run import SIDES_PX
 
 Job = tuple[str, Callable[[], Iterator[Row]]]
 
@@ -70,7 +71,7 @@ def jobs(bench: Bench, sizes: Sequence[str], parts: Sequence[str], techniques: S
                 for setting in settings[number : number + 1]:
                     yield setting.name, partial(bench.setting, setting, is_first=number == 0)
     if "whole" in parts:
-        yield from ((f"whole runs of {size}", partial(bench.whole, size)) for size in sizes if size in ("tiny", "sd15"))
+        yield from ((f"whole runs of {size}", partial(bench.whole, size)) for size in sizes if size in SIDES_PX)
     if "largest" in parts and bench.device == "cuda":
         yield from ((f"largest batches of {s.size}", partial(bench.largest, s)) for s in firsts)
     if "techniques" in parts:
